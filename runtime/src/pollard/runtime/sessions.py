@@ -1,0 +1,206 @@
+"""ONNX Runtime sessions as every part of Pollard opens them.
+
+What is measured at compression and what is served are the same thing, because
+both come through :func:`open_session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.bundle import Bundle, Golden
+from pollard.runtime.errors import GoldenMismatch, ModelLoadFailed, SignatureMismatch
+from pollard.runtime.machine import PROVIDERS
+from pollard.runtime.tensors import FROM_ONNXRUNTIME, describe, protocol_name
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a graph."""
+
+    name: str
+    datatype: str
+    """As the Open Inference Protocol names it, such as ``"FP32"``."""
+    shape: tuple[int, ...]
+    """-1 stands for any size."""
+
+
+class Session:
+    """A loaded model. :meth:`run` may be called from many threads at once."""
+
+    def __init__(self, raw: Any, target: str) -> None:
+        self.raw = raw
+        """The ``onnxruntime.InferenceSession``."""
+        self.target = target
+        self.inputs = tuple(_info(node) for node in raw.get_inputs())
+        self.outputs = tuple(_info(node) for node in raw.get_outputs())
+        self._output_names = [info.name for info in self.outputs]
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run one batch and return the outputs by name; releases the GIL.
+
+        Args:
+            feeds: Arrays by input name, of the declared types.
+            outputs: Names of the outputs wanted; all when None.
+        """
+        names = self._output_names if outputs is None else list(outputs)
+        values = self.raw.run(names, dict(feeds))
+        return dict(zip(names, values, strict=True))
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    target: str = "cpu-fp32",
+    intra_op_threads: int = 1,
+    spinning: bool = False,
+) -> Session:
+    """Load an ONNX model.
+
+    Args:
+        model: The file, or its bytes.
+        target: Decides the execution provider.
+        intra_op_threads: Threads that one call uses; 0 means all cores.
+        spinning: Let idle threads spin: lower latency for one caller, at the
+            cost of the processor time of everybody else.
+
+    Raises:
+        ModelLoadFailed: onnxruntime refuses the model, or falls back to
+            another provider than the target's.
+    """
+    import onnxruntime
+
+    provider = PROVIDERS[target]
+    if provider not in onnxruntime.get_available_providers():
+        raise ModelLoadFailed(
+            f"target {target} needs {provider}; onnxruntime {onnxruntime.__version__} here offers "
+            f"{', '.join(onnxruntime.get_available_providers())}",
+            target=target,
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # what matters comes back as an exception
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    providers = [provider] if provider.startswith("CPU") else [provider, "CPUExecutionProvider"]
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        raw = onnxruntime.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise ModelLoadFailed(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+    if raw.get_providers()[0] != provider:
+        raise ModelLoadFailed(
+            f"onnxruntime fell back from {provider} to {raw.get_providers()[0]}; "
+            "check the driver and the CUDA libraries",
+            target=target,
+        )
+    return Session(raw, target)
+
+
+def check_signature(session: Session, manifest: bundle_pb2.Manifest) -> None:
+    """Check that the graph has exactly the inputs and outputs of the manifest.
+
+    Raises:
+        SignatureMismatch: naming the tensor and both sides.
+    """
+    for side, infos, specs in (
+        ("input", session.inputs, manifest.inputs),
+        ("output", session.outputs, manifest.outputs),
+    ):
+        have = {info.name: info for info in infos}
+        want = {spec.name: spec for spec in specs}
+        if have.keys() != want.keys():
+            raise SignatureMismatch(
+                f"the manifest declares the {side}s {sorted(want)}, the graph has {sorted(have)}"
+            )
+        for name, spec in want.items():
+            info = have[name]
+            declared = protocol_name(spec.data_type)
+            if declared != info.datatype or not _compatible(tuple(spec.shape), info.shape):
+                raise SignatureMismatch(
+                    f"the manifest declares {side} {name!r} as {describe(declared, spec.shape)}, "
+                    f"the graph has {describe(info.datatype, info.shape)}",
+                    tensor=name,
+                )
+
+
+def check_golden(session: Session, bundle: Bundle, variant: bundle_pb2.Variant | str) -> None:
+    """Run a variant's golden inputs and compare the outputs with the recorded ones.
+
+    A variant without golden inputs passes: a bundle derived from a plain ONNX
+    file has none.
+
+    Raises:
+        GoldenMismatch: with the largest difference and the tolerance.
+        BundleCorrupt: the golden file is unreadable.
+    """
+    if isinstance(variant, str):
+        variant = bundle.variant(variant)
+    golden = bundle.golden(variant)
+    if golden is not None:
+        compare_golden(session, golden, variant.golden_tolerance)
+
+
+def compare_golden(session: Session, golden: Golden, tolerance: bundle_pb2.Tolerance) -> None:
+    """Run ``golden.inputs`` and compare with ``golden.outputs``.
+
+    Raises:
+        GoldenMismatch: with the largest difference and the tolerance.
+    """
+    try:
+        actual = session.run(golden.inputs, list(golden.outputs))
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise GoldenMismatch(f"the golden inputs cannot be run: {_first_line(error)}") from error
+    for name, expected in golden.outputs.items():
+        got = actual[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise GoldenMismatch(
+                f"output {name!r} is {got.dtype}{list(got.shape)}, "
+                f"golden is {expected.dtype}{list(expected.shape)}",
+                output=name,
+            )
+        if expected.dtype.kind not in "fiub":
+            if not np.array_equal(got, expected):
+                raise GoldenMismatch(f"output {name!r} differs from the golden one", output=name)
+            continue
+        wanted = expected.astype(np.float64)
+        difference = np.abs(got.astype(np.float64) - wanted)
+        allowed = tolerance.absolute + tolerance.relative * np.abs(wanted)
+        # Written so that NaN fails.
+        if not bool(np.all(difference <= allowed)):
+            raise GoldenMismatch(
+                f"output {name!r} is off the golden one by up to {float(np.max(difference)):.4g} "
+                f"(allowed {tolerance.absolute:g} + {tolerance.relative:g} × |golden|)",
+                output=name,
+            )
+
+
+def _info(node: Any) -> TensorInfo:
+    datatype = FROM_ONNXRUNTIME.get(node.type)
+    if datatype is None:
+        raise ModelLoadFailed(f"tensor {node.name!r} has the unsupported type {node.type}")
+    shape = tuple(size if isinstance(size, int) and size > 0 else -1 for size in node.shape)
+    return TensorInfo(node.name, datatype, shape)
+
+
+def _compatible(declared: tuple[int, ...], actual: tuple[int, ...]) -> bool:
+    # Graphs often leave output sizes open that the manifest knows; the other
+    # way round the manifest would promise what the graph refuses.
+    return len(declared) == len(actual) and all(
+        have in (-1, want) for want, have in zip(declared, actual, strict=True)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
