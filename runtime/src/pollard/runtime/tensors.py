@@ -38,12 +38,12 @@ FROM_NUMPY = {dtype: name for name, dtype, _ in _TYPES if name != "BF16"}
 """Protocol name by NumPy type."""
 
 
-def protocol_name(data_type: bundle_pb2.DataType) -> str:
+def protocol_name(data_type: bundle_pb2.DataType.ValueType) -> str:
     """Return the protocol's name of a manifest's type, such as ``"FP32"``."""
     return bundle_pb2.DataType.Name(data_type).removeprefix("DATA_TYPE_")
 
 
-def manifest_type(name: str) -> bundle_pb2.DataType:
+def manifest_type(name: str) -> bundle_pb2.DataType.ValueType:
     """Return the manifest's type for a protocol name.
 
     Raises:

@@ -1,0 +1,116 @@
+"""From output tensors to answers, as the manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.errors import ManifestInvalid, TensorInvalid
+
+DEFAULT_TOP_K = 5
+
+
+class ScoredClass(NamedTuple):
+    """One class of a classification."""
+
+    index: int
+    """Index of the class, from 0."""
+    label: str
+    """Its label; empty when the bundle has none."""
+    score: float
+    """Its score; a probability when the manifest says softmax."""
+
+
+def classify(
+    outputs: Mapping[str, NDArray[np.generic]],
+    manifest: bundle_pb2.Manifest,
+    labels: Sequence[str] = (),
+    top_k: int = 0,
+) -> list[ScoredClass]:
+    """Answer for one image: `classify_batch` for a batch of one.
+
+    Raises:
+        ManifestInvalid, TensorInvalid: as `classify_batch`, and TensorInvalid
+            for another number of images.
+    """
+    answers = classify_batch(outputs, manifest, labels, top_k)
+    if len(answers) != 1:
+        raise TensorInvalid(
+            f"the model answered for {len(answers)} images, not for one", images=len(answers)
+        )
+    return answers[0]
+
+
+def classify_batch(
+    outputs: Mapping[str, NDArray[np.generic]],
+    manifest: bundle_pb2.Manifest,
+    labels: Sequence[str] = (),
+    top_k: int = 0,
+) -> list[list[ScoredClass]]:
+    """Return the best classes of each image by falling score.
+
+    Classes with equal outputs are ordered by their index.
+
+    Args:
+        outputs: Output tensors by name; the classification's is [batch, classes].
+        manifest: Of the revision that gave the outputs.
+        labels: Labels in the order of the classes, or none.
+        top_k: Number of classes wanted; 0 means what the manifest says, more
+            than there are means all.
+
+    Raises:
+        ManifestInvalid: the manifest does not describe a classification.
+        TensorInvalid: the output is missing, not [batch, classes], or holds a
+            value that is not finite.
+    """
+    if manifest.postprocess.WhichOneof("task") != "classification":
+        raise ManifestInvalid("the manifest does not describe a classification")
+    task = manifest.postprocess.classification
+    name = task.output or (manifest.outputs[0].name if manifest.outputs else "")
+    if name not in outputs:
+        have = ", ".join(outputs) or "none"
+        raise TensorInvalid(f"the model gave no output {name!r}; it gave {have}", output=name)
+    raw = _scores_matrix(name, outputs[name])
+    count = min(top_k or task.default_top_k or DEFAULT_TOP_K, raw.shape[1])
+    answers = []
+    for row, scores in zip(raw, activate(raw, task.activation), strict=True):
+        # Every activation grows with its input; the inputs tell apart what
+        # rounding in the scores would make equal.
+        best = np.argsort(-row, kind="stable")[:count]
+        answers.append(
+            [
+                ScoredClass(int(i), labels[i] if i < len(labels) else "", float(scores[i]))
+                for i in best
+            ]
+        )
+    return answers
+
+
+def _scores_matrix(name: str, output: NDArray[np.generic]) -> NDArray[np.float64]:
+    # A pooled head may leave [batch, classes, 1, 1].
+    if output.ndim < 2 or output.shape[1] == 0 or set(output.shape[2:]) - {1}:
+        raise TensorInvalid(
+            f"output {name!r} has shape {list(output.shape)}, not [batch, classes]",
+            output=name,
+            shape=list(output.shape),
+        )
+    raw = output.reshape(output.shape[:2]).astype(np.float64)
+    if not np.isfinite(raw).all():
+        raise TensorInvalid(f"output {name!r} holds values that are not finite", output=name)
+    return raw
+
+
+def activate(raw: NDArray[np.float64], activation: int) -> NDArray[np.float64]:
+    """Turn outputs [batch, classes] into scores, without overflow for any finite value."""
+    if activation == bundle_pb2.ACTIVATION_SOFTMAX:
+        exponentials = np.exp(raw - raw.max(axis=1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+    if activation == bundle_pb2.ACTIVATION_SIGMOID:
+        # exp() of a value that is never positive cannot overflow.
+        small = np.exp(-np.abs(raw))
+        return np.where(raw >= 0, 1 / (1 + small), small / (1 + small))
+    return raw

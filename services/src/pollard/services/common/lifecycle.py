@@ -1,0 +1,221 @@
+"""How a server starts, serves and stops.
+
+Stopping: health says NOT_SERVING, so that balancers look elsewhere; requests in
+flight are finished, for at most the grace; then everything is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pollard.services.common.errors import StartupError
+from pollard.services.common.reflection import reflection_pool
+
+_log = structlog.get_logger("pollard.lifecycle")
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where and how a server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free one."""
+    max_message_bytes: int = 64 * 1024 * 1024
+    """Largest message, both ways, in bytes."""
+    insecure: bool = False
+    """Allow an address that is not loopback without TLS and a token."""
+    unix_socket: str | None = None
+    """Also listen on this Unix socket."""
+
+
+def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Return the channel arguments of every Pollard server."""
+    return [
+        # Without this, a second server on the same port would silently share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Clients may ping an idle connection every 10 s without being sent away.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass
+class GrpcServer:
+    """A gRPC server with health and reflection."""
+
+    listen: Listen
+    service_names: Sequence[str]
+    """Full names of the services, for health and reflection."""
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    port: int = field(default=0, init=False)
+    """The port in use, after :meth:`start`."""
+
+    def __post_init__(self) -> None:
+        if not self.listen.insecure and not is_loopback(self.listen.host):
+            raise StartupError(
+                f"refusing to listen on {self.listen.host} without TLS and a token: anybody who "
+                "reaches it could use and change the models. Listen on 127.0.0.1, or give "
+                "--insecure if the network is trusted"
+            )
+        self.server = grpc.aio.server(
+            interceptors=list(self.interceptors),
+            options=server_options(self.listen.max_message_bytes),
+        )
+        self.health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = [*self.service_names, health.SERVICE_NAME]
+        reflection.enable_server_reflection(
+            [*names, reflection.SERVICE_NAME], self.server, reflection_pool(names)
+        )
+
+    async def start(self) -> None:
+        """Bind and begin to answer; health says NOT_SERVING until told otherwise.
+
+        Raises:
+            StartupError: the address cannot be had.
+        """
+        await self.set_serving(False)
+        host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
+        address = f"{host}:{self.listen.port}"
+        try:
+            self.port = self.server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {address}: the port is in use or the address is not this "
+                "machine's; stop the other program or choose another --port"
+            ) from error
+        if self.listen.unix_socket:
+            try:
+                self.server.add_insecure_port(f"unix:{self.listen.unix_socket}")
+            except RuntimeError as error:
+                raise StartupError(
+                    f"cannot listen on the socket {self.listen.unix_socket}"
+                ) from error
+        await self.server.start()
+
+    @property
+    def address(self) -> str:
+        """Target under which this machine reaches the server."""
+        host = "127.0.0.1" if self.listen.host in ("0.0.0.0", "::") else self.listen.host  # noqa: S104 - compared, not bound
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health, for the server and each of its services."""
+        state = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", *self.service_names):
+            await self.health.set(name, state)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Finish the requests in flight for at most ``grace_seconds``, then close."""
+        with contextlib.suppress(Exception):
+            await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_seconds)
+
+
+class Service(Protocol):
+    """What :func:`run_service` runs."""
+
+    async def start(self) -> None:
+        """Begin to serve."""
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Drain, stop and free everything."""
+
+
+def run_service(make: Callable[[], Service], *, grace_seconds: float = 10.0) -> int:
+    """Run a service until SIGTERM or SIGINT; return the exit code.
+
+    Args:
+        make: Builds the service inside the running loop.
+        grace_seconds: Longest wait for requests in flight when stopping.
+    """
+    try:
+        import uvloop
+
+        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_run(make, grace_seconds))
+
+
+async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    service: Service | None = None
+    try:
+        service = make()
+        starting = asyncio.ensure_future(service.start())
+        waiting = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            await cancel(starting)
+        else:
+            starting.result()
+        await waiting
+    except StartupError as error:
+        _log.error(str(error))
+        if service is not None:
+            with contextlib.suppress(Exception):
+                await service.stop(0.0)
+        return 1
+    _log.info("stopping", grace_seconds=grace_seconds)
+    await service.stop(grace_seconds)
+    _log.info("stopped")
+    return 0
+
+
+async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancel tasks and wait until they have ended; their errors are dropped."""
+    alive = [task for task in tasks if task is not None]
+    for task in alive:
+        task.cancel()
+    await asyncio.gather(*alive, return_exceptions=True)
+
+
+def spawn(
+    tasks: set[asyncio.Task[Any]], coroutine: Coroutine[Any, Any, Any], name: str
+) -> asyncio.Task[Any]:
+    """Start a background task that is kept alive in ``tasks`` and logged if it fails."""
+    task: asyncio.Task[Any] = asyncio.create_task(coroutine, name=name)
+    tasks.add(task)
+
+    def ended(done: asyncio.Task[Any]) -> None:
+        tasks.discard(done)
+        if not done.cancelled() and done.exception() is not None:
+            _log.error("background task failed", task=name, exc_info=done.exception())
+
+    task.add_done_callback(ended)
+    return task

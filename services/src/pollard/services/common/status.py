@@ -1,0 +1,171 @@
+"""From domain errors to gRPC statuses: one table, one interceptor."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from pollard.runtime import errors as runtime_errors
+from pollard.services.common import errors
+
+DOMAIN = "pollard.ai"
+
+_log = structlog.get_logger("pollard.errors")
+
+# The first class that an error is an instance of decides, so the more special
+# come first.
+_TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.Conflict, grpc.StatusCode.ABORTED),
+    (errors.OutOfRange, grpc.StatusCode.OUT_OF_RANGE),
+    (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.DataLoss, grpc.StatusCode.DATA_LOSS),
+    (errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED),
+    (runtime_errors.RequirementsNotMet, grpc.StatusCode.FAILED_PRECONDITION),
+    (runtime_errors.BundleError, grpc.StatusCode.INVALID_ARGUMENT),
+    (runtime_errors.ModelError, grpc.StatusCode.INVALID_ARGUMENT),
+    (runtime_errors.TensorInvalid, grpc.StatusCode.INVALID_ARGUMENT),
+    (runtime_errors.ImageInvalid, grpc.StatusCode.INVALID_ARGUMENT),
+    (runtime_errors.StepsInvalid, grpc.StatusCode.FAILED_PRECONDITION),
+)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An error as it leaves a server."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def to_proto(self) -> status_pb2.Status:
+        """Return the status with its one ErrorInfo."""
+        info = error_details_pb2.ErrorInfo(
+            reason=self.reason, domain=DOMAIN, metadata=self.metadata
+        )
+        packed = any_pb2.Any()
+        packed.Pack(info)
+        return status_pb2.Status(code=self.code.value[0], message=self.message, details=[packed])
+
+
+def describe(error: BaseException) -> Outcome:
+    """Return how ``error`` leaves a server.
+
+    An error that nobody expected is logged with its traceback; the caller
+    learns only a request id, under which the log has it.
+    """
+    if isinstance(error, (errors.ServiceError, runtime_errors.RuntimeFault)):
+        for kind, code in _TABLE:
+            if isinstance(error, kind):
+                return Outcome(code, error.message, error.reason, error.metadata)
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return Outcome(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the disk is full; free some space and try again",
+            "DISK_FULL",
+        )
+    if isinstance(error, MemoryError):
+        return Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", "OUT_OF_MEMORY")
+    request_id = uuid.uuid4().hex
+    _log.error("unexpected error", request_id=request_id, exc_info=error)
+    return Outcome(
+        grpc.StatusCode.INTERNAL,
+        f"internal error; the server's log has it under request id {request_id}",
+        "INTERNAL",
+        {"request_id": request_id},
+    )
+
+
+def to_proto(error: BaseException) -> status_pb2.Status:
+    """Return ``error`` as a ``google.rpc.Status``, for fields that carry one."""
+    return describe(error).to_proto()
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
+    """End a request with ``error``."""
+    outcome = describe(error)
+    await context.abort(
+        outcome.code,
+        outcome.message,
+        trailing_metadata=(("grpc-status-details-bin", outcome.to_proto().SerializeToString()),),
+    )
+    raise AssertionError("abort returned")
+
+
+def _passes_through(error: BaseException) -> bool:
+    # abort() raises AbortError, a plain Exception that grpc handles itself.
+    return isinstance(error, (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit))
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns domain errors that a method raises into statuses."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the method's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            method = handler.stream_stream or handler.unary_stream
+            wrapped: Any = _guard_stream(method)
+        else:
+            method = handler.stream_unary or handler.unary_unary
+            wrapped = _guard_unary(method)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except BaseException as error:
+            if _passes_through(error):
+                raise
+            await abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    # Only methods written as async generators are wrapped this way; all of ours are.
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except BaseException as error:
+            if _passes_through(error):
+                raise
+            await abort(context, error)
+
+    return guarded
