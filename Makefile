@@ -1,0 +1,66 @@
+# Every target sets up what it needs in a virtual environment here.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+GEN_VENV := .venv-gen
+
+DISTRIBUTIONS := protos/python runtime clients/python services compression
+INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test check lint types contracts gen format clean
+.DEFAULT_GOAL := help
+
+help: ## Say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/.installed ## Train, compress, serve and swap under load, on real digits
+	$(BIN)/pollard demo $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-dev ## Run all tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: lint types contracts ## Lint, types, contracts and generated code
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy -p pollard
+
+contracts: $(VENV)/.installed-dev $(GEN_VENV)/.installed
+	$(BIN)/buf lint
+	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null); \
+	if [ -n "$$tag" ]; then \
+	  echo "buf breaking, against $$tag"; $(BIN)/buf breaking --against ".git#tag=$$tag"; \
+	else \
+	  echo "buf breaking: skipped, there is no release tag yet"; \
+	fi
+	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python --check
+
+gen: $(GEN_VENV)/.installed ## Generate the Python code of the contracts
+	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python
+
+format: $(VENV)/.installed-dev ## Format the Python code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch is named with its exact version: a range would bring another build of it.
+$(VENV)/.installed: constraints.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 $(INSTALL)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) install --quiet --constraint constraints.txt --requirement requirements-dev.txt
+	@touch $@
+
+$(GEN_VENV)/.installed: requirements-gen.txt
+	$(PYTHON) -m venv $(GEN_VENV)
+	$(GEN_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-gen.txt
+	@touch $@
+
+clean: ## Remove environments, caches and what the demo left
+	rm -rf $(VENV) $(GEN_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist var
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
