@@ -1,0 +1,213 @@
+"""The engine: which revisions are loaded, where requests go, and the switch between them.
+
+What requests see is one immutable routing table behind one reference. A switch builds a new table
+and replaces the reference; a request that has found its revision in the old table keeps it until
+it is answered, whatever happens to the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from pollard.runtime.sessions import Array, TensorInfo
+from pollard.services.common.counters import RequestCounters
+from pollard.services.common.routing import PRODUCTION, choose_revision
+from pollard.services.inference.errors import (
+    ModelNotReady,
+    ModelUnknown,
+    RequestInvalid,
+    ServerStopping,
+)
+from pollard.services.inference.revision import LoadedRevision
+from pollard.services.inference.workers import Outputs
+
+Route = tuple[tuple[int, int], ...]
+"""Pairs of revision and weight."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model as requests find it."""
+
+    name: str
+    revisions: Mapping[int, LoadedRevision]
+    routes: Mapping[str, Route]
+    """By alias; every revision in it is in `revisions`."""
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """All models as requests find them. Never changed, only replaced."""
+
+    models: Mapping[str, ServedModel] = field(default_factory=lambda: MappingProxyType({}))
+
+    def with_model(self, model: ServedModel) -> RoutingTable:
+        """Return a table that differs in one model; one without revisions is left out."""
+        models = dict(self.models)
+        if model.revisions:
+            models[model.name] = model
+        else:
+            models.pop(model.name, None)
+        return replace(self, models=MappingProxyType(models))
+
+
+class Engine:
+    """Runs requests on loaded revisions. Used from the event loop's thread only."""
+
+    def __init__(self, *, max_request_seconds: float = 30.0) -> None:
+        """Start without models.
+
+        Args:
+            max_request_seconds: Longest that a request may take, whatever its deadline.
+        """
+        self.table = RoutingTable()
+        self.known: Mapping[str, frozenset[int]] = {}
+        """Revisions that should be served, loaded or not, by model: what is known but not loaded
+        is "not ready", the rest is unknown."""
+        self._max_request_seconds = max_request_seconds
+        self._counters: dict[tuple[str, int], RequestCounters] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def resolve(
+        self, model: str, version: str = "", alias: str = "", sticky_key: str = ""
+    ) -> LoadedRevision:
+        """Return the revision that a request is for.
+
+        The caller must run it before it yields to the event loop, or the revision may be freed.
+
+        Args:
+            model: Name of the model.
+            version: A revision's number, or empty to follow the alias.
+            alias: Alias to follow; empty means "production".
+            sticky_key: Requests with the same key get the same revision of a split alias.
+
+        Raises:
+            RequestInvalid: the version is not an integer.
+            ModelUnknown: there is no such model, revision or alias.
+            ModelNotReady: it is known but not loaded.
+            ServerStopping: the server takes no new requests.
+        """
+        if self._stopping:
+            raise ServerStopping("the server is stopping; send the request to another one")
+        served = self.table.models.get(model)
+        if version:
+            number = parse_version(version)
+            revision = served.revisions.get(number) if served else None
+            if revision is None:
+                if number in self.known.get(model, ()):
+                    raise ModelNotReady(
+                        f"Request for unknown model: '{model}' version {number} is not at ready "
+                        "state",
+                        model=model,
+                        version=number,
+                    )
+                raise ModelUnknown(
+                    f"Request for unknown model: '{model}' version {number} is not found",
+                    model=model,
+                    version=number,
+                )
+            return revision
+        if served is None:
+            if self.known.get(model):
+                raise ModelNotReady(
+                    f"Request for unknown model: '{model}' is not at ready state", model=model
+                )
+            raise ModelUnknown(f"Request for unknown model: '{model}' is not found", model=model)
+        wanted = alias or PRODUCTION
+        number_or_none = choose_revision(served.routes.get(wanted, ()), sticky_key)
+        if number_or_none is None:
+            raise ModelUnknown(
+                f"Request for unknown model: '{model}' has no alias '{wanted}'; it has "
+                f"{sorted(served.routes)}. Name a version or point the alias at one",
+                model=model,
+                alias=wanted,
+            )
+        return served.revisions[number_or_none]
+
+    async def infer(
+        self,
+        revision: LoadedRevision,
+        feeds: dict[str, Array],
+        outputs: Sequence[TensorInfo],
+        seconds_left: float | None = None,
+    ) -> Outputs:
+        """Run one request on a revision that `resolve` returned.
+
+        Args:
+            revision: Where to run it.
+            feeds: Inputs by name, checked against the revision.
+            outputs: Outputs wanted.
+            seconds_left: Time until the caller's deadline; None if it has none.
+
+        Raises:
+            QueueFull: too many requests wait.
+            RequestExpired: the deadline passed before it was run.
+            ExecutionFailed: onnxruntime failed on it.
+        """
+        limit = self._max_request_seconds
+        if seconds_left is not None:
+            limit = min(limit, seconds_left)
+        return await revision.infer(feeds, outputs, time.monotonic() + limit)
+
+    def switch(self, model: ServedModel) -> None:
+        """Replace a model by another state of it; free what is no longer in it once it is idle.
+
+        A model without revisions is removed.
+        """
+        before = self.table.models.get(model.name)
+        for number, revision in model.revisions.items():
+            # Counters only grow while the server runs, also where a revision comes back.
+            revision.counters = self._counters.setdefault((model.name, number), revision.counters)
+        self.table = self.table.with_model(model)
+        if before is not None:
+            kept = set(map(id, model.revisions.values()))
+            for revision in before.revisions.values():
+                if id(revision) not in kept:
+                    self.retire(revision)
+
+    def retire(self, revision: LoadedRevision) -> asyncio.Task[None]:
+        """Free a revision once its requests in flight are answered; return the task that waits."""
+        task = asyncio.get_running_loop().create_task(revision.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return task
+
+    def counters(self, model: str, revision: int) -> RequestCounters | None:
+        """Return the counters of a revision; None if it was never loaded."""
+        return self._counters.get((model, revision))
+
+    def stop_accepting(self) -> None:
+        """Refuse new requests from now on."""
+        self._stopping = True
+
+    async def close(self) -> None:
+        """Refuse new requests, finish those in flight and free everything."""
+        self.stop_accepting()
+        served = list(self.table.models.values())
+        self.table = RoutingTable()
+        for model in served:
+            for revision in model.revisions.values():
+                self.retire(revision)
+        while self._retiring:
+            await asyncio.gather(*self._retiring, return_exceptions=True)
+
+
+def parse_version(version: str) -> int:
+    """Return the number of a version as requests write it.
+
+    Raises:
+        RequestInvalid: it is not a positive integer.
+    """
+    if version.isascii() and version.isdigit() and len(version) < 19 and int(version) > 0:
+        return int(version)
+    raise RequestInvalid(
+        f"failed to get model version from specified version string '{version}', version should be "
+        "an integral value > 0; other aliases than production travel in the metadata key "
+        "pollard-alias",
+        version=version,
+    )

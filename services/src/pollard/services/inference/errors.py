@@ -1,0 +1,100 @@
+"""The errors of the inference engine: leaves of the tree in `common.errors`.
+
+::
+
+    InvalidRequest
+    └── RequestInvalid     the request does not fit the model
+    NotFound
+    └── ModelUnknown       no such model, version or alias on this server
+    Unavailable
+    ├── ModelNotReady      known, but not loaded yet, or refused
+    ├── QueueFull          more requests wait than may wait
+    └── ServerStopping     the server, or the revision, takes no new requests
+    DeadlineExceeded
+    └── RequestExpired     its deadline passed before it was run
+    Unimplemented
+    └── FeatureNotOffered  a part of the protocol that this server does not implement
+    FailedPrecondition
+    └── LoadRefused        a revision cannot be loaded here
+    ResourceExhausted
+    └── MemoryShort        there is not enough memory for a revision beside what runs
+    ServiceError
+    └── ExecutionFailed    onnxruntime failed on a request that looked valid
+
+Clients of the Open Inference Protocol know the wording of the first three from Triton, and some of
+them look at it.
+"""
+
+from __future__ import annotations
+
+from pollard.services.common import errors
+
+
+class RequestInvalid(errors.InvalidRequest):
+    """The request does not fit the model."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="REQUEST_INVALID", **metadata)
+
+
+class ModelUnknown(errors.NotFound):
+    """There is no such model, version or alias on this server."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="MODEL_UNKNOWN", **metadata)
+
+
+class ModelNotReady(errors.Unavailable):
+    """The model is known, but is not loaded yet or could not be."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="MODEL_NOT_READY", **metadata)
+
+
+class QueueFull(errors.Unavailable):
+    """More requests wait for the model than may wait."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="QUEUE_FULL", **metadata)
+
+
+class ServerStopping(errors.Unavailable):
+    """The server, or the revision, takes no new requests."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="SERVER_STOPPING", **metadata)
+
+
+class RequestExpired(errors.DeadlineExceeded):
+    """The deadline passed before the request was run."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="REQUEST_EXPIRED", **metadata)
+
+
+class FeatureNotOffered(errors.Unimplemented):
+    """The request uses a part of the protocol that this server does not implement."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="FEATURE_NOT_OFFERED", **metadata)
+
+
+class LoadRefused(errors.FailedPrecondition):
+    """A revision cannot be loaded on this server."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="LOAD_REFUSED", **metadata)
+
+
+class MemoryShort(errors.ResourceExhausted):
+    """There is not enough memory to load the revision beside what runs."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="MEMORY_SHORT", **metadata)
+
+
+class ExecutionFailed(errors.ServiceError):
+    """onnxruntime failed on a request that looked valid."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="EXECUTION_FAILED", **metadata)

@@ -1,0 +1,157 @@
+"""One loaded revision: what it takes and gives, and its requests in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pollard.runtime.sessions import Array, Session, TensorInfo
+from pollard.services.common.counters import RequestCounters
+from pollard.services.inference.errors import RequestExpired
+from pollard.services.inference.tensors import batches
+from pollard.services.inference.workers import Outputs, Work, Workers
+
+
+@dataclass(frozen=True)
+class RevisionInfo:
+    """What does not change while a revision is loaded."""
+
+    model: str
+    revision: int
+    digest: str
+    """SHA-256 of the bundle's manifest."""
+    size_bytes: int
+    """Size of the bundle's files."""
+    variant: str
+    target: str
+    inputs: tuple[TensorInfo, ...]
+    """In the order of the graph, with the manifest's shapes."""
+    outputs: tuple[TensorInfo, ...]
+    max_batch_size: int
+    """Largest first dimension of a request; 1 if the model does not batch."""
+    load_seconds: float = 0.0
+
+    @property
+    def batches(self) -> bool:
+        """Whether every input and every output has the batch as its first dimension."""
+        return all(batches(info) for info in (*self.inputs, *self.outputs))
+
+
+class LoadedRevision:
+    """A revision that can be run. Used from the event loop's thread only."""
+
+    def __init__(
+        self,
+        info: RevisionInfo,
+        session: Session,
+        *,
+        workers: int,
+        joined_batch: int,
+        max_queue: int,
+    ) -> None:
+        """Start the workers; the session must be checked and warm.
+
+        Args:
+            info: What the revision is.
+            session: Its session, handed over: it is freed with the revision.
+            workers: Number of threads that run requests.
+            joined_batch: Largest batch made of several requests; 1 joins none.
+            max_queue: Most requests that wait.
+        """
+        self.info = info
+        self.counters = RequestCounters()
+        self.in_flight = 0
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = asyncio.Event()
+        self._workers = Workers(
+            session,
+            count=workers,
+            joined_batch=joined_batch if info.batches else 1,
+            max_queue=max_queue,
+            name=f"{info.model}-{info.revision}",
+            on_closed=self._on_workers_closed,
+        )
+
+    async def infer(
+        self, feeds: dict[str, Array], outputs: Sequence[TensorInfo], deadline: float
+    ) -> Outputs:
+        """Run one request and return its outputs by name.
+
+        Args:
+            feeds: Checked inputs by name.
+            outputs: Outputs wanted.
+            deadline: When to give up, on the clock of `time.monotonic`.
+
+        Raises:
+            QueueFull: too many requests wait.
+            RequestExpired: the deadline passed before it was run.
+            ExecutionFailed: onnxruntime failed on it.
+        """
+        joins_with: object = None
+        batch = 1
+        if self.info.batches:
+            first = next(iter(feeds.values()))
+            batch = first.shape[0]
+            if self._workers.joins:
+                joins_with = (
+                    tuple(output.name for output in outputs),
+                    *(feeds[info.name].shape[1:] for info in self.info.inputs),
+                )
+        names = tuple(output.name for output in outputs)
+        started = time.perf_counter()
+        self._enter()
+        try:
+            work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
+            self._workers.submit(work)
+            result = await work.done
+        except (RequestExpired, asyncio.CancelledError):
+            self.counters.reject()
+            raise
+        except Exception:
+            self.counters.fail()
+            raise
+        else:
+            self.counters.succeed(time.perf_counter() - started)
+            return result
+        finally:
+            self._leave()
+
+    async def retire(self) -> None:
+        """Wait for the requests in flight, then free the session.
+
+        The revision must not be reachable by new requests any more.
+        """
+        await self._idle.wait()
+        self._workers.close()
+        await self._closed.wait()
+        await asyncio.to_thread(_return_memory)
+
+    def _enter(self) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
+
+    def _on_workers_closed(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._closed.set)
+        except RuntimeError:
+            # The event loop is closed, and with it everybody who could wait.
+            return
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the operating system; glibc keeps much of it otherwise."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        # Another C library; it decides for itself.
+        return
