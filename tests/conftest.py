@@ -1,0 +1,150 @@
+"""Fixtures for every test: small real models and bundles."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.bundle import Bundle, write_bundle
+
+
+def linear_model(*, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0) -> bytes:
+    """An ONNX model: uint8 NHWC images, a flat linear layer, float32 scores.
+
+    Different seeds give different answers for the same image.
+    """
+    generator = np.random.default_rng(seed)
+    features = size * size * channels
+    weights = generator.normal(0, 0.02, (features, classes)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["float"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
+        ],
+        "linear",
+        [
+            helper.make_tensor_value_info(
+                "image", TensorProto.UINT8, ["batch", size, size, channels]
+            )
+        ],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", classes])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def linear_manifest(
+    *, size: int = 8, channels: int = 1, classes: int = 3, target: str = "cpu-fp32"
+) -> bundle_pb2.Manifest:
+    """The manifest of :func:`linear_model`, without files."""
+    manifest = bundle_pb2.Manifest(
+        schema_version=1, name="linear", task=bundle_pb2.TASK_CLASSIFICATION
+    )
+    manifest.inputs.add(
+        name="image",
+        data_type=bundle_pb2.DATA_TYPE_UINT8,
+        shape=[-1, size, size, channels],
+        layout="NHWC",
+    )
+    manifest.outputs.add(
+        name="scores", data_type=bundle_pb2.DATA_TYPE_FP32, shape=[-1, classes], layout="NC"
+    )
+    color = bundle_pb2.COLOR_MODE_GRAY if channels == 1 else bundle_pb2.COLOR_MODE_RGB
+    manifest.preprocess.add().decode.CopyFrom(
+        bundle_pb2.Decode(color_mode=color, apply_exif_orientation=True)
+    )
+    manifest.preprocess.add().resize.CopyFrom(
+        bundle_pb2.Resize(
+            mode=bundle_pb2.RESIZE_MODE_EXACT,
+            width=size,
+            height=size,
+            interpolation=bundle_pb2.INTERPOLATION_BILINEAR,
+        )
+    )
+    manifest.postprocess.classification.output = "scores"
+    manifest.postprocess.classification.activation = bundle_pb2.ACTIVATION_SOFTMAX
+    manifest.postprocess.labels_file = "labels.txt"
+    variant = manifest.variants.add(
+        name=target,
+        target=target,
+        model_file=f"{target}/model.onnx",
+        golden_file=f"{target}/golden.npz",
+        max_batch_size=32,
+    )
+    variant.golden_tolerance.absolute = 1e-3
+    variant.golden_tolerance.relative = 1e-3
+    variant.requirements.execution_provider = "CPUExecutionProvider"
+    variant.requirements.opset = 18
+    return manifest
+
+
+def golden_archive(model: bytes, *, size: int = 8, channels: int = 1, seed: int = 1) -> bytes:
+    """Golden inputs and the outputs that ``model`` gives for them."""
+    import onnxruntime
+
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (2, size, size, channels), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    scores = session.run(["scores"], {"image": images})[0]
+    buffer = io.BytesIO()
+    np.savez(buffer, **{"input/image": images, "output/scores": scores})
+    return buffer.getvalue()
+
+
+BundleMaker = Callable[..., Bundle]
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> BundleMaker:
+    """A function that writes a small real bundle and opens it.
+
+    Arguments, all optional: ``name`` (of the directory), ``size``, ``channels``,
+    ``classes``, ``seed`` (another seed gives other answers), ``target``,
+    ``edit`` (called with the manifest before it is written), ``files`` (more
+    files, or other content for those there are).
+    """
+    count = 0
+
+    def make(
+        *,
+        name: str | None = None,
+        size: int = 8,
+        channels: int = 1,
+        classes: int = 3,
+        seed: int = 0,
+        target: str = "cpu-fp32",
+        edit: Callable[[bundle_pb2.Manifest], None] | None = None,
+        files: dict[str, bytes] | None = None,
+    ) -> Bundle:
+        nonlocal count
+        count += 1
+        model = linear_model(size=size, channels=channels, classes=classes, seed=seed)
+        manifest = linear_manifest(size=size, channels=channels, classes=classes, target=target)
+        content: dict[str, bytes | Path] = {
+            f"{target}/model.onnx": model,
+            f"{target}/golden.npz": golden_archive(model, size=size, channels=channels),
+            "labels.txt": "".join(f"class {index}\n" for index in range(classes)).encode(),
+        }
+        content.update(files or {})
+        if edit is not None:
+            edit(manifest)
+        return write_bundle(tmp_path / "bundles" / (name or f"b{count}"), manifest, content)
+
+    return make
+
+
+@pytest.fixture
+def make_linear_model() -> Callable[..., bytes]:
+    """:func:`linear_model`: an ONNX file with uint8 NHWC input."""
+    return linear_model
