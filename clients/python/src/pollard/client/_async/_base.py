@@ -1,0 +1,78 @@
+"""What all clients share: one channel, deadlines, typed errors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from pollard.client import _channel
+from pollard.client._async import _io
+from pollard.client.errors import from_rpc_error
+
+T = TypeVar("T")
+
+
+class AsyncBaseClient:
+    """One channel to one server. Use it as a context manager, or call `close()`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
+        retry: _channel.RetryPolicy | None = None,
+        max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Make a client. It connects with the first request.
+
+        Args:
+            address: "HOST:PORT" or "unix:/path".
+            timeout: Deadline in seconds of requests that give none.
+            retry: How often idempotent requests that meet UNAVAILABLE are sent again; by default
+                three times more. `RetryPolicy.none()` lets every failure through.
+            max_message_bytes: Largest message in either direction.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        self.address = _channel.checked_address(address)
+        self._timeout = _channel.checked_timeout(timeout, timeout)
+        options = _channel.channel_options(retry or _channel.RetryPolicy(), max_message_bytes)
+        self._channel = _io.open_channel(self.address, options)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Close the channel; requests in flight are cancelled. More than once does no harm."""
+        if not self._closed:
+            self._closed = True
+            await _io.close_channel(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self,
+        name: str,
+        method: Callable[..., Awaitable[T]],
+        request: object,
+        timeout: float | None,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> T:
+        if self._closed:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        deadline = _channel.checked_timeout(timeout, self._timeout)
+        try:
+            return await method(request, timeout=deadline, metadata=metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address=self.address, method=name) from None

@@ -1,0 +1,69 @@
+"""What differs between the asyncio clients and the sync ones; each has its own by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+
+from pollard.client._upload import Upload
+from pollard.models.v1 import model_service_pb2
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+sleep = asyncio.sleep
+
+
+def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
+    """Open a channel; it connects with the first request."""
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+async def close_channel(channel: grpc.aio.Channel) -> None:
+    """Close a channel and cancel what is in flight."""
+    await channel.close()
+
+
+async def run_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run something that reads or hashes files, without holding up the event loop."""
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def send_upload(
+    method: grpc.aio.StreamUnaryMultiCallable[
+        model_service_pb2.UploadBundleRequest, model_service_pb2.UploadBundleResponse
+    ],
+    upload: Upload,
+    offset: int,
+    timeout: float,
+) -> model_service_pb2.UploadBundleResponse:
+    """Make one attempt at an upload, and cancel it when nothing moves any more."""
+    call = method(upload.requests(offset), timeout=timeout)
+    answer = asyncio.ensure_future(_answer(call))
+    try:
+        while True:
+            done, _ = await asyncio.wait({answer}, timeout=1.0)
+            if done:
+                return answer.result()
+            if upload.is_idle():
+                call.cancel()
+                return await answer
+    except asyncio.CancelledError:
+        call.cancel()
+        if upload.stalled:
+            raise _stalled() from None
+        raise
+
+
+async def _answer(call: Any) -> model_service_pb2.UploadBundleResponse:
+    response: model_service_pb2.UploadBundleResponse = await call
+    return response
+
+
+def _stalled() -> grpc.aio.AioRpcError:
+    # A call that is cancelled from this side raises CancelledError and not an RpcError.
+    empty = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, "the upload stalled")

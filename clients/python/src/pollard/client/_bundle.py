@@ -1,0 +1,286 @@
+"""Bundles as the client meets them: to send one, and to write one that was fetched.
+
+The client knows of a bundle only what it must: `manifest.json` lists every other file with its
+SHA-256. What the files mean is the business of `pollard.runtime`, which this package does not need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from google.protobuf import json_format
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.client.errors import InvalidBundle
+
+MANIFEST = "manifest.json"
+SIGNATURE = "signature"
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A run of bytes of the tar: a header, padding, or (with a path) a file."""
+
+    size: int
+    data: bytes = b""
+    path: Path | None = None
+
+
+class BundleTar:
+    """The tar of a bundle directory, made while it is read and the same every time.
+
+    So a broken upload can go on at any byte without the tar ever lying on disk.
+    """
+
+    def __init__(self, directory: Path, manifest: bytes, segments: list[_Segment]) -> None:
+        self.directory = directory
+        self.bundle_sha256 = hashlib.sha256(manifest).hexdigest()
+        self.total_bytes = sum(segment.size for segment in segments)
+        self._segments = segments
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> tuple[BundleTar, str]:
+        """Check every file of a bundle against its manifest; return its tar and the tar's SHA-256.
+
+        Raises:
+            InvalidBundle: If a file is missing, differs from the manifest or is not listed in it.
+            OSError: If a file cannot be read.
+        """
+        directory = Path(directory)
+        raw = _read_manifest(directory)
+        manifest = parse_manifest(raw, str(directory / MANIFEST))
+        listed = {entry.path: entry for entry in manifest.files}
+        _refuse_unlisted(directory, set(listed))
+        names = [MANIFEST]
+        if (directory / SIGNATURE).is_file():
+            names.append(SIGNATURE)
+        names += sorted(listed)
+
+        segments: list[_Segment] = []
+        for name in names:
+            path = directory / name
+            if not path.is_file():
+                raise InvalidBundle(f"{path} is missing, but {MANIFEST} lists it")
+            info = tarfile.TarInfo(name)
+            info.size = path.stat().st_size
+            info.mode = 0o644
+            header = info.tobuf(tarfile.PAX_FORMAT)
+            segments += [_Segment(len(header), header), _Segment(info.size, path=path)]
+            if padding := -info.size % tarfile.BLOCKSIZE:
+                segments.append(_Segment(padding, bytes(padding)))
+        end = 2 * tarfile.BLOCKSIZE
+        end += -(sum(segment.size for segment in segments) + end) % tarfile.RECORDSIZE
+        segments.append(_Segment(end, bytes(end)))
+
+        tar = cls(directory, raw, segments)
+        return tar, tar._verify(listed)
+
+    def chunks(self, offset: int, size: int = _BLOCK) -> Iterator[bytes]:
+        """Yield the bytes of the tar from `offset` on, at most `size` at once."""
+        skip = offset
+        for segment in self._segments:
+            if skip >= segment.size:
+                skip -= segment.size
+                continue
+            yield from _read(segment, skip, size)
+            skip = 0
+
+    def _verify(self, listed: dict[str, bundle_pb2.File]) -> str:
+        """Hash the tar, and on the way every file; return the tar's SHA-256."""
+        whole = hashlib.sha256()
+        for segment in self._segments:
+            digest = hashlib.sha256()
+            for chunk in _read(segment, 0, _BLOCK):
+                whole.update(chunk)
+                digest.update(chunk)
+            if segment.path is None:
+                continue
+            name = segment.path.relative_to(self.directory).as_posix()
+            entry = listed.get(name)
+            if entry is not None and (
+                segment.size != entry.size_bytes or digest.hexdigest() != entry.sha256
+            ):
+                raise InvalidBundle(
+                    f"{segment.path} ({segment.size} bytes) is not the file that {MANIFEST} lists "
+                    f"({entry.size_bytes} bytes, SHA-256 {entry.sha256}); make the bundle again"
+                )
+        return whole.hexdigest()
+
+
+def _read(segment: _Segment, offset: int, size: int) -> Iterator[bytes]:
+    if segment.path is None:
+        yield segment.data[offset:]
+        return
+    left = segment.size - offset
+    with segment.path.open("rb") as file:
+        file.seek(offset)
+        while left:
+            chunk = file.read(min(size, left))
+            if not chunk:
+                raise InvalidBundle(f"{segment.path} became shorter while it was read")
+            left -= len(chunk)
+            yield chunk
+
+
+def _read_manifest(directory: Path) -> bytes:
+    if not directory.is_dir():
+        raise InvalidBundle(f"{directory} is not a directory; name the directory of a bundle")
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise InvalidBundle(
+            f"{directory} holds no {MANIFEST}, so it is not a bundle; "
+            "`pollard compress` and `pollard bundle` make one"
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise InvalidBundle(f"{path} is longer than {MAX_MANIFEST_BYTES} bytes")
+    return path.read_bytes()
+
+
+def parse_manifest(raw: bytes, where: str) -> bundle_pb2.Manifest:
+    """Read a manifest as far as the client needs it, and refuse unsafe paths."""
+    manifest = bundle_pb2.Manifest()
+    try:
+        json_format.Parse(raw.decode(), manifest, ignore_unknown_fields=True)
+    except (UnicodeDecodeError, json_format.ParseError) as error:
+        raise InvalidBundle(f"{where} is no readable manifest: {error}") from None
+    seen = set()
+    for entry in manifest.files:
+        if not is_safe_path(entry.path) or entry.path in (MANIFEST, SIGNATURE):
+            raise InvalidBundle(f"{where} lists the unsafe path {entry.path!r}")
+        if entry.path in seen:
+            raise InvalidBundle(f"{where} lists {entry.path!r} twice")
+        seen.add(entry.path)
+    return manifest
+
+
+def is_safe_path(path: str) -> bool:
+    """Say whether a path of a bundle stays within it on every system."""
+    parts = PurePosixPath(path).parts
+    return (
+        bool(parts)
+        and not path.startswith("/")
+        and "\\" not in path
+        and "\0" not in path
+        and ":" not in path
+        and ".." not in parts
+        and PurePosixPath(path).as_posix() == path
+    )
+
+
+def _refuse_unlisted(directory: Path, listed: set[str]) -> None:
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            name = (Path(folder) / file).relative_to(directory).as_posix()
+            if name not in listed and name not in (MANIFEST, SIGNATURE):
+                raise InvalidBundle(
+                    f"{directory / name} is not listed in {MANIFEST}; a bundle holds nothing else. "
+                    "Move it out of the directory"
+                )
+
+
+class BundleWriter:
+    """Writes a bundle that comes in pieces, beside its place, and renames it when it is whole.
+
+    So the directory either holds a complete, checked bundle or does not exist.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self._partial = self.directory.with_name(
+            f".{self.directory.name}.{uuid.uuid4().hex[:8]}.partial"
+        )
+        self._file: BinaryIO | None = None
+        self._name = ""
+        self._left = 0
+        self._hash = hashlib.sha256()
+        self._digests: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        if self.directory.exists() and (
+            not self.directory.is_dir() or any(self.directory.iterdir())
+        ):
+            raise FileExistsError(f"{self.directory} exists and is not empty; name a new directory")
+        self._partial.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write(self, path: str, offset: int, data: bytes, total_bytes: int) -> None:
+        """Take one piece of a file. Files come one after another, each from its first byte.
+
+        Raises:
+            InvalidBundle: If the pieces do not fit together.
+        """
+        if offset == 0 and path != self._name:
+            self._begin(path, total_bytes)
+        if path != self._name or total_bytes - self._left != offset or len(data) > self._left:
+            raise InvalidBundle(
+                f"the server sent {len(data)} bytes of {path!r} at {offset}, which do not follow "
+                "what came before"
+            )
+        assert self._file is not None  # noqa: S101 - _begin opened it
+        self._file.write(data)
+        self._hash.update(data)
+        self._left -= len(data)
+        if self._left == 0:
+            self._end()
+
+    def finish(self, expected_sha256: str | None = None) -> str:
+        """Check every digest and move the bundle to its place; return its digest.
+
+        Raises:
+            InvalidBundle: If a file is missing or differs from the manifest, or the bundle is not
+                the expected one.
+        """
+        if self._left or MANIFEST not in self._digests:
+            raise InvalidBundle("the server's answer ended before the bundle was whole")
+        digest = self._digests[MANIFEST]
+        if expected_sha256 is not None and digest != expected_sha256:
+            raise InvalidBundle(f"the server sent the bundle {digest} instead of {expected_sha256}")
+        raw = (self._partial / MANIFEST).read_bytes()
+        listed = {entry.path: entry.sha256 for entry in parse_manifest(raw, MANIFEST).files}
+        for name in (self._digests.keys() | listed.keys()) - {MANIFEST, SIGNATURE}:
+            if self._digests.get(name) != listed.get(name):
+                raise InvalidBundle(f"{name!r} came damaged or not at all; pull again")
+        if self.directory.exists():
+            self.directory.rmdir()  # empty, as __enter__ saw; rename would refuse it
+        self._partial.rename(self.directory)
+        return digest
+
+    def _begin(self, path: str, total_bytes: int) -> None:
+        if self._left:
+            raise InvalidBundle(f"the server left {self._name!r} before its end")
+        if not is_safe_path(path) or path in self._digests:
+            raise InvalidBundle(f"the server sent the unsafe or repeated path {path!r}")
+        target = self._partial / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = target.open("xb")
+        self._name, self._left, self._hash = path, total_bytes, hashlib.sha256()
+
+    def _end(self) -> None:
+        assert self._file is not None  # noqa: S101 - called by write
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._digests[self._name] = self._hash.hexdigest()

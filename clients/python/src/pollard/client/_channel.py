@@ -1,0 +1,142 @@
+"""How channels are opened: limits, deadlines, retries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_TIMEOUT_SECONDS = 30.0
+"""Deadline of a request when the caller gives none."""
+
+DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest message in either direction; the servers' default too."""
+
+DEFAULT_INFERENCE_ADDRESS = "127.0.0.1:8001"
+DEFAULT_VISION_ADDRESS = "127.0.0.1:8011"
+DEFAULT_MODELS_ADDRESS = "127.0.0.1:8021"
+
+# Methods without side effects, and those whose request_id makes a second sending harmless.
+# UploadBundle is not among them: the client resumes it by itself, from what is on disk.
+_RETRIED: Mapping[str, Sequence[str]] = {
+    "inference.GRPCInferenceService": (
+        "ServerLive",
+        "ServerReady",
+        "ServerMetadata",
+        "ModelReady",
+        "ModelMetadata",
+        "ModelInfer",
+        "RepositoryIndex",
+    ),
+    "pollard.vision.v1.VisionService": ("Predict", "PredictBatch"),
+    "pollard.preprocess.v1.PreprocessService": ("Transform",),
+    "pollard.models.v1.ModelService": (
+        "GetUpload",
+        "GetModel",
+        "ListModels",
+        "DeleteModel",
+        "GetRevision",
+        "ListRevisions",
+        "DeleteRevision",
+        "GetAlias",
+        "ListAliases",
+        "SetAlias",
+        "RollbackAlias",
+        "DeleteAlias",
+        "ListEvents",
+        "DownloadBundle",
+    ),
+    "pollard.models.v1.FleetService": ("ListServers",),
+}
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often a request that met UNAVAILABLE is sent again, within its deadline."""
+
+    max_attempts: int = 4
+    """Attempts in all, 1 to 5; 1 means never again."""
+    initial_backoff_seconds: float = 0.1
+    """Upper end of the first random pause."""
+    max_backoff_seconds: float = 2.0
+    """Upper end of any pause."""
+    backoff_multiplier: float = 2.0
+    """Growth of the pauses."""
+
+    def __post_init__(self) -> None:
+        # gRPC itself cuts max_attempts at 5; a larger number would silently mean 5.
+        if not 1 <= self.max_attempts <= 5:
+            raise ValueError(f"max_attempts must be 1 to 5, not {self.max_attempts}")
+        if self.initial_backoff_seconds <= 0 or self.max_backoff_seconds <= 0:
+            raise ValueError("backoffs must be longer than 0 seconds")
+        if self.backoff_multiplier <= 0:
+            raise ValueError(f"backoff_multiplier must be above 0, not {self.backoff_multiplier}")
+
+    @classmethod
+    def none(cls) -> RetryPolicy:
+        """Never send a request again: every failure reaches the caller."""
+        return cls(max_attempts=1)
+
+
+def channel_options(
+    retry: RetryPolicy, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+) -> list[tuple[str, Any]]:
+    """Return the options with which every channel is opened."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # A server that restarts should be found again in a second, not in the default 20.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        # A proxy from the environment must not come between a client and its services.
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if retry.max_attempts > 1:
+        options += [("grpc.enable_retries", 1), ("grpc.service_config", service_config(retry))]
+    else:
+        options.append(("grpc.enable_retries", 0))
+    return options
+
+
+def service_config(retry: RetryPolicy) -> str:
+    """Return gRPC's service config (JSON) that retries the idempotent methods on UNAVAILABLE."""
+    names = [
+        {"service": service, "method": method}
+        for service, methods in _RETRIED.items()
+        for method in methods
+    ]
+    policy = {
+        "maxAttempts": retry.max_attempts,
+        "initialBackoff": f"{retry.initial_backoff_seconds}s",
+        "maxBackoff": f"{retry.max_backoff_seconds}s",
+        "backoffMultiplier": retry.backoff_multiplier,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]})
+
+
+def checked_address(address: str) -> str:
+    """Return `address`, or raise ValueError when it is none that gRPC can dial.
+
+    Known forms: "host:port", "[v6]:port", "unix:/path", and "dns:///host:port" with other
+    schemes of gRPC's.
+    """
+    text = address.strip()
+    if text.startswith(("http://", "https://", "grpc://")):
+        raise ValueError(f"address {address!r} must be HOST:PORT, without a scheme")
+    if text.startswith(("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:")):
+        return text
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"address {address!r} must be HOST:PORT, such as 127.0.0.1:8001")
+    return text
+
+
+def checked_timeout(timeout: float | None, default: float) -> float:
+    """Return a deadline in seconds: there always is one."""
+    chosen = default if timeout is None else timeout
+    if not chosen > 0 or chosen == float("inf"):
+        raise ValueError(f"timeout must be a finite number of seconds above 0, not {timeout}")
+    return chosen

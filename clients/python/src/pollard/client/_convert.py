@@ -1,0 +1,269 @@
+"""Messages of the contracts into the types of `types.py`, and arguments into messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from google.protobuf import duration_pb2, timestamp_pb2
+from numpy.typing import NDArray
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.client import types
+from pollard.client._images import ImageLike, encoded
+from pollard.client._names import checked_alias, checked_model, checked_revision, last_part
+from pollard.client._tensors import datatype_of, from_raw, to_raw
+from pollard.client.errors import InvalidAnswer, server_failure
+from pollard.inference import grpc_service_pb2
+from pollard.models.v1 import fleet_service_pb2, model_service_pb2
+from pollard.preprocess.v1 import preprocess_service_pb2
+from pollard.vision.v1 import vision_service_pb2
+
+ALIAS_METADATA_KEY = "pollard-alias"
+
+
+# --- vision and preprocess ------------------------------------------------------------------------
+
+
+def selector(
+    model: str, revision: int | None, alias: str | None, sticky_key: str | None
+) -> preprocess_service_pb2.ModelSelector:
+    if revision is not None and alias is not None:
+        raise ValueError("give a revision or an alias, not both")
+    message = preprocess_service_pb2.ModelSelector(
+        model=checked_model(model), sticky_key=sticky_key or ""
+    )
+    if revision is not None:
+        message.revision = checked_revision(revision)
+    if alias is not None:
+        message.alias = checked_alias(alias)
+    return message
+
+
+def image(source: ImageLike) -> preprocess_service_pb2.Image:
+    return preprocess_service_pb2.Image(content=encoded(source))
+
+
+def options(top_k: int | None, embedding: bool) -> vision_service_pb2.PredictOptions:
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, not {top_k}")
+    return vision_service_pb2.PredictOptions(top_k=top_k or 0, embedding=embedding)
+
+
+def prediction(response: vision_service_pb2.PredictResponse) -> types.Prediction:
+    labels: tuple[types.ScoredLabel, ...] = ()
+    vector: NDArray[np.float32] | None = None
+    if response.HasField("classification"):
+        labels = tuple(
+            types.ScoredLabel(label.index, label.label, label.score)
+            for label in response.classification.labels
+        )
+        if response.classification.HasField("embedding"):
+            vector = np.array(response.classification.embedding.values, np.float32)
+    elif response.HasField("embedding"):
+        vector = np.array(response.embedding.values, np.float32)
+    return types.Prediction(
+        model=response.model,
+        revision=response.revision,
+        labels=labels,
+        embedding=vector,
+        timings=types.Timings(
+            _seconds(response.timings.preprocess),
+            _seconds(response.timings.inference),
+            _seconds(response.timings.postprocess),
+        ),
+    )
+
+
+def transformed(response: preprocess_service_pb2.TransformResponse) -> types.Transformed:
+    tensor = response.tensor
+    return types.Transformed(
+        model=response.model,
+        revision=response.revision,
+        name=tensor.name,
+        tensor=from_raw(tensor.datatype, tensor.shape, tensor.content),
+        geometries=tuple(
+            types.Geometry(g.width, g.height, g.scale_x, g.scale_y, g.offset_x, g.offset_y)
+            for g in response.geometries
+        ),
+    )
+
+
+# --- inference ------------------------------------------------------------------------------------
+
+
+def infer_request(
+    model: str,
+    inputs: Mapping[str, NDArray[Any]],
+    version: int | None,
+    outputs: Sequence[str] | None,
+    request_id: str,
+) -> grpc_service_pb2.ModelInferRequest:
+    request = grpc_service_pb2.ModelInferRequest(
+        model_name=checked_model(model),
+        model_version="" if version is None else str(checked_revision(version)),
+        id=request_id,
+    )
+    for name, value in inputs.items():
+        array = np.asarray(value)
+        request.inputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+        request.raw_input_contents.append(to_raw(array))
+    for name in outputs or ():
+        request.outputs.add(name=name)
+    return request
+
+
+def infer_result(response: grpc_service_pb2.ModelInferResponse) -> types.InferResult:
+    if len(response.raw_output_contents) != len(response.outputs):
+        raise InvalidAnswer(
+            f"the server answered with {len(response.outputs)} outputs and the bytes of "
+            f"{len(response.raw_output_contents)}; only raw outputs are understood"
+        )
+    return types.InferResult(
+        model=response.model_name,
+        version=int(response.model_version),
+        id=response.id,
+        outputs=MappingProxyType(
+            {
+                tensor.name: from_raw(tensor.datatype, tensor.shape, raw)
+                for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+            }
+        ),
+    )
+
+
+def model_metadata(response: grpc_service_pb2.ModelMetadataResponse) -> types.ModelMetadata:
+    def infos(
+        tensors: Sequence[grpc_service_pb2.ModelMetadataResponse.TensorMetadata],
+    ) -> tuple[types.TensorInfo, ...]:
+        return tuple(types.TensorInfo(t.name, t.datatype, tuple(t.shape)) for t in tensors)
+
+    return types.ModelMetadata(
+        name=response.name,
+        versions=tuple(sorted(int(version) for version in response.versions)),
+        platform=response.platform,
+        inputs=infos(response.inputs),
+        outputs=infos(response.outputs),
+    )
+
+
+# --- registry -------------------------------------------------------------------------------------
+
+
+def alias(message: model_service_pb2.Alias) -> types.Alias:
+    return types.Alias(
+        model=message.name.split("/")[1] if message.name.count("/") >= 3 else "",
+        name=last_part(message.name),
+        revision=message.revision,
+        pending_revision=message.pending_revision,
+        previous_revision=message.previous_revision,
+        state=model_service_pb2.Alias.State.Name(message.state).removeprefix("STATE_"),
+        error=message.error.message,
+        failures=tuple(
+            server_failure(failure.server_id, failure.status) for failure in message.failures
+        ),
+        update_time=_time(message, "update_time"),
+        etag=message.etag,
+    )
+
+
+def model(message: model_service_pb2.Model) -> types.Model:
+    return types.Model(
+        name=last_part(message.name),
+        description=message.description,
+        labels=MappingProxyType(dict(message.labels)),
+        latest_revision=message.latest_revision,
+        aliases=tuple(alias(item) for item in message.aliases),
+        create_time=_time(message, "create_time"),
+        update_time=_time(message, "update_time"),
+        etag=message.etag,
+    )
+
+
+def revision(message: model_service_pb2.Revision) -> types.Revision:
+    return types.Revision(
+        model=message.name.split("/")[1] if "/" in message.name else "",
+        revision=message.revision,
+        bundle_sha256=message.bundle_sha256,
+        size_bytes=message.size_bytes,
+        state=model_service_pb2.Revision.State.Name(message.state).removeprefix("STATE_"),
+        error=message.error.message,
+        notes=message.notes,
+        labels=MappingProxyType(dict(message.labels)),
+        aliases=tuple(message.aliases),
+        variants=tuple(_variant(variant) for variant in message.manifest.variants),
+        create_time=_time(message, "create_time"),
+        etag=message.etag,
+    )
+
+
+def _variant(message: bundle_pb2.Variant) -> types.Variant:
+    measured = message.measurement
+    accuracy = None
+    if measured.HasField("accuracy") and measured.accuracy.samples:
+        metric = measured.accuracy
+        accuracy = types.Accuracy(
+            metric.name, metric.value, metric.lower, metric.upper, metric.samples, metric.dataset
+        )
+    at_one = [entry.p50_us for entry in measured.latencies if entry.batch_size == 1]
+    return types.Variant(
+        name=message.name,
+        target=message.target,
+        size_bytes=measured.size_bytes,
+        accuracy=accuracy,
+        latency_p50_us=min(at_one, default=None),
+    )
+
+
+def server(message: fleet_service_pb2.Server) -> types.Server:
+    hello = message.hello
+    return types.Server(
+        server_id=hello.server_id or last_part(message.name),
+        kind=fleet_service_pb2.ServerKind.Name(hello.kind).removeprefix("SERVER_KIND_"),
+        address=hello.address,
+        connected=message.connected,
+        last_seen_time=_time(message, "last_seen_time"),
+        acked_version=message.acked_version,
+        last_refusal=message.last_nack.status.message,
+        software_version=hello.software_version,
+        targets=tuple(hello.capabilities.targets),
+        revisions=tuple(
+            types.ServerRevision(
+                model=item.model,
+                revision=item.revision,
+                state=fleet_service_pb2.RevisionState.Name(item.state).removeprefix(
+                    "REVISION_STATE_"
+                ),
+                variant=item.variant,
+                error=item.error.message,
+                succeeded=item.counters.succeeded,
+                failed=item.counters.failed,
+            )
+            for item in message.report.revisions
+        ),
+    )
+
+
+def event(message: model_service_pb2.Event) -> types.Event:
+    return types.Event(
+        sequence=message.sequence,
+        time=_time(message, "time"),
+        actor=message.actor,
+        action=message.action,
+        resource=message.resource,
+        detail=message.detail,
+    )
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _time(message: Any, field: str) -> datetime | None:
+    if not message.HasField(field):
+        return None
+    value: timestamp_pb2.Timestamp = getattr(message, field)
+    return value.ToDatetime(tzinfo=UTC)

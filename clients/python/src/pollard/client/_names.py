@@ -1,0 +1,64 @@
+"""Resource names, checked before anything is sent."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def checked_model(model: str) -> str:
+    """Return a model name; "models/NAME" is taken too. Raise ValueError when it is none."""
+    name = model.removeprefix("models/")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"model name {model!r} is not valid: use 1 to 63 characters out of a-z, 0-9, '-', '_' "
+            "and '.', beginning with a letter or digit"
+        )
+    return name
+
+
+def checked_alias(alias: str) -> str:
+    """Return an alias name, or raise ValueError when it is none."""
+    if not _NAME.fullmatch(alias) or alias.isdigit():
+        raise ValueError(
+            f"alias {alias!r} is not valid: use 1 to 63 characters out of a-z, 0-9, '-', '_' and "
+            "'.', beginning with a letter or digit, and not only digits"
+        )
+    return alias
+
+
+def checked_revision(revision: int) -> int:
+    """Return a revision number, or raise ValueError when it is none."""
+    if isinstance(revision, bool) or not isinstance(revision, int) or revision < 1:
+        raise ValueError(f"revision must be an integer from 1 on, not {revision!r}")
+    return revision
+
+
+def model_name(model: str) -> str:
+    """Return "models/{model}"."""
+    return f"models/{checked_model(model)}"
+
+
+def revision_name(model: str, revision: int) -> str:
+    """Return "models/{model}/revisions/{n}"."""
+    return f"{model_name(model)}/revisions/{checked_revision(revision)}"
+
+
+def alias_name(model: str, alias: str) -> str:
+    """Return "models/{model}/aliases/{alias}"."""
+    return f"{model_name(model)}/aliases/{checked_alias(alias)}"
+
+
+def choice_name(model: str, revision: int | None, alias: str | None) -> str:
+    """Return the name of a revision, by number or alias; neither means "production"."""
+    if revision is not None and alias is not None:
+        raise ValueError("give a revision or an alias, not both")
+    if revision is not None:
+        return revision_name(model, revision)
+    return alias_name(model, alias or "production")
+
+
+def last_part(name: str) -> str:
+    """Return what stands behind the last slash of a resource name."""
+    return name.rpartition("/")[2]

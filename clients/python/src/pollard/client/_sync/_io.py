@@ -1,0 +1,58 @@
+"""What differs between the asyncio clients and the sync ones; each has its own by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+
+from pollard.client._upload import Upload
+from pollard.models.v1 import model_service_pb2
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+sleep = time.sleep
+
+
+def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.Channel:
+    """Open a channel; it connects with the first request."""
+    return grpc.insecure_channel(address, options=options)
+
+
+def close_channel(channel: grpc.Channel) -> None:
+    """Close a channel and cancel what is in flight."""
+    channel.close()
+
+
+def run_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run something that reads or hashes files."""
+    return function(*args, **kwargs)
+
+
+def send_upload(
+    method: grpc.StreamUnaryMultiCallable[
+        model_service_pb2.UploadBundleRequest, model_service_pb2.UploadBundleResponse
+    ],
+    upload: Upload,
+    offset: int,
+    timeout: float,
+) -> model_service_pb2.UploadBundleResponse:
+    """Make one attempt at an upload, and cancel it when nothing moves any more."""
+    call = method.future(upload.requests(offset), timeout=timeout)
+    try:
+        while True:
+            try:
+                return call.result(timeout=1.0)
+            except grpc.FutureTimeoutError:
+                if upload.is_idle():
+                    call.cancel()
+            except grpc.FutureCancelledError:
+                # The call itself carries the status.
+                assert isinstance(call, grpc.RpcError)  # noqa: S101 - grpc's own class
+                raise call from None
+    except BaseException:
+        call.cancel()
+        raise

@@ -1,0 +1,357 @@
+"""What the clients give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from pollard.client.errors import ServerFailure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ScoredLabel:
+    """One class with its score."""
+
+    index: int
+    """Index of the class, from 0."""
+    label: str
+    """Its label; empty when the bundle has none."""
+    score: float
+    """Its score; a probability when the bundle says softmax."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one prediction went; the parts need not add up to the whole."""
+
+    preprocess_seconds: float
+    """Decoding and transforming."""
+    inference_seconds: float
+    """The inference server's answer, transport included."""
+    postprocess_seconds: float
+    """From outputs to the answer."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image."""
+
+    model: str
+    """Model name."""
+    revision: int
+    """Revision that answered."""
+    labels: tuple[ScoredLabel, ...]
+    """The best labels, by falling score; empty when the model is no classifier."""
+    embedding: NDArray[np.float32] | None
+    """Vector, float32 of shape (D,), when the model gives one."""
+    timings: Timings
+    """Where the time went."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Maps points of the tensor back to the upright image.
+
+    A point (x, y) of the tensor lies at ((x - offset_x) / scale_x, (y - offset_y) / scale_y).
+    """
+
+    width: int
+    """Width of the upright image in pixels."""
+    height: int
+    """Height of the upright image in pixels."""
+    scale_x: float
+    """Horizontal scale."""
+    scale_y: float
+    """Vertical scale."""
+    offset_x: float
+    """Horizontal offset in pixels of the tensor."""
+    offset_y: float
+    """Vertical offset in pixels of the tensor."""
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """Images made into the input tensor of a revision."""
+
+    model: str
+    """Model name."""
+    revision: int
+    """Revision whose steps were used; name it when sending the tensor to an inference server."""
+    name: str
+    """Name of the input."""
+    tensor: NDArray[Any]
+    """The batch, images along the first dimension, by custom uint8 (N, H, W, C)."""
+    geometries: tuple[Geometry, ...]
+    """Where each image went."""
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """The outputs of one inference."""
+
+    model: str
+    """Model name."""
+    version: int
+    """Revision that ran."""
+    id: str
+    """Name that the caller gave to the request."""
+    outputs: Mapping[str, NDArray[Any]]
+    """Output tensors by name, in the order in which they were asked for. Read-only arrays."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, type and shape of one tensor."""
+
+    name: str
+    """Name of the tensor."""
+    datatype: str
+    """Element type as the Open Inference Protocol names it, such as "UINT8"."""
+    shape: tuple[int, ...]
+    """Size of each dimension; -1 stands for a size that the request chooses."""
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a model takes and gives."""
+
+    name: str
+    """Model name."""
+    versions: tuple[int, ...]
+    """Revisions that the server can run now, ascending."""
+    platform: str
+    """Kind of file and engine."""
+    inputs: tuple[TensorInfo, ...]
+    """Inputs in the order of the graph."""
+    outputs: tuple[TensorInfo, ...]
+    """Outputs in the order of the graph."""
+
+
+@dataclass(frozen=True)
+class ServerMetadata:
+    """What an inference server is."""
+
+    name: str
+    """Product name."""
+    version: str
+    """Version of the software."""
+    extensions: tuple[str, ...]
+    """Optional parts of the protocol that the server implements."""
+
+
+@dataclass(frozen=True)
+class RepositoryEntry:
+    """One model version that an inference server knows of."""
+
+    name: str
+    """Model name."""
+    version: str
+    """The version; empty when the model has none loaded."""
+    state: str
+    """State, such as "READY" or "UNAVAILABLE"."""
+    reason: str
+    """Why it is in that state; empty when all is well."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """An alias and the state of its switch."""
+
+    model: str
+    """Model name."""
+    name: str
+    """Alias, such as "production"."""
+    revision: int
+    """Revision that requests go to; 0 while the first switch is not done."""
+    pending_revision: int
+    """Revision that it is moving to; 0 for none."""
+    previous_revision: int
+    """Revision that it pointed at before; 0 for none."""
+    state: str
+    """ACTIVE, LOADING, SWITCHING or FAILED."""
+    error: str
+    """Why the last switch failed; empty otherwise."""
+    failures: tuple[ServerFailure, ...]
+    """Servers that refused, with their reasons."""
+    update_time: datetime | None
+    """When it last changed, in UTC."""
+    etag: str
+    """Changes with every change."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name under which revisions are kept."""
+
+    name: str
+    """Model name."""
+    description: str
+    """Free text."""
+    labels: Mapping[str, str]
+    """Labels."""
+    latest_revision: int
+    """Number of the newest revision; 0 when there is none."""
+    aliases: tuple[Alias, ...]
+    """Its aliases."""
+    create_time: datetime | None
+    """When it was created, in UTC."""
+    update_time: datetime | None
+    """When it last changed, in UTC."""
+    etag: str
+    """Changes with every change."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Quality on held-out data, with its confidence interval."""
+
+    name: str
+    """Name of the metric, such as "top1"."""
+    value: float
+    """Estimate, between 0 and 1."""
+    lower: float
+    """Lower end of the interval."""
+    upper: float
+    """Upper end of the interval."""
+    samples: int
+    """Number of samples."""
+    dataset: str
+    """Which data."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model built for one target."""
+
+    name: str
+    """Unique within the bundle."""
+    target: str
+    """Target, such as "cpu-int8"."""
+    size_bytes: int
+    """Size of the ONNX file in bytes."""
+    accuracy: Accuracy | None
+    """Quality, when it was measured."""
+    latency_p50_us: float | None
+    """Median at batch 1 in microseconds, engine only, when it was measured."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One immutable bundle of a model."""
+
+    model: str
+    """Model name."""
+    revision: int
+    """Number, counting 1, 2, 3…."""
+    bundle_sha256: str
+    """SHA-256 of manifest.json, lower-case hexadecimal."""
+    size_bytes: int
+    """Sum of the sizes of its files."""
+    state: str
+    """UPLOADED, CHECKED, READY or FAILED."""
+    error: str
+    """Why it failed; empty otherwise."""
+    notes: str
+    """Free text."""
+    labels: Mapping[str, str]
+    """Labels."""
+    aliases: tuple[str, ...]
+    """Aliases that point at it."""
+    variants: tuple[Variant, ...]
+    """Variants; only filled by `revision()` and `push()`."""
+    create_time: datetime | None
+    """When it was stored, in UTC."""
+    etag: str
+    """Changes with every change."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of an upload."""
+
+    revision: Revision
+    """The stored revision."""
+    existed: bool
+    """Whether the model already had this bundle."""
+    alias: Alias | None
+    """The alias after its switch; None when none was asked for, or the wait was not wanted."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an upload or a download is."""
+
+    done_bytes: int
+    """Bytes sent or received, those of earlier attempts included."""
+    total_bytes: int
+    """Bytes in all."""
+
+
+@dataclass(frozen=True)
+class ServerRevision:
+    """One revision on one server."""
+
+    model: str
+    """Model name."""
+    revision: int
+    """Number."""
+    state: str
+    """PENDING, FETCHING, LOADING, READY, FAILED or DRAINING."""
+    variant: str
+    """Variant in use."""
+    error: str
+    """Why it failed; empty otherwise."""
+    succeeded: int
+    """Requests answered with success since the server started."""
+    failed: int
+    """Requests that failed for a reason of the server's."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server of the fleet."""
+
+    server_id: str
+    """Id, stable across restarts."""
+    kind: str
+    """INFERENCE or PREPROCESS."""
+    address: str
+    """gRPC target under which others reach it."""
+    connected: bool
+    """Whether it is in touch with the manager now."""
+    last_seen_time: datetime | None
+    """When it was last heard, in UTC."""
+    acked_version: int
+    """Version of the desired state that it last acknowledged."""
+    last_refusal: str
+    """Its last refusal; empty after a later acknowledgement."""
+    software_version: str
+    """Version of Pollard."""
+    targets: tuple[str, ...]
+    """Targets it can run."""
+    revisions: tuple[ServerRevision, ...]
+    """What it runs."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change in the registry."""
+
+    sequence: int
+    """Counts up by one; never used again."""
+    time: datetime | None
+    """When, in UTC."""
+    actor: str
+    """Who."""
+    action: str
+    """What, in upper snake case."""
+    resource: str
+    """Resource that changed."""
+    detail: str
+    """One sentence for people."""
