@@ -17,7 +17,7 @@ DEFAULT_TOP_K = 5
 class ScoredClass(NamedTuple):
     """One class of a classification."""
 
-    index: int
+    class_index: int
     """Index of the class, from 0."""
     label: str
     """Its label; empty when the bundle has none."""
