@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from pollard.services.common.errors import StartupError
+from pollard.services.common.settings import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    section: ClassVar[str] = "inference"
+    workers: int = 2
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "pollard.toml"
+    path.write_text("[inference]\nworkers = 5\nport = 5\nhost = '127.0.0.5'\n[models]\nport = 9\n")
+    return path
+
+
+def test_flag_before_environment_before_file_before_default(file, monkeypatch):
+    monkeypatch.setenv("POLLARD_INFERENCE_PORT", "6")
+    monkeypatch.setenv("POLLARD_INFERENCE_WORKERS", "6")
+    settings = Settings.load({"workers": 7, "host": None}, file)
+    assert (settings.workers, settings.port, settings.host) == (7, 6, "127.0.0.5")
+    assert settings.grace_seconds == 10.0
+    assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"port": 70000}, r"inference\.port"), ({"prot": 1}, "inference.prot.*settings of inference")],
+)
+def test_wrong_flags_are_named(flags, words):
+    with pytest.raises(StartupError, match=words):
+        Settings.load(flags)
+
+
+@pytest.mark.parametrize("text", ["[inference]\nprot = 1\n", "[inference\n", "\x00"])
+def test_wrong_files_are_refused_with_words(tmp_path, text):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(StartupError):
+        Settings.load({}, path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(StartupError, match="no settings file"):
+        Settings.load({}, tmp_path / "absent.toml")
