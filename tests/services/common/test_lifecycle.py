@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pollard.models.v1 import fleet_service_pb2, fleet_service_pb2_grpc
+from pollard.services.common.errors import FailedPrecondition, StartupError
+from pollard.services.common.lifecycle import GrpcServer, Listen, is_loopback
+from pollard.services.common.status import ErrorInterceptor
+
+FLEET = "pollard.models.v1.FleetService"
+
+
+class Fleet(fleet_service_pb2_grpc.FleetServiceServicer):
+    """Fails in every way, unary and streaming."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+
+    async def ListServers(self, request, context):
+        if request.page_token == "slow":
+            self.entered.set()
+            await self.release.wait()
+            return fleet_service_pb2.ListServersResponse(next_page_token="done")
+        if request.page_token == "abort":
+            await context.abort(grpc.StatusCode.DATA_LOSS, "aborted by hand")
+        if request.page_token == "bug":
+            raise ZeroDivisionError
+        raise FailedPrecondition("not now", reason="NOT_NOW")
+
+    async def Sync(self, request_iterator, context):
+        yield fleet_service_pb2.SyncResponse()
+        raise FailedPrecondition("not now", reason="NOT_NOW")
+
+
+@pytest.fixture
+async def server():
+    fleet = Fleet()
+    server = GrpcServer(Listen(), [FLEET], [ErrorInterceptor()])
+    fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.server)
+    await server.start()
+    await server.set_serving(True)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        server.fleet, server.channel = fleet, channel
+        yield server
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("token", "code"),
+    [
+        ("", grpc.StatusCode.FAILED_PRECONDITION),
+        ("abort", grpc.StatusCode.DATA_LOSS),
+        ("bug", grpc.StatusCode.INTERNAL),
+    ],
+)
+async def test_errors_of_unary_methods_become_statuses(server, token, code):
+    stub = fleet_service_pb2_grpc.FleetServiceStub(server.channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ListServers(fleet_service_pb2.ListServersRequest(page_token=token), timeout=5)
+    assert caught.value.code() is code
+
+
+async def test_errors_of_streams_come_after_what_was_sent(server):
+    stub = fleet_service_pb2_grpc.FleetServiceStub(server.channel)
+    call = stub.Sync(timeout=5)
+    assert await call.read() == fleet_service_pb2.SyncResponse()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_health_follows_the_server(server):
+    stub = health_pb2_grpc.HealthStub(server.channel)
+    for name in ("", FLEET):
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await server.set_serving(False)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_request_in_flight_is_finished_when_stopping(server):
+    stub = fleet_service_pb2_grpc.FleetServiceStub(server.channel)
+    call = stub.ListServers(fleet_service_pb2.ListServersRequest(page_token="slow"), timeout=20)
+    await asyncio.wait_for(server.fleet.entered.wait(), 10)
+    stopping = asyncio.create_task(server.stop(10))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    server.fleet.release.set()
+    assert (await call).next_page_token == "done"
+    await stopping
+
+
+async def test_a_port_in_use_is_refused_with_words(server):
+    second = GrpcServer(Listen(port=server.port), [FLEET])
+    with pytest.raises(StartupError, match=f"{server.port}.*in use"):
+        await second.start()
+    await second.stop(0)
+
+
+async def test_an_open_address_is_refused_unless_insecure_is_given():
+    with pytest.raises(StartupError, match="--insecure"):
+        GrpcServer(Listen(host="0.0.0.0"), [FLEET])
+    server = GrpcServer(Listen(host="0.0.0.0", insecure=True), [FLEET])
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_loopback(host, expected):
+    assert is_loopback(host) is expected
