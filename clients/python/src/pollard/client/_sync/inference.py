@@ -9,8 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pollard.client import _channel, _convert
-from pollard.client._sync._base import BaseClient
 from pollard.client._names import checked_alias, checked_model, checked_revision
+from pollard.client._sync._base import BaseClient
 from pollard.client.types import InferResult, ModelMetadata, RepositoryEntry, ServerMetadata
 from pollard.inference import grpc_service_pb2, grpc_service_pb2_grpc
 

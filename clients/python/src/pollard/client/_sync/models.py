@@ -11,8 +11,6 @@ from collections.abc import Mapping
 import grpc
 
 from pollard.client import _channel, _convert
-from pollard.client._sync import _io
-from pollard.client._sync._base import BaseClient
 from pollard.client._bundle import BundleTar, BundleWriter
 from pollard.client._names import (
     alias_name,
@@ -21,6 +19,8 @@ from pollard.client._names import (
     model_name,
     revision_name,
 )
+from pollard.client._sync import _io
+from pollard.client._sync._base import BaseClient
 from pollard.client._upload import ProgressCallback, Upload, transfer_timeout
 from pollard.client.errors import (
     AliasSwitchFailed,

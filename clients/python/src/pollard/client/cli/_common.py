@@ -1,0 +1,176 @@
+"""What the commands share: output for people and programs, and checks of their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from pollard.client import DEFAULT_MODELS_ADDRESS, types
+from pollard.client._channel import checked_address
+from pollard.client._names import checked_alias, checked_model
+
+T = TypeVar("T")
+
+
+def stdout() -> Console:
+    """Return a console on what is standard output now."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr() -> Console:
+    """Return a console on what is standard error now."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def fail(message: str) -> None:
+    """Write an error to standard error as plain text, whatever it contains."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """Write a line for people to standard output, whatever it contains."""
+    stdout().print(message, markup=False, soft_wrap=True)
+
+
+def checked_by(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
+    """Make a check of the client's into one of the command line's."""
+
+    def callback(value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return callback
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Model name.", callback=checked_by(checked_model)),
+]
+AliasOption = Annotated[
+    str | None,
+    typer.Option("--alias", metavar="ALIAS", help="Alias.", callback=checked_by(checked_alias)),
+]
+RevisionOption = Annotated[
+    int | None, typer.Option("--revision", metavar="N", min=1, help="Revision number.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
+ModelsServerOption = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        envvar="POLLARD_MODELS_ADDRESS",
+        help="Address of the model management service.",
+        callback=checked_by(checked_address),
+    ),
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="Deadline of each request.")
+]
+WaitOption = Annotated[
+    bool, typer.Option(help="Wait until the switch has ended, and say how it ended.")
+]
+WaitTimeoutOption = Annotated[
+    float,
+    typer.Option("--wait-timeout", metavar="SECONDS", min=0.001, help="How long to wait for it."),
+]
+SignatureOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-signature-change",
+        help="Let the inputs differ from the current revision's; clients that send tensors break.",
+    ),
+]
+MODELS_SERVER = DEFAULT_MODELS_ADDRESS
+
+
+def plain(value: Any) -> Any:
+    """Return the clients' types as what JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+def print_json(value: Any) -> None:
+    """Write a value to standard output as indented JSON."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def size(number: int) -> str:
+    """Return a number of bytes for people."""
+    if number < 1000:
+        return f"{number} B"
+    amount = float(number)
+    for unit in ("kB", "MB", "GB"):
+        amount /= 1000
+        if amount < 1000 or unit == "GB":
+            break
+    return f"{amount:.1f} {unit}"
+
+
+def ago(moment: datetime | None) -> str:
+    """Return how long ago something was, for people."""
+    if moment is None:
+        return "–"
+    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"
+
+
+class TransferBar:
+    """A progress bar on standard error; silent where that is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        console = stderr()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None)
+
+    def __enter__(self) -> Callable[[types.Progress], None]:
+        self._bar.start()
+        return self._moved
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _moved(self, progress: types.Progress) -> None:
+        self._bar.update(self._task, completed=progress.done_bytes, total=progress.total_bytes)

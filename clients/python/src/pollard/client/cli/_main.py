@@ -1,0 +1,175 @@
+"""The root of the `pollard` command: its commands, those of other distributions, and its errors.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from pollard.client.cli import fleet, models, predict
+from pollard.client.cli._common import fail
+from pollard.client.errors import PollardError, RequestFailed
+
+# Where the commands come from that this distribution does not bring.
+_DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
+    "up": ("pollard-services[cpu]", "Start all services on this machine."),
+    "serve": ("pollard-services[cpu]", "Start one service."),
+    "train": ("pollard-compression[cpu]", "Train a model of the zoo."),
+    "eval": ("pollard-compression[cpu]", "Measure a model's accuracy."),
+    "compress": ("pollard-compression[cpu]", "Prune and quantize a model into a bundle."),
+    "bundle": ("pollard-compression[cpu]", "Make a bundle of a model as it is."),
+    "demo": ("pollard-compression[cpu]", "Train, compress, serve and swap under load."),
+}
+
+
+def build_app() -> typer.Typer:
+    """Put the command together out of everything that is installed."""
+    app = typer.Typer(
+        name="pollard",
+        help="Compress convolutional networks, serve them over gRPC, swap them under load.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool,
+            typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+        ] = False,
+    ) -> None:
+        """Compress convolutional networks, serve them over gRPC, swap them under load."""
+
+    app.add_typer(models.app, name="models")
+    fleet.register(app)
+    predict.register(app)
+
+    broken: dict[str, str] = {}
+    for entry in metadata.entry_points(group="pollard.commands"):
+        try:
+            entry.load()(app)
+        except ImportError as error:
+            broken[entry.dist.name if entry.dist else entry.name] = str(error)
+    _add_missing(app, broken)
+    return app
+
+
+def main() -> None:
+    """Run the command with the arguments of the process, and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    try:
+        result = build_app()(args=arguments, prog_name="pollard", standalone_mode=False)
+    except typer.Abort:
+        fail("interrupted")
+        return 130
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of the output has gone, as `pollard … | head` does; nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "POLLARD_DEBUG" in os.environ:
+            traceback.print_exc()
+        elif not _is_expected(error):
+            raise
+        return _report(error)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # a usage error of typer's
+        message = error.format_message()
+        if not message:  # the help was printed instead
+            return int(getattr(error, "exit_code", 2))
+        fail(message)
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            print(f"Try `{context.command_path} --help`.", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    fail(_message(error))
+    return 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, RequestFailed):
+        name = error.code.name
+        reason = f" ({error.reason})" if error.reason else ""
+        if name == "UNAVAILABLE" and not error.reason:
+            return (
+                f"the server at {error.address} cannot be reached: {error.message}\n"
+                "Is it running? `pollard up` starts all services; --server names another address."
+            )
+        if name == "DEADLINE_EXCEEDED":
+            return f"no answer from {error.address} in time; --timeout allows more"
+        return f"{error.message}{reason}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _is_expected(error: Exception) -> bool:
+    """Say whether an exception's message is meant for people.
+
+    The distributions do not know each other's error trees, but every error class of Pollard's own
+    has such a message.
+    """
+    return (
+        hasattr(error, "format_message")
+        or isinstance(error, PollardError | OSError)
+        or type(error).__module__.split(".")[0] == "pollard"
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pollard {metadata.version('pollard-client')}")
+        raise typer.Exit
+
+
+def _add_missing(app: typer.Typer, broken: Mapping[str, str]) -> None:
+    """Add the commands of distributions that are not here, to say which to install."""
+    present = {
+        command.name or getattr(command.callback, "__name__", "").replace("_", "-")
+        for command in app.registered_commands
+    } | {group.name for group in app.registered_groups}
+    for name, (distribution, help_text) in _DISTRIBUTIONS.items():
+        if name not in present:
+            _add_stand_in(app, name, distribution, help_text, broken)
+
+
+def _add_stand_in(
+    app: typer.Typer, name: str, distribution: str, help_text: str, broken: Mapping[str, str]
+) -> None:
+    plain_name = distribution.partition("[")[0]
+
+    @app.command(
+        name,
+        help=f"{help_text} (needs {plain_name})",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        add_help_option=False,
+    )
+    def missing(context: typer.Context) -> Any:
+        if plain_name in broken:
+            fail(f"`pollard {name}` cannot start: {plain_name} is broken: {broken[plain_name]}")
+        else:
+            fail(
+                f"`pollard {name}` needs the distribution {plain_name}, which is not installed.\n"
+                f"Install it with: pip install '{distribution}'"
+            )
+        raise typer.Exit(1)

@@ -1,0 +1,338 @@
+"""`pollard models`: what is in the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pollard.client import Alias, Model, ModelsClient, NotFound, Revision, types
+from pollard.client.cli._common import (
+    MODELS_SERVER,
+    AliasOption,
+    JsonOption,
+    ModelArgument,
+    ModelsServerOption,
+    RevisionOption,
+    SignatureOption,
+    TimeoutOption,
+    TransferBar,
+    WaitOption,
+    WaitTimeoutOption,
+    ago,
+    checked_by,
+    print_json,
+    say,
+    size,
+    stdout,
+)
+
+from pollard.client._names import checked_alias, checked_model  # isort: skip
+
+app = typer.Typer(
+    help="Put models into the registry, and decide which revision is served.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Server = ModelsServerOption
+_TIMEOUT = 30.0
+_WAIT = 120.0
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="MODEL", help="Model name.", callback=checked_by(checked_model)
+        ),
+    ],
+    alias: AliasOption = None,
+    notes: Annotated[str, typer.Option(help="Free text kept with the revision.")] = "",
+    allow_signature_change: SignatureOption = False,
+    wait: WaitOption = True,
+    wait_timeout: WaitTimeoutOption = _WAIT,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Store a bundle as the next revision of a model.
+
+    The first revision of a model becomes `production`; later ones move an alias only when --alias
+    names one.
+    """
+    with ModelsClient(server, timeout=timeout) as client:
+        first = _is_first(client, model)
+        chosen = alias or ("production" if first else None)
+        with TransferBar(f"pushing to {model}") as moved:
+            pushed = client.push(
+                directory,
+                model,
+                notes=notes,
+                alias=chosen,
+                allow_signature_change=allow_signature_change,
+                wait=False,
+                progress=moved,
+            )
+        number = pushed.revision.revision
+        if not as_json:
+            known = " (the registry already had this bundle)" if pushed.existed else ""
+            say(
+                f"{model} revision {number}: {size(pushed.revision.size_bytes)}, "
+                f"bundle {pushed.revision.bundle_sha256[:12]}{known}"
+            )
+            if chosen and not alias:
+                say(f"It is the first revision of {model}, so it becomes {chosen!r}.")
+        moved_alias = None
+        if chosen and wait:
+            moved_alias = client.wait_alias(model, chosen, number, wait_timeout=wait_timeout)
+        if as_json:
+            print_json(types.Pushed(pushed.revision, pushed.existed, moved_alias))
+            return
+        if moved_alias is not None:
+            _say_alias(moved_alias)
+        elif chosen:
+            say(f"{chosen} is moving to revision {number}; see `pollard models show {model}`.")
+        else:
+            say(f"To serve it: pollard models alias {model} production {number}")
+
+
+@app.command("list")
+def list_models(
+    as_json: JsonOption = False, server: Server = MODELS_SERVER, timeout: TimeoutOption = _TIMEOUT
+) -> None:
+    """List the models."""
+    with ModelsClient(server, timeout=timeout) as client:
+        found = client.models()
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        say("There are no models yet; `pollard models push DIR --model NAME` adds one.")
+        return
+    table = Table("MODEL", "REVISIONS", "ALIASES", "CHANGED", box=None)
+    for model in found:
+        table.add_row(
+            model.name,
+            str(model.latest_revision),
+            ", ".join(_alias_text(item) for item in model.aliases) or "–",
+            ago(model.update_time),
+        )
+    stdout().print(table)
+
+
+@app.command()
+def show(
+    model: ModelArgument,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Show a model with its aliases and revisions, or one revision with its variants."""
+    with ModelsClient(server, timeout=timeout) as client:
+        if revision is not None:
+            found = client.revision(model, revision=revision)
+            print_json(found) if as_json else _show_revision(found)
+            return
+        parent = client.model(model)
+        revisions = client.revisions(model)
+    if as_json:
+        print_json({"model": parent, "revisions": revisions})
+        return
+    _show_model(parent, revisions)
+
+
+@app.command()
+def alias(
+    model: ModelArgument,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="ALIAS", help="Alias, such as production.", callback=checked_by(checked_alias)
+        ),
+    ],
+    revision: Annotated[
+        int | None, typer.Argument(metavar="[REVISION]", min=1, help="Revision to point it at.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
+    allow_signature_change: SignatureOption = False,
+    wait: WaitOption = True,
+    wait_timeout: WaitTimeoutOption = _WAIT,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Point an alias at a revision, or remove it. Requests go on while it moves."""
+    if delete == (revision is not None):
+        raise typer.BadParameter("give either a REVISION or --delete")
+    with ModelsClient(server, timeout=timeout) as client:
+        if revision is None:
+            client.delete_alias(model, name)
+            say(f"{model}: {name} is removed.")
+            return
+        found = client.set_alias(
+            model,
+            name,
+            revision,
+            allow_signature_change=allow_signature_change,
+            wait=wait,
+            wait_timeout=wait_timeout,
+        )
+    _say_alias(found)
+
+
+@app.command()
+def rollback(
+    model: ModelArgument,
+    alias: AliasOption = None,
+    wait: WaitOption = True,
+    wait_timeout: WaitTimeoutOption = _WAIT,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Point an alias (by default production) back at the revision before."""
+    with ModelsClient(server, timeout=timeout) as client:
+        found = client.rollback(model, alias or "production", wait=wait, wait_timeout=wait_timeout)
+    _say_alias(found)
+
+
+@app.command()
+def pull(
+    model: ModelArgument,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to put the bundle; new or empty.")
+    ],
+    revision: RevisionOption = None,
+    alias: AliasOption = None,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Fetch the bundle of a revision (by default what production points at)."""
+    if revision is not None and alias is not None:
+        raise typer.BadParameter("give --revision or --alias, not both")
+    with (
+        ModelsClient(server, timeout=timeout) as client,
+        TransferBar(f"pulling {model}") as moved,
+    ):
+        found = client.pull(model, directory, revision=revision, alias=alias, progress=moved)
+    say(f"{model} revision {found.revision} ({size(found.size_bytes)}) is in {directory}")
+
+
+@app.command()
+def delete(
+    model: ModelArgument,
+    revision: RevisionOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Stop serving the model first; for a whole model.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Delete a revision, or a whole model."""
+    if revision is not None and force:
+        raise typer.BadParameter("--force is for a whole model; move the alias away first")
+    what = f"revision {revision} of {model}" if revision else f"{model} with all its revisions"
+    if not yes:
+        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    with ModelsClient(server, timeout=timeout) as client:
+        client.delete(model, revision=revision, force=force)
+    say(f"Deleted {what}.")
+
+
+@app.command()
+def events(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Only this model.",
+            callback=checked_by(checked_model),
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most events shown.")] = 20,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """List the newest changes in the registry."""
+    with ModelsClient(server, timeout=timeout) as client:
+        found = client.events(model, limit=limit)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("WHEN", "WHO", "WHAT", "RESOURCE", "DETAIL", box=None)
+    for item in found:
+        table.add_row(ago(item.time), item.actor, item.action, item.resource, item.detail)
+    stdout().print(table)
+
+
+def _is_first(client: ModelsClient, model: str) -> bool:
+    try:
+        return client.model(model).latest_revision == 0
+    except NotFound:
+        return True
+
+
+def _alias_text(alias: Alias) -> str:
+    if alias.state == "ACTIVE":
+        return f"{alias.name} → {alias.revision}"
+    if alias.pending_revision:
+        return f"{alias.name} → {alias.revision or '–'} ({alias.state.lower()} {alias.pending_revision})"  # noqa: E501 - reads best in one piece
+    return f"{alias.name} → {alias.revision or '–'} ({alias.state.lower()})"
+
+
+def _say_alias(alias: Alias) -> None:
+    if alias.state == "ACTIVE":
+        say(f"{alias.model}: {alias.name} now serves revision {alias.revision}.")
+    else:
+        say(f"{alias.model}: {_alias_text(alias)}")
+
+
+def _show_model(model: Model, revisions: list[Revision]) -> None:
+    console = stdout()
+    console.print(f"{model.name}  {model.description}", markup=False, style="bold")
+    for alias in model.aliases:
+        before = f", before it {alias.previous_revision}" if alias.previous_revision else ""
+        say(f"  {_alias_text(alias)}{before}")
+        for failure in alias.failures:
+            say(f"    {failure.server_id} refused: {failure.message}")
+    table = Table("REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "NOTES", box=None)
+    for revision in revisions:
+        table.add_row(
+            str(revision.revision),
+            revision.state,
+            size(revision.size_bytes),
+            ", ".join(revision.aliases) or "–",
+            ago(revision.create_time),
+            revision.bundle_sha256[:12],
+            revision.notes or revision.error,
+        )
+    console.print(table)
+
+
+def _show_revision(revision: Revision) -> None:
+    console = stdout()
+    console.print(f"{revision.model} revision {revision.revision}", style="bold", markup=False)
+    say(f"  state    {revision.state} {revision.error}")
+    say(f"  aliases  {', '.join(revision.aliases) or '–'}")
+    say(f"  bundle   {revision.bundle_sha256}, {size(revision.size_bytes)}")
+    say(f"  stored   {ago(revision.create_time)}")
+    if revision.notes:
+        say(f"  notes    {revision.notes}")
+    table = Table("VARIANT", "TARGET", "SIZE", "ACCURACY", "LATENCY", box=None)
+    for variant in revision.variants:
+        accuracy = "–"
+        if (found := variant.accuracy) is not None:
+            accuracy = (
+                f"{found.name} {found.value:.2%} ({found.lower:.2%}–{found.upper:.2%}, "
+                f"n={found.samples})"
+            )
+        latency = "–" if variant.latency_p50_us is None else f"{variant.latency_p50_us:.0f} µs"
+        table.add_row(variant.name, variant.target, size(variant.size_bytes), accuracy, latency)
+    console.print(table)
