@@ -68,6 +68,8 @@ class LoadedRevision:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = asyncio.Event()
+        self.freed = asyncio.Event()
+        """Set when the session has been freed."""
         self._workers = Workers(
             session,
             count=workers,
@@ -130,6 +132,7 @@ class LoadedRevision:
         self._workers.close()
         await self._closed.wait()
         await asyncio.to_thread(_return_memory)
+        self.freed.set()
 
     def _enter(self) -> None:
         self.in_flight += 1

@@ -1,0 +1,256 @@
+"""A server's bundles on disk, by digest, and the last desired state that it ran.
+
+::
+
+    <cache>/lock                    held while a server uses the cache
+    <cache>/server_id               the name under which the manager knows the server
+    <cache>/state.json              the last desired state that ran, proto3 JSON
+    <cache>/bundles/<digest>/       whole bundles
+    <cache>/descriptions/<digest>/  manifest and labels only, for servers that run no models
+    <cache>/tmp/                    what is being fetched; emptied at the start
+
+A folder appears under its digest by one rename, after everything in it has been checked and is on
+disk. Nothing here knows gRPC.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO
+
+import structlog
+from google.protobuf import json_format
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.runtime.bundle import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Bundle,
+    check_file,
+    is_safe_path,
+    parse_manifest,
+    sync_directory,
+    write_durably,
+)
+from pollard.runtime.digests import sha256_bytes
+from pollard.runtime.errors import BundleCorrupt, BundleError
+from pollard.services.common.errors import StartupError
+
+_log = structlog.get_logger("pollard.cache")
+
+
+class BundleCache:
+    """The cache folder of one server."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder, which is created; what a crash left half-written is removed.
+
+        Raises:
+            StartupError: another server uses it, or it cannot be written.
+        """
+        self.root = root
+        self._tmp = root / "tmp"
+        try:
+            for folder in (root / "bundles", root / "descriptions", self._tmp):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[bytes] = (root / "lock").open("wb")
+        except OSError as error:
+            raise StartupError(f"the cache {root} cannot be written: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StartupError(
+                f"the cache {root} is in use by another server; give this one its own --cache-dir"
+            ) from error
+        for leftover in self._tmp.iterdir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        self._lock.close()
+
+    def bundle_path(self, digest: str) -> Path:
+        """Return where the whole bundle is or would be."""
+        return self.root / "bundles" / _checked(digest)
+
+    def description_path(self, digest: str) -> Path:
+        """Return where manifest and labels are or would be."""
+        return self.root / "descriptions" / _checked(digest)
+
+    def discard(self, digest: str) -> None:
+        """Remove a bundle, because it is damaged or no longer wanted."""
+        for path in (self.bundle_path(digest), self.description_path(digest)):
+            if path.exists():
+                # Renamed first: a folder under its digest is whole at any moment.
+                doomed = self._tmp / uuid.uuid4().hex
+                path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def discard_unused(self, wanted: Collection[str], *, keep: int) -> None:
+        """Remove bundles that are not wanted, but for the `keep` used last."""
+        for folder in (self.root / "bundles", self.root / "descriptions"):
+            unused = [path for path in folder.iterdir() if path.name not in wanted]
+            unused.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in unused[keep:]:
+                _log.info("removing a bundle that is no longer used", digest=path.name)
+                self.discard(path.name)
+
+    def stage(self, digest: str, *, whole: bool) -> Staging:
+        """Begin to receive a bundle."""
+        target = self.bundle_path(digest) if whole else self.description_path(digest)
+        return Staging(self._tmp / uuid.uuid4().hex, target, digest, whole=whole)
+
+    def server_id(self, prefix: str) -> str:
+        """Return the server's id, made up and kept at the first call."""
+        path = self.root / "server_id"
+        try:
+            known = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            known = ""
+        if not known:
+            known = f"{prefix}-{uuid.uuid4().hex[:12]}"
+            write_durably(path, known.encode("utf-8"))
+        return known
+
+    def load_state(self) -> fleet_pb.DesiredState | None:
+        """Return the last state saved; None if there is none or it cannot be read."""
+        path = self.root / "state.json"
+        try:
+            return json_format.Parse(
+                path.read_text(encoding="utf-8"),
+                fleet_pb.DesiredState(),
+                ignore_unknown_fields=True,
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+            # The manager will send it again; without it the server starts empty.
+            _log.error("the saved state cannot be read", path=str(path), error=str(error))
+            return None
+
+    def save_state(self, state: fleet_pb.DesiredState) -> None:
+        """Save the state that runs, so that a restart begins with it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = json_format.MessageToJson(state, preserving_proto_field_name=True)
+        write_durably(self.root / "state.json", text.encode("utf-8"))
+
+
+class Staging:
+    """One bundle while it is being received. Pieces come in order, the manifest first."""
+
+    def __init__(self, folder: Path, target: Path, digest: str, *, whole: bool) -> None:
+        self._folder = folder
+        self._target = target
+        self._digest = digest
+        self._whole = whole
+        self._manifest_bytes = b""
+        self._files: dict[str, bundle_pb2.File] = {}
+        self._received: dict[str, int] = {}
+        folder.mkdir()
+        self.manifest: bundle_pb2.Manifest | None = None
+
+    def add(self, path: str, offset: int, data: bytes, total_bytes: int) -> None:
+        """Take the next piece of a file.
+
+        Raises:
+            BundleCorrupt: the piece does not belong here: no such file, out of order, too long, or
+                the manifest is not the one asked for.
+            ManifestInvalid: the manifest says something impossible.
+            OSError: it cannot be written.
+        """
+        expected = self._received.get(path, 0)
+        if offset != expected:
+            raise BundleCorrupt(
+                f"{path}: a piece begins at {offset}, {expected} was due", path=path
+            )
+        if path == MANIFEST:
+            self._add_manifest(data, total_bytes)
+        else:
+            self._add_file(path, data)
+        self._received[path] = offset + len(data)
+
+    def commit(self) -> Path:
+        """Check everything against the digests, make it durable and visible; return its folder.
+
+        Raises:
+            BundleCorrupt: something is missing or differs from its digest.
+            OSError: it cannot be written.
+        """
+        if self.manifest is None:
+            raise BundleCorrupt(f"no {MANIFEST} was received", digest=self._digest)
+        if self._whole:
+            Bundle.open(self._folder, verify=True, expect=self._digest)
+        else:
+            for path in self._received.keys() - {MANIFEST}:
+                check_file(self._folder, self._files[path])
+        for directory, _, names in os.walk(self._folder):
+            for name in names:
+                with (Path(directory) / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(Path(directory))
+        if self._target.exists():
+            # Whatever is there was found wanting, or this one would not have been fetched.
+            shutil.rmtree(self._target)
+        self._folder.rename(self._target)
+        sync_directory(self._target.parent)
+        return self._target
+
+    def abort(self) -> None:
+        """Remove what was received."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _add_manifest(self, data: bytes, total_bytes: int) -> None:
+        self._manifest_bytes += data
+        if total_bytes > MAX_MANIFEST_BYTES or len(self._manifest_bytes) > MAX_MANIFEST_BYTES:
+            raise BundleCorrupt(
+                f"the manifest is longer than {MAX_MANIFEST_BYTES} bytes", path=MANIFEST
+            )
+        if self.manifest is not None or len(self._manifest_bytes) < total_bytes:
+            return
+        actual = sha256_bytes(self._manifest_bytes)
+        if actual != self._digest:
+            raise BundleCorrupt(
+                f"the manifest received has the SHA-256 {actual}, asked for was {self._digest}",
+                expected=self._digest,
+                actual=actual,
+            )
+        self.manifest = parse_manifest(self._manifest_bytes)
+        self._files = {file.path: file for file in self.manifest.files}
+        (self._folder / MANIFEST).write_bytes(self._manifest_bytes)
+
+    def _add_file(self, path: str, data: bytes) -> None:
+        file = self._files.get(path)
+        if file is None or not is_safe_path(path):
+            raise BundleCorrupt(f"{path!r} was sent and is not in the manifest", path=path)
+        if self._received.get(path, 0) + len(data) > file.size_bytes:
+            raise BundleCorrupt(
+                f"{path} is longer than the {file.size_bytes} bytes that the manifest says",
+                path=path,
+            )
+        where = self._folder / path
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with where.open("ab") as out:
+            out.write(data)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Tell whether an error means that the disk, or the share of it allowed, is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _checked(digest: str) -> str:
+    # It becomes the name of a folder.
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise BundleError(f"{digest!r} is not a SHA-256 in lower-case hexadecimal", digest=digest)
+    return digest

@@ -1,0 +1,181 @@
+"""Where a server gets bundles from: its cache, else the manager."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.models.v1 import model_service_pb2 as models_pb
+from pollard.models.v1 import model_service_pb2_grpc as models_grpc
+from pollard.runtime.bundle import MANIFEST
+from pollard.runtime.errors import BundleError
+from pollard.services.common.bundle_cache import BundleCache, Staging, disk_full
+from pollard.services.common.errors import (
+    DataLoss,
+    NotFound,
+    ResourceExhausted,
+    ServiceError,
+    Unavailable,
+)
+
+_log = structlog.get_logger("pollard.bundles")
+
+_ATTEMPTS = 4
+_SILENCE_SECONDS = 30.0
+"""Longest wait for the next piece of a download."""
+
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+class BundleSource:
+    """Hands out bundles by digest, each fetched at most once at a time."""
+
+    def __init__(self, cache: BundleCache, channel: Callable[[], grpc.aio.Channel | None]) -> None:
+        """Fetch into `cache` over the channel that `channel` returns; None means no manager."""
+        self._cache = cache
+        self._channel = channel
+        self._fetching: dict[tuple[str, bool], asyncio.Task[Path]] = {}
+
+    def cached(self, digest: str) -> bool:
+        """Whether the whole bundle is in the cache."""
+        return self._cache.bundle_path(digest).is_dir()
+
+    async def fetch(self, digest: str) -> Path:
+        """Return the folder of a whole bundle.
+
+        What lies in the cache is not checked again here: whoever loads it does.
+
+        Raises:
+            NotFound: the manager has no such bundle.
+            Unavailable: it is not in the cache and the manager cannot be reached.
+            DataLoss: what the manager sent does not have the digest.
+            ResourceExhausted: the disk is full.
+        """
+        return await self._get(digest, whole=True)
+
+    async def fetch_description(self, digest: str) -> Path:
+        """Return a folder with the bundle's manifest and labels, and nothing else.
+
+        Raises:
+            ServiceError: as `fetch`.
+        """
+        return await self._get(digest, whole=False)
+
+    async def discard(self, digest: str) -> None:
+        """Remove a bundle that was found to be damaged; the next `fetch` gets it anew."""
+        await asyncio.to_thread(self._cache.discard, digest)
+
+    async def _get(self, digest: str, *, whole: bool) -> Path:
+        cache = self._cache
+        path = cache.bundle_path(digest) if whole else cache.description_path(digest)
+        if await asyncio.to_thread(path.is_dir):
+            return path
+        key = (digest, whole)
+        task = self._fetching.get(key)
+        if task is None:
+            task = asyncio.create_task(self._download(digest, whole=whole))
+            self._fetching[key] = task
+            task.add_done_callback(lambda _: self._fetching.pop(key, None))
+        # Shielded: another caller may wait for the same bundle.
+        return await asyncio.shield(task)
+
+    async def _download(self, digest: str, *, whole: bool) -> Path:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await self._download_once(digest, whole=whole)
+            except Unavailable as error:
+                if attempt == _ATTEMPTS or self._channel() is None:
+                    raise
+                _log.warning("download failed; trying again", digest=digest, error=error.message)
+                await asyncio.sleep(0.2 * 2**attempt * random.uniform(0.8, 1.2))
+        raise AssertionError("unreachable")
+
+    async def _download_once(self, digest: str, *, whole: bool) -> Path:
+        channel = self._channel()
+        if channel is None:
+            raise Unavailable(
+                f"bundle {digest} is not in the cache and no manager is configured",
+                reason="BUNDLE_UNAVAILABLE",
+                digest=digest,
+            )
+        staging = None
+        try:
+            staging = await asyncio.to_thread(self._cache.stage, digest, whole=whole)
+            if whole:
+                await self._receive(channel, digest, (), staging)
+            else:
+                await self._receive(channel, digest, (MANIFEST,), staging)
+                labels = _labels_file(staging.manifest)
+                if labels:
+                    await self._receive(channel, digest, (labels,), staging, skip_manifest=True)
+            return await asyncio.to_thread(staging.commit)
+        except BaseException as error:
+            if staging is not None:
+                staging.abort()
+            raise _translated(error, digest) from error
+
+    async def _receive(
+        self,
+        channel: grpc.aio.Channel,
+        digest: str,
+        paths: Sequence[str],
+        staging: Staging,
+        *,
+        skip_manifest: bool = False,
+    ) -> None:
+        request = models_pb.DownloadBundleRequest(bundle_sha256=digest, paths=paths)
+        call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(request)
+        try:
+            while True:
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    piece = await call.read()
+                if piece is grpc.aio.EOF:
+                    break
+                if skip_manifest and piece.path == MANIFEST:
+                    continue
+                await asyncio.to_thread(
+                    staging.add, piece.path, piece.offset, piece.data, piece.total_bytes
+                )
+        finally:
+            call.cancel()
+
+
+def _labels_file(manifest: bundle_pb2.Manifest | None) -> str:
+    return manifest.postprocess.labels_file if manifest is not None else ""
+
+
+def _translated(error: BaseException, digest: str) -> BaseException:
+    """Return the error as the callers of `fetch` know it."""
+    if isinstance(error, BundleError):
+        return DataLoss(
+            f"the manager sent a damaged bundle {digest}: {error.message}",
+            reason=error.reason,
+            **{**error.metadata, "digest": digest},
+        )
+    if disk_full(error):
+        return ResourceExhausted(
+            f"the disk is full; bundle {digest} cannot be stored in the cache. Free some space",
+            reason="DISK_FULL",
+            digest=digest,
+        )
+    if isinstance(error, TimeoutError):
+        return Unavailable(
+            f"the manager sent nothing of bundle {digest} for {_SILENCE_SECONDS:g} s",
+            reason="BUNDLE_UNAVAILABLE",
+            digest=digest,
+        )
+    if isinstance(error, grpc.aio.AioRpcError):
+        words = f"bundle {digest} cannot be fetched: {error.details()}"
+        if error.code() in _PASSING:
+            return Unavailable(words, reason="BUNDLE_UNAVAILABLE", digest=digest)
+        if error.code() == grpc.StatusCode.NOT_FOUND:
+            return NotFound(words, reason="BUNDLE_UNKNOWN", digest=digest)
+        return ServiceError(words, reason="BUNDLE_UNAVAILABLE", digest=digest)
+    return error

@@ -1,0 +1,356 @@
+"""A server's side of FleetService.Sync, shared by inference and preprocess servers.
+
+The agent keeps the stream to the manager, hands each desired state to the service, answers it, and
+reports. The data path never waits for it: with the manager away the service runs what it ran, and
+after a restart what the cache holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from google.protobuf import timestamp_pb2
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.models.v1 import fleet_service_pb2_grpc as fleet_grpc
+from pollard.runtime.errors import RuntimeFault
+from pollard.services.common.bundle_cache import BundleCache
+from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.errors import FailedPrecondition, ServiceError
+from pollard.services.common.lifecycle import cancel
+from pollard.services.common.status import to_proto
+
+_log = structlog.get_logger("pollard.fleet")
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    # A manager whose machine vanished is noticed within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # The channel would wait up to two minutes by itself; the agent has its own backoff.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One revision that could not be brought to run."""
+
+    model: str
+    revision: int
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What came of a desired state."""
+
+    running: fleet_pb.DesiredState
+    """What the service runs now, in the form of a desired state; saved for the next start."""
+    failures: tuple[Failure, ...] = ()
+    """Empty if the desired state runs entirely."""
+
+
+class FleetMember(Protocol):
+    """A service that runs what the manager wants."""
+
+    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+        """Bring `state` to run as far as possible, getting bundles from `bundles`.
+
+        A newer state cancels the call. What fails is returned, not raised; for that part the
+        service keeps running what it ran. Applying a state that runs already changes nothing.
+        """
+
+    def statuses(self) -> list[fleet_pb.RevisionStatus]:
+        """Return the state of every revision that is wanted or still there."""
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """How a server takes part in the fleet."""
+
+    kind: fleet_pb.ServerKind.ValueType
+    manager: str
+    """gRPC target of the manager; empty runs from the cache alone."""
+    cache_dir: Path
+    address: str = ""
+    """gRPC target under which others reach this server; may be set later by `advertise`."""
+    server_id: str = ""
+    """Unique in the fleet; empty makes one up and keeps it in the cache."""
+    software_version: str = ""
+    capabilities: fleet_pb.Capabilities = field(default_factory=fleet_pb.Capabilities)
+    keep_unused_bundles: int = 4
+    """Bundles kept in the cache after their use, so that going back is quick."""
+    report_seconds: float = 5.0
+    """Longest time between reports, unless the manager says otherwise."""
+    max_backoff_seconds: float = 5.0
+    """Longest pause before the stream is opened again."""
+
+
+class FleetAgent:
+    """Keeps one server in step with the manager."""
+
+    def __init__(self, member: FleetMember, options: AgentOptions) -> None:
+        """Take the cache; `start` does the rest.
+
+        Raises:
+            StartupError: the cache is in use or cannot be written.
+        """
+        self._member = member
+        self._options = options
+        self._address = options.address
+        self.cache = BundleCache(options.cache_dir)
+        prefix = fleet_pb.ServerKind.Name(options.kind).removeprefix("SERVER_KIND_").lower()
+        self.server_id = options.server_id or self.cache.server_id(prefix)
+        self.settled = asyncio.Event()
+        """Set once a state, from the cache or the manager, has been applied as far as it can be."""
+        self._channel: grpc.aio.Channel | None = None
+        self.bundles = BundleSource(self.cache, lambda: self._channel)
+        self._saved = fleet_pb.DesiredState()
+        self._order: fleet_pb.DesiredState | None = None
+        self._ordered = asyncio.Event()
+        self._outbox: asyncio.Queue[fleet_pb.SyncRequest] | None = None
+        self._report_wanted = asyncio.Event()
+        self._report_seconds = options.report_seconds
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def advertise(self, address: str) -> None:
+        """Set the target under which others reach this server; before `start`."""
+        self._address = address
+
+    async def start(self) -> None:
+        """Run what the cache holds, then follow the manager.
+
+        Returns when the cached state has been applied as far as it can be; does not wait for the
+        manager.
+        """
+        if self._options.manager:
+            self._channel = grpc.aio.insecure_channel(
+                self._options.manager, options=_CHANNEL_OPTIONS
+            )
+        saved = await asyncio.to_thread(self.cache.load_state)
+        if saved is not None:
+            _log.info("starting from the cache", version=saved.version, models=len(saved.models))
+            self._saved.CopyFrom(saved)
+            applied = await self._member.apply(saved, self.bundles)
+            if applied.failures:
+                # It does not run entirely, so it must not be claimed in Hello.
+                self._saved.version = 0
+                _log.warning("the cached state does not run entirely", error=_words(applied))
+            self.settled.set()
+        elif self._channel is None:
+            self.settled.set()
+        if self._channel is not None:
+            self._tasks = [
+                asyncio.create_task(self._follow(), name="fleet-stream"),
+                asyncio.create_task(self._apply_orders(), name="fleet-apply"),
+            ]
+
+    async def stop(self) -> None:
+        """Close the stream and let the cache go. What runs is not touched."""
+        await cancel(*self._tasks)
+        if self._channel is not None:
+            await self._channel.close()
+        self.cache.close()
+
+    def report_soon(self) -> None:
+        """Send a report now, because a revision's state has changed."""
+        self._report_wanted.set()
+
+    # The stream.
+
+    async def _follow(self) -> None:
+        """Keep a stream open for ever."""
+        pause = 0.1
+        while True:
+            opened = time.monotonic()
+            try:
+                await self._stream_once()
+                _log.info("the manager closed the stream")
+            except grpc.aio.AioRpcError as error:
+                _log.warning(
+                    "no stream to the manager; serving on",
+                    manager=self._options.manager,
+                    code=error.code().name,
+                    details=error.details(),
+                )
+            except Exception as error:
+                _log.error("the stream to the manager failed", exc_info=error)
+            if time.monotonic() - opened > 10:
+                pause = 0.1
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, self._options.max_backoff_seconds)
+
+    async def _stream_once(self) -> None:
+        assert self._channel is not None  # noqa: S101 - set before the task was started
+        outbox: asyncio.Queue[fleet_pb.SyncRequest] = asyncio.Queue()
+        outbox.put_nowait(
+            fleet_pb.SyncRequest(
+                hello=fleet_pb.Hello(
+                    server_id=self.server_id,
+                    kind=self._options.kind,
+                    address=self._address,
+                    capabilities=self._options.capabilities,
+                    applied_version=self._saved.version,
+                    software_version=self._options.software_version,
+                )
+            )
+        )
+        outbox.put_nowait(self._report())
+        call: Any = fleet_grpc.FleetServiceStub(self._channel).Sync(_drain(outbox))
+        self._outbox = outbox
+        reporter = asyncio.create_task(self._report_regularly(outbox), name="fleet-report")
+        try:
+            async for response in call:
+                state = response.desired_state
+                if state.HasField("report_interval"):
+                    seconds = state.report_interval.ToTimedelta().total_seconds()
+                    self._report_seconds = max(0.1, seconds)
+                    self._report_wanted.set()
+                self._order = state
+                self._ordered.set()
+        finally:
+            self._outbox = None
+            await cancel(reporter)
+            call.cancel()
+
+    async def _report_regularly(self, outbox: asyncio.Queue[fleet_pb.SyncRequest]) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._report_seconds):
+                    await self._report_wanted.wait()
+            self._report_wanted.clear()
+            outbox.put_nowait(self._report())
+            # Changes that come in a burst share one report.
+            await asyncio.sleep(0.02)
+
+    def _report(self) -> fleet_pb.SyncRequest:
+        now = timestamp_pb2.Timestamp()
+        now.GetCurrentTime()
+        return fleet_pb.SyncRequest(
+            report=fleet_pb.Report(revisions=self._member.statuses(), time=now)
+        )
+
+    # Applying.
+
+    async def _apply_orders(self) -> None:
+        """Apply the newest order; a newer one overtakes it."""
+        while True:
+            await self._ordered.wait()
+            self._ordered.clear()
+            order = self._order
+            if order is None:
+                continue
+            running = asyncio.create_task(self._apply(order), name="fleet-apply-one")
+            newer = asyncio.create_task(self._ordered.wait())
+            try:
+                await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
+                while not running.done() and self._order is not None:
+                    if not _same_content(self._order, order):
+                        _log.info("a newer desired state overtakes", version=self._order.version)
+                        break
+                    # The same state sent again, after the stream was opened anew: only the answer
+                    # must name the new sending.
+                    order.nonce = self._order.nonce
+                    order.version = self._order.version
+                    self._ordered.clear()
+                    newer = asyncio.create_task(self._ordered.wait())
+                    await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await cancel(newer)
+                if not running.done():
+                    await cancel(running)
+            if not running.cancelled() and running.exception() is not None:
+                _log.error("a desired state could not be applied", exc_info=running.exception())
+                self._answer(order, (Failure("", 0, running.exception() or Exception()),))
+
+    async def _apply(self, order: fleet_pb.DesiredState) -> None:
+        started = time.perf_counter()
+        applied = await self._member.apply(order, self.bundles)
+        running = fleet_pb.DesiredState()
+        running.CopyFrom(applied.running)
+        running.version = self._saved.version if applied.failures else order.version
+        running.nonce = ""
+        # Saved before it is acknowledged: what the manager was told survives a crash.
+        await asyncio.to_thread(self.cache.save_state, running)
+        self._saved = running
+        self.settled.set()
+        _log.info(
+            "applied",
+            version=order.version,
+            failures=len(applied.failures),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        self._answer(order, applied.failures)
+        if not applied.failures:
+            wanted = {
+                revision.bundle_sha256 for model in running.models for revision in model.revisions
+            }
+            await asyncio.to_thread(
+                self.cache.discard_unused, wanted, keep=self._options.keep_unused_bundles
+            )
+
+    def _answer(self, order: fleet_pb.DesiredState, failures: tuple[Failure, ...]) -> None:
+        if self._outbox is None:
+            return  # The manager will send the state again on the next stream.
+        # The report comes first: it tells which revision failed, and why.
+        self._outbox.put_nowait(self._report())
+        if not failures:
+            answer = fleet_pb.SyncRequest(
+                ack=fleet_pb.Ack(version=order.version, nonce=order.nonce)
+            )
+        else:
+            error = _summary(failures)
+            _log.warning("refusing a desired state", version=order.version, error=error.message)
+            answer = fleet_pb.SyncRequest(
+                nack=fleet_pb.Nack(version=order.version, nonce=order.nonce, status=to_proto(error))
+            )
+        self._outbox.put_nowait(answer)
+
+
+async def _drain(
+    outbox: asyncio.Queue[fleet_pb.SyncRequest],
+) -> AsyncIterator[fleet_pb.SyncRequest]:
+    while True:
+        yield await outbox.get()
+
+
+def _same_content(one: fleet_pb.DesiredState, other: fleet_pb.DesiredState) -> bool:
+    left, right = fleet_pb.DesiredState(), fleet_pb.DesiredState()
+    left.CopyFrom(one)
+    right.CopyFrom(other)
+    for state in (left, right):
+        state.nonce = ""
+        state.version = 0
+    return left == right
+
+
+def _summary(failures: tuple[Failure, ...]) -> ServiceError:
+    """Return one error for all: the words of each, the reason and details of the first."""
+    first = failures[0]
+    reason = first.error.reason if isinstance(first.error, (ServiceError, RuntimeFault)) else ""
+    return FailedPrecondition(
+        "; ".join(_one(failure) for failure in failures),
+        reason=reason or "REVISION_FAILED",
+        model=first.model,
+        revision=first.revision,
+    )
+
+
+def _words(applied: Applied) -> str:
+    return "; ".join(_one(failure) for failure in applied.failures)
+
+
+def _one(failure: Failure) -> str:
+    message = getattr(failure.error, "message", None) or str(failure.error)
+    return f"{failure.model}/{failure.revision}: {message}" if failure.model else message

@@ -1,0 +1,69 @@
+"""What the inference server can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from pollard.services.common.settings import ServiceSettings
+from pollard.services.inference.loader import EngineOptions
+
+
+class InferenceSettings(ServiceSettings):
+    """Settings of `pollard serve inference`."""
+
+    section: ClassVar[str] = "inference"
+
+    port: int = Field(8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    unix_socket: str | None = Field(None, description="Also listen on this Unix socket.")
+    manager: str = Field(
+        "127.0.0.1:8021",
+        description="gRPC target of the manager; empty serves from the cache alone.",
+    )
+    cache_dir: Path = Field(
+        Path("var/inference"), description="Folder for bundles and the last desired state."
+    )
+    server_id: str = Field(
+        "",
+        max_length=128,
+        description="Name in the fleet; empty makes one up and keeps it in the cache.",
+    )
+    advertise: str = Field(
+        "", description="gRPC target under which others reach this server; empty derives it."
+    )
+    optimize: Literal["latency", "throughput"] = Field(
+        "throughput",
+        description="One caller with all cores (latency) or one caller a core (throughput).",
+    )
+    workers: int = Field(
+        0, ge=0, description="Threads that run requests of a model; 0 follows --optimize."
+    )
+    intra_op_threads: int = Field(
+        0, ge=0, description="Threads that one run uses; 0 follows --optimize."
+    )
+    joined_batch: int = Field(
+        0,
+        ge=0,
+        description="Largest batch made of waiting requests; 1 joins none, 0 follows the bundle.",
+    )
+    max_queue: int = Field(1024, ge=1, description="Most requests of a revision that wait.")
+    max_request_seconds: float = Field(
+        30.0, gt=0, description="Longest that a request may take, whatever its deadline."
+    )
+    memory_headroom_bytes: int = Field(
+        64 * 1024 * 1024, ge=0, description="Memory that must be left after loading a revision."
+    )
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """The part that is about how revisions are run."""
+        return EngineOptions(
+            optimize=self.optimize,
+            workers=self.workers,
+            intra_op_threads=self.intra_op_threads,
+            joined_batch=self.joined_batch,
+            max_queue=self.max_queue,
+            memory_headroom_bytes=self.memory_headroom_bytes,
+        )

@@ -1,0 +1,295 @@
+"""Bringing the engine to what the manager wants: load beside, switch, free.
+
+Each model is brought over by itself and atomically. What cannot be loaded leaves that model's
+routes where they were; every other model goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+
+import structlog
+from google.protobuf import duration_pb2
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.runtime.errors import BundleError
+from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.fleet_agent import Applied, Failure
+from pollard.services.common.lifecycle import cancel
+from pollard.services.common.status import to_proto
+from pollard.services.inference.engine import Engine, Route, ServedModel
+from pollard.services.inference.loader import Loader
+from pollard.services.inference.revision import LoadedRevision
+
+_log = structlog.get_logger("pollard.inference.sync")
+
+_Key = tuple[str, int, str]
+"""Model, revision and digest: what makes a load the same load."""
+
+
+class InferenceMember:
+    """The inference server as a member of the fleet."""
+
+    def __init__(
+        self, engine: Engine, loader: Loader, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """Bring `engine` to each desired state with `loader`.
+
+        Args:
+            engine: Runs the requests.
+            loader: Loads revisions.
+            on_change: Called when the state of a revision has changed.
+        """
+        self._engine = engine
+        self._loader = loader
+        self.on_change = on_change
+        self.ready = False
+        """Whether a first state has been applied as far as it can be."""
+        self._statuses: dict[tuple[str, int], fleet_pb.RevisionStatus] = {}
+        # Loads outlive the order that began them, so that a newer order that still wants a
+        # revision does not begin its load again.
+        self._loads: dict[_Key, asyncio.Task[LoadedRevision]] = {}
+        self._draining: set[asyncio.Task[None]] = set()
+
+    def statuses(self) -> list[fleet_pb.RevisionStatus]:
+        """Return the state and the counters of every revision that is wanted or still there."""
+        result = []
+        for (model, number), status in sorted(self._statuses.items()):
+            copy = fleet_pb.RevisionStatus()
+            copy.CopyFrom(status)
+            counters = self._engine.counters(model, number)
+            if counters is not None:
+                copy.counters.CopyFrom(counters.to_proto())
+            result.append(copy)
+        return result
+
+    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+        """Bring the engine to `state` as far as possible; see `FleetMember.apply`."""
+        wanted = {model.model: model for model in state.models}
+        keys = {
+            (model.model, revision.revision, revision.bundle_sha256)
+            for model in state.models
+            for revision in model.revisions
+        }
+        await self._abandon(key for key in list(self._loads) if key not in keys)
+        for model in self._engine.table.models:
+            # A model that is no longer listed is one without revisions.
+            wanted.setdefault(model, fleet_pb.DesiredModel(model=model))
+        self._forget_unwanted(wanted)
+        outcomes = await asyncio.gather(
+            *(self._apply_model(model, bundles) for model in wanted.values())
+        )
+        self.ready = True
+        return Applied(
+            running=fleet_pb.DesiredState(models=self._running()),
+            failures=tuple(failure for failures in outcomes for failure in failures),
+        )
+
+    async def close(self) -> None:
+        """Abandon every load."""
+        await self._abandon(list(self._loads))
+        self._loader.close()
+
+    async def _apply_model(
+        self, desired: fleet_pb.DesiredModel, bundles: BundleSource
+    ) -> list[Failure]:
+        model = desired.model
+        served = self._engine.table.models.get(model) or ServedModel(model, {}, {})
+        available: dict[int, LoadedRevision] = {}
+        loading: dict[int, asyncio.Task[LoadedRevision]] = {}
+        for revision in desired.revisions:
+            loaded = served.revisions.get(revision.revision)
+            if loaded is not None and loaded.info.digest == revision.bundle_sha256:
+                available[revision.revision] = loaded
+            else:
+                loading[revision.revision] = self._load_task(model, revision, bundles)
+        failures = []
+        for number, task in loading.items():
+            try:
+                # Shielded: if a newer order overtakes this one, it decides about the load.
+                available[number] = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                failures.append(Failure(model, number, error))
+        # From here on nothing waits, so no newer order can come in between.
+        for key in [key for key, task in self._loads.items() if task in loading.values()]:
+            del self._loads[key]
+        self._switch(desired, served, available)
+        return failures
+
+    def _switch(
+        self,
+        desired: fleet_pb.DesiredModel,
+        served: ServedModel,
+        available: dict[int, LoadedRevision],
+    ) -> None:
+        routes: dict[str, Route] = {}
+        for route in desired.routes:
+            targets = tuple((target.revision, target.weight) for target in route.targets)
+            if all(number in available for number, _ in targets):
+                routes[route.alias] = targets
+            elif route.alias in served.routes:
+                # Its new target does not run here: it stays where it was.
+                routes[route.alias] = served.routes[route.alias]
+        for targets in routes.values():
+            for number, _ in targets:
+                available.setdefault(number, served.revisions[number])
+        switched = ServedModel(
+            served.name,
+            MappingProxyType(dict(sorted(available.items()))),
+            MappingProxyType(routes),
+        )
+        if switched != served:
+            self._engine.switch(switched)
+            _log.info(
+                "switched",
+                model=served.name,
+                revisions=list(switched.revisions),
+                routes={alias: list(targets) for alias, targets in routes.items()},
+            )
+        for number, revision in served.revisions.items():
+            if available.get(number) is not revision:
+                self._drain(revision)
+        for revision in available.values():
+            self._set_ready(revision)
+
+    def _load_task(
+        self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
+    ) -> asyncio.Task[LoadedRevision]:
+        key = (model, desired.revision, desired.bundle_sha256)
+        task = self._loads.get(key)
+        if task is None:
+            task = asyncio.create_task(
+                self._load(model, desired, bundles), name=f"load-{model}-{desired.revision}"
+            )
+            self._loads[key] = task
+        return task
+
+    async def _load(
+        self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
+    ) -> LoadedRevision:
+        number, digest = desired.revision, desired.bundle_sha256
+        self._set(model, number, fleet_pb.REVISION_STATE_PENDING)
+        try:
+            try:
+                return await self._fetch_and_load(model, desired, bundles)
+            except BundleError as error:
+                # The copy in the cache has been damaged since it was checked on arrival.
+                _log.warning(
+                    "a cached bundle is damaged; fetching it again",
+                    model=model,
+                    revision=number,
+                    digest=digest,
+                    error=error.message,
+                )
+                await bundles.discard(digest)
+                return await self._fetch_and_load(model, desired, bundles)
+        except asyncio.CancelledError:
+            self._statuses.pop((model, number), None)
+            raise
+        except Exception as error:
+            _log.warning("refused", model=model, revision=number, error=str(error))
+            status = self._set(model, number, fleet_pb.REVISION_STATE_FAILED)
+            status.error.CopyFrom(to_proto(error))
+            raise
+
+    async def _fetch_and_load(
+        self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
+    ) -> LoadedRevision:
+        number, digest = desired.revision, desired.bundle_sha256
+        self._set(model, number, fleet_pb.REVISION_STATE_FETCHING)
+        path = await bundles.fetch(digest)
+        self._set(model, number, fleet_pb.REVISION_STATE_LOADING)
+        return await self._loader.load(model, number, digest, desired.size_bytes, path)
+
+    async def _abandon(self, keys: Iterable[_Key]) -> None:
+        for key in keys:
+            task = self._loads.pop(key)
+            await cancel(task)
+            if not task.cancelled() and task.exception() is None:
+                # It was ready, and nobody wants it any more; it never got a request.
+                self._drain(task.result())
+                self._engine.retire(task.result())
+
+    def _drain(self, revision: LoadedRevision) -> None:
+        """Show a revision as draining until it is freed; the engine frees it."""
+        key = (revision.info.model, revision.info.revision)
+        status = self._set(*key, fleet_pb.REVISION_STATE_DRAINING)
+        status.variant = revision.info.variant
+
+        async def forget() -> None:
+            await revision.freed.wait()
+            # Unless the number has come back since.
+            if self._statuses.get(key) is status:
+                del self._statuses[key]
+                self.on_change()
+
+        task = asyncio.create_task(forget())
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    def _set_ready(self, revision: LoadedRevision) -> None:
+        info = revision.info
+        current = self._statuses.get((info.model, info.revision))
+        if current is not None and current.state == fleet_pb.REVISION_STATE_READY:
+            return
+        status = self._set(info.model, info.revision, fleet_pb.REVISION_STATE_READY)
+        status.variant = info.variant
+        status.load_duration.CopyFrom(_duration(info.load_seconds))
+
+    def _set(
+        self, model: str, number: int, state: fleet_pb.RevisionState.ValueType
+    ) -> fleet_pb.RevisionStatus:
+        status = fleet_pb.RevisionStatus(model=model, revision=number, state=state)
+        self._statuses[model, number] = status
+        self.on_change()
+        return status
+
+    def _forget_unwanted(self, wanted: dict[str, fleet_pb.DesiredModel]) -> None:
+        """Forget failures that nobody wants any more, and tell the engine what is known."""
+        known = {
+            name: frozenset(revision.revision for revision in model.revisions)
+            for name, model in wanted.items()
+        }
+        self._engine.known = known
+        for (model, number), status in list(self._statuses.items()):
+            if status.state == fleet_pb.REVISION_STATE_FAILED and number not in known.get(
+                model, ()
+            ):
+                del self._statuses[model, number]
+
+    def _running(self) -> list[fleet_pb.DesiredModel]:
+        """Return what the engine serves in the form of desired models."""
+        return [
+            fleet_pb.DesiredModel(
+                model=name,
+                revisions=[
+                    fleet_pb.DesiredRevision(
+                        revision=number,
+                        bundle_sha256=revision.info.digest,
+                        size_bytes=revision.info.size_bytes,
+                    )
+                    for number, revision in model.revisions.items()
+                ],
+                routes=[
+                    fleet_pb.Route(
+                        alias=alias,
+                        targets=[
+                            fleet_pb.WeightedRevision(revision=number, weight=weight)
+                            for number, weight in targets
+                        ],
+                    )
+                    for alias, targets in model.routes.items()
+                ],
+            )
+            for name, model in sorted(self._engine.table.models.items())
+        ]
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromMilliseconds(round(seconds * 1000))
+    return duration
