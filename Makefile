@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-dev
-	$(BIN)/mypy -p pollard
+	$(BIN)/mypy runtime/src services/src clients/python/src compression/src
 
 contracts: $(VENV)/.installed-dev $(GEN_VENV)/.installed
 	$(BIN)/buf lint
