@@ -1,0 +1,1 @@
+"""Images in, tensors and answers out: `PreprocessService` and `VisionService`."""
