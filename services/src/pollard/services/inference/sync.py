@@ -136,7 +136,8 @@ class InferenceMember:
                 routes[route.alias] = served.routes[route.alias]
         for targets in routes.values():
             for number, _ in targets:
-                available.setdefault(number, served.revisions[number])
+                if number not in available:
+                    available[number] = served.revisions[number]
         switched = ServedModel(
             served.name,
             MappingProxyType(dict(sorted(available.items()))),
