@@ -1,0 +1,296 @@
+"""From PyTorch to ONNX files that take uint8 pixels, height by width by channels.
+
+The network is exported with the float input that PyTorch knows, and the way from
+pixels to that input is then written into the graph: a float graph casts, subtracts
+the mean and leaves the scaling to the first convolution's weights, which is exact.
+What a quantized graph does is in :mod:`pollard.compress.quantize`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from pollard.compress.errors import ExportFailed
+from pollard.compress.evaluate import session_predictor, torch_predictor
+from pollard.compress.macs import example_input
+from pollard.compress.spec import InputSpec
+from pollard.runtime.sessions import open_session
+
+OPSET = 20
+INPUT = "image"
+OUTPUT = "logits"
+
+# Input of the network proper, behind the normalisation.
+CORE_INPUT = "normalized"
+
+MAX_BATCH = 1024
+
+# Largest difference of the logits that is still the same function, relative to
+# their range: what float32 in another order of summation gives.
+_PARITY = 1e-3
+
+
+def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+    """Export a module with its float input.
+
+    Returns:
+        A model from float32 [batch, channels, height, width] to float32
+        [batch, classes], batch norm folded, without any metadata.
+
+    Raises:
+        ExportFailed: the module cannot be traced or converted.
+    """
+    buffer = io.BytesIO()
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    try:
+        with _quiet():
+            torch.onnx.export(
+                module.eval(),
+                (example_input(spec, 2),),
+                buffer,
+                dynamo=True,
+                external_data=False,
+                dynamic_shapes=({0: batch},),
+                input_names=[CORE_INPUT],
+                output_names=[OUTPUT],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever its passes raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
+    model = onnx.load_from_string(buffer.getvalue())
+    strip_metadata(model)
+    left = sorted({node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"})
+    if left:
+        raise ExportFailed("a batch normalisation is left in the exported graph; it must be folded")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter warns of its own deprecated calls and logs every pass.
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
+    """Return a copy of a float model that takes uint8 [batch, height, width, channels].
+
+    Exact: pixels are cast, the mean is subtracted, and the scaling goes into
+    the weights of the first convolutions, or into one multiplication where the
+    graph does not begin with convolutions.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    graph = model.graph
+    mean = np.array(spec.mean, np.float64) * 255.0
+    scale = 1.0 / (np.array(spec.std, np.float64) * 255.0)
+    nodes, pixels = to_channels_first()
+    if first := first_convolutions(model):
+        rescale_first(model, first, scale)
+        scale = np.ones_like(scale)
+    chain = [("Cast", None)]
+    if np.any(mean):
+        chain.append(("Sub", mean))
+    if np.any(scale != 1):
+        chain.append(("Mul", scale))
+    for position, (operator, values) in enumerate(chain):
+        last = position == len(chain) - 1
+        result = CORE_INPUT if last else f"pixels_{operator.lower()}"
+        if values is None:
+            nodes.append(helper.make_node("Cast", [pixels], [result], name="pixels/cast", to=TensorProto.FLOAT))
+        else:
+            constant = f"pixels_{operator.lower()}_by"
+            shaped = values.astype(np.float32).reshape(1, -1, 1, 1)
+            graph.initializer.append(numpy_helper.from_array(shaped, constant))
+            nodes.append(
+                helper.make_node(operator, [pixels, constant], [result], name=f"pixels/{operator.lower()}")
+            )
+        pixels = result
+    prepend(model, nodes, spec)
+    return model
+
+
+def to_channels_first() -> tuple[list[onnx.NodeProto], str]:
+    # Transposed while the elements are one byte: four times less to move.
+    name = "pixels_nchw"
+    return [helper.make_node("Transpose", [INPUT], [name], name="pixels/transpose", perm=[0, 3, 1, 2])], name
+
+
+
+def prepend(model: onnx.ModelProto, nodes: list[onnx.NodeProto], spec: InputSpec) -> None:
+    """Put ``nodes``, which make the network's input from pixels, in front of it, in place."""
+    graph = model.graph
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+    del graph.input[:]
+    graph.input.append(
+        helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["batch", *spec.shape])
+    )
+    # Shapes of what was in between may be gone; onnxruntime infers them itself.
+    del graph.value_info[:]
+    strip_metadata(model)
+    onnx.checker.check_model(model)
+
+
+def first_convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the convolutions that read the input, or nothing if anything else does.
+
+    Only ungrouped ones with constant weights count, whose weights say which
+    input channel they belong to.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    readers = [node for node in model.graph.node if CORE_INPUT in node.input]
+    for node in readers:
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        if node.op_type != "Conv" or group != 1 or node.input[1] not in weights:
+            return []
+        if sum(node.input[1] in other.input for other in model.graph.node) > 1:
+            return []
+    return readers
+
+
+def rescale_first(
+    model: onnx.ModelProto, convolutions: list[onnx.NodeProto], scale: NDArray[np.float64]
+) -> None:
+    """Multiply the weights of the first convolutions by ``scale`` per input channel, in place."""
+    for node in convolutions:
+        tensor = _initializer(model, node.input[1])
+        weight = numpy_helper.to_array(tensor).astype(np.float64) * scale.reshape(1, -1, 1, 1)
+        tensor.CopyFrom(numpy_helper.from_array(weight.astype(np.float32), tensor.name))
+
+
+def shift_first(
+    model: onnx.ModelProto, convolutions: list[onnx.NodeProto], shift: NDArray[np.float64]
+) -> None:
+    """Change the biases as if ``shift`` per channel were added to the input, in place.
+
+    Exact but for the border: padding stays zero where it would be shifted, too.
+    """
+    for node in convolutions:
+        weight = numpy_helper.to_array(_initializer(model, node.input[1])).astype(np.float64)
+        change = (weight.sum(axis=(2, 3)) * shift.reshape(1, -1)).sum(axis=1)
+        if len(node.input) > 2 and node.input[2]:
+            tensor = _initializer(model, node.input[2])
+            bias = numpy_helper.to_array(tensor).astype(np.float64) + change
+            tensor.CopyFrom(numpy_helper.from_array(bias.astype(np.float32), tensor.name))
+        else:
+            name = f"{node.input[1]}_shift"
+            model.graph.initializer.append(numpy_helper.from_array(change.astype(np.float32), name))
+            del node.input[2:]
+            node.input.append(name)
+
+
+def _initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            return tensor
+    raise ExportFailed(f"the graph has no constant {name!r}")
+
+
+def strip_metadata(model: onnx.ModelProto) -> None:
+    """Remove everything that says where the model was made, in place.
+
+    Exporters record source paths and stack traces on every node.
+    """
+    model.doc_string = ""
+    del model.metadata_props[:]
+    model.domain = ""
+    model.model_version = 0
+    _strip_graph(model.graph)
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            _strip_node(node)
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    graph.name = "pollard"
+    del graph.metadata_props[:]
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: onnx.NodeProto) -> None:
+    node.doc_string = ""
+    del node.metadata_props[:]
+    for attribute in node.attribute:
+        attribute.doc_string = ""
+        if attribute.HasField("g"):
+            _strip_graph(attribute.g)
+
+
+def serialize(model: onnx.ModelProto) -> bytes:
+    """Return the bytes of the file; the same model gives the same bytes."""
+    return model.SerializeToString(deterministic=True)
+
+
+def probe_images(spec: InputSpec, count: int = 8, seed: int = 0) -> NDArray[np.uint8]:
+    """Return synthetic images: smooth blobs and noise, uint8 [count, height, width, channels]."""
+    generator = np.random.default_rng(seed)
+    images = np.empty((count, *spec.shape), np.uint8)
+    y, x = np.mgrid[0 : spec.height, 0 : spec.width]
+    for index in range(count):
+        canvas = np.zeros(spec.shape, np.float64)
+        for _ in range(6):
+            centre_y, centre_x = generator.uniform(0, spec.height), generator.uniform(0, spec.width)
+            radius = generator.uniform(0.05, 0.3) * max(spec.height, spec.width)
+            blob = np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / (2 * radius**2))
+            canvas += blob[:, :, None] * generator.uniform(0, 255, spec.channels)
+        canvas += generator.normal(0, 6 * (index % 3), spec.shape)
+        images[index] = np.clip(canvas, 0, 255).astype(np.uint8)
+    return images
+
+
+def check_parity(model: bytes, module: nn.Module, spec: InputSpec) -> float:
+    """Compare a float file, opened as it is served, with the module.
+
+    Batches of one and of several are run.
+
+    Returns:
+        The largest difference of the logits, relative to their range.
+
+    Raises:
+        ExportFailed: they differ by more than rounding explains.
+    """
+    images = probe_images(spec)
+    wanted = torch_predictor(module, spec)(images)
+    predict = session_predictor(open_session(model))
+    span = float(np.ptp(wanted)) or 1.0
+    worst = 0.0
+    for got, want in ((predict(images), wanted), (predict(images[:1]), wanted[:1])):
+        worst = max(worst, float(np.abs(got - want).max()) / span)
+    if not worst <= _PARITY:
+        raise ExportFailed(
+            f"the exported file differs from the PyTorch model by {worst:.2e} of the logits' range "
+            f"(allowed {_PARITY:g})"
+        )
+    return worst

@@ -1,0 +1,248 @@
+"""Find a model by name or import path and load its weights."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pollard.compress.errors import LabelsMismatch, ModelUnknown, UsageInvalid, WeightsInvalid
+from pollard.compress.spec import InputSpec
+from pollard.compress.zoo import ENTRIES, TrainDefaults, find
+from pollard.runtime.digests import sha256_file
+
+# Keys listed in a message about weights that do not fit.
+_LISTED_KEYS = 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be built, before it is."""
+
+    reference: str
+    """"zoo:NAME" or "package.module:factory"."""
+    spec: InputSpec
+    training: TrainDefaults
+
+    @property
+    def name(self) -> str:
+        """Short name, for people."""
+        return self.reference.partition(":")[2]
+
+    def build(self, classes: int) -> nn.Module:
+        """Build the module with fresh weights.
+
+        Raises:
+            ModelUnknown: the module or factory cannot be imported, or gives
+                something else.
+        """
+        kind, _, name = self.reference.partition(":")
+        if kind == "zoo":
+            return find(name).build(classes)
+        model = _import_factory(kind, name)()
+        if not isinstance(model, nn.Module):
+            raise ModelUnknown(
+                f"{self.reference} returned {type(model).__name__}, not a torch.nn.Module"
+            )
+        return model
+
+
+@dataclass
+class LoadedModel:
+    """A module with its weights."""
+
+    module: nn.Module
+    source: Source
+    classes: int
+    weights_digest: str
+    """SHA-256 of the weights file; empty when there was none."""
+
+    @property
+    def spec(self) -> InputSpec:
+        """What it takes."""
+        return self.source.spec
+
+
+def resolve(reference: str, spec: InputSpec | None = None) -> Source:
+    """Find a model without building it.
+
+    Args:
+        reference: "zoo:NAME", the bare name of a zoo model, or
+            "package.module:factory"; the factory takes no arguments.
+        spec: What the model takes; needed for factories, and instead of the
+            zoo's own otherwise.
+
+    Raises:
+        ModelUnknown: there is no such model.
+        UsageInvalid: the input of a factory's model is not stated.
+    """
+    if reference in ENTRIES:
+        reference = f"zoo:{reference}"
+    kind, colon, name = reference.partition(":")
+    if kind == "zoo" or not colon:
+        entry = find(name if colon else reference)
+        return Source(f"zoo:{entry.name}", spec or entry.spec, entry.training)
+    if spec is None:
+        raise UsageInvalid(
+            f"what {reference} takes is not known: give --input-size HEIGHTxWIDTHxCHANNELS, "
+            "--mean and --std"
+        )
+    return Source(reference, spec, TrainDefaults())
+
+
+def load_model(
+    reference: str | Source,
+    weights: Path | str | None = None,
+    *,
+    classes: int | None = None,
+    spec: InputSpec | None = None,
+) -> LoadedModel:
+    """Build a model and load its weights, all of them or none.
+
+    Args:
+        reference: As for :func:`resolve`.
+        weights: A state dict (`.pt`, `.pth`, read without running any code in
+            it) or `.safetensors`; fresh weights when None.
+        classes: Number of classes; the zoo's own when None.
+        spec: As for :func:`resolve`.
+
+    Raises:
+        ModelUnknown: there is no such model.
+        WeightsInvalid: the file is unreadable, or keys are missing, extra or
+            misshaped; all of them are listed.
+        LabelsMismatch: the model's head has another number of classes.
+    """
+    source = reference if isinstance(reference, Source) else resolve(reference, spec)
+    kind, _, name = source.reference.partition(":")
+    if classes is None:
+        classes = find(name).classes if kind == "zoo" else 0
+    module = source.build(classes)
+    digest = ""
+    if weights is not None:
+        path = Path(weights)
+        load_state(module, read_state(path), path)
+        digest = sha256_file(path)
+    module.eval()
+    found = _count_classes(module, source)
+    if classes and found != classes:
+        raise LabelsMismatch(f"{source.reference} has {found} classes, the data {classes}")
+    return LoadedModel(module, source, found, digest)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file.
+
+    A checkpoint that holds it under "state_dict" is unwrapped, and the prefix
+    "module." of data-parallel training is taken off.
+
+    Raises:
+        WeightsInvalid: the file is not there or not a state dict.
+    """
+    if not path.is_file():
+        raise WeightsInvalid(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsInvalid(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # torch.load raises whatever unpickling raises
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsInvalid(
+            f"{path} is not a plain state dict of tensors (whole pickled models are refused, "
+            f"because reading them runs code): {first}"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise WeightsInvalid(f"{path} is not a state dict: a mapping from names to tensors")
+    if all(key.startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copy ``state`` into ``module``, all of it or nothing.
+
+    Raises:
+        WeightsInvalid: keys are missing, extra or misshaped; all are listed.
+    """
+    own = module.state_dict()
+    # A counter that inference never reads; old checkpoints lack it.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in own]
+    misshaped = [
+        f"{key} ({list(state[key].shape)} in the file, {list(own[key].shape)} in the model)"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{title}: {_listed(keys)}"
+        for title, keys in (("missing", missing), ("extra", extra), ("of another shape", misshaped))
+        if keys
+    ]
+    if problems:
+        raise WeightsInvalid(f"{path} does not fit the model; nothing was loaded; " + "; ".join(problems))
+    not_finite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if not_finite:
+        raise WeightsInvalid(f"{path} holds values that are not finite: {_listed(not_finite)}")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def save_state(module: nn.Module, path: Path) -> None:
+    """Write the module's weights as `.safetensors`, whole or not at all."""
+    from pollard.runtime.bundle import write_durably
+
+    state = {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+    write_durably(path, safetensors.torch.save(state))
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+    return ", ".join(keys[:_LISTED_KEYS]) + more
+
+
+def _import_factory(module_name: str, attribute: str) -> Any:
+    # A script's own directory is not on the path of an installed command.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelUnknown(f"cannot import {module_name!r}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ModelUnknown(f"{module_name} has no callable {attribute!r}")
+    return factory
+
+
+def _count_classes(module: nn.Module, source: Source) -> int:
+    spec = source.spec
+    try:
+        with torch.inference_mode():
+            out = module(torch.zeros(2, spec.channels, spec.height, spec.width))
+    except Exception as error:
+        raise ModelUnknown(
+            f"{source.reference} does not take [batch, {spec.channels}, {spec.height}, "
+            f"{spec.width}]: {error}"
+        ) from error
+    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
+        form = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ModelUnknown(
+            f"{source.reference} must give logits of shape [batch, classes], it gives {form}"
+        )
+    return int(out.shape[1])

@@ -1,0 +1,44 @@
+"""Win back the accuracy that pruning cost: distillation from the parent."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from pollard.compress.data import Dataset
+from pollard.compress.progress import Reporter
+from pollard.compress.spec import InputSpec
+from pollard.compress.training import FitConfig, History, choose_accuracy, fit, recalibrate_batch_norm
+
+
+def recover(
+    pruned: nn.Module,
+    parent: nn.Module,
+    data: Dataset,
+    spec: InputSpec,
+    config: FitConfig,
+    *,
+    reporter: Reporter | None = None,
+) -> History:
+    """Fine-tune ``pruned`` in place with the parent as its teacher.
+
+    The batch-norm statistics are measured anew first: those of the parent
+    describe channels that are gone. They are measured once more at the end, on
+    images as they are served, and kept if the choosing part agrees.
+
+    Raises:
+        TrainingDiverged: see :func:`pollard.compress.training.fit`.
+    """
+    recalibrate_batch_norm(pruned, data.train, spec)
+    for parameter in parent.parameters():
+        parameter.requires_grad_(False)
+    history = fit(
+        pruned, data, spec, config, teacher=parent, reporter=reporter, title="Recovering accuracy"
+    )
+    before = choose_accuracy(pruned, spec, data.choose)
+    kept = copy.deepcopy(pruned.state_dict())
+    recalibrate_batch_norm(pruned, data.train, spec)
+    if choose_accuracy(pruned, spec, data.choose) < before:
+        pruned.load_state_dict(kept)
+    return history

@@ -1,0 +1,249 @@
+"""Fit weights: one loop for training from scratch and for recovery after pruning."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pollard.compress.data import Dataset, Part
+from pollard.compress.errors import TrainingDiverged
+from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
+from pollard.compress.progress import Reporter
+from pollard.compress.spec import InputSpec
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to fit."""
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    """Peak of a one-cycle schedule (Smith and Topin, 2017)."""
+    weight_decay: float = 1e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    seed: int = 0
+    distill_weight: float = 0.0
+    """Share of the loss that is distillation (Hinton et al., 2015); the rest is
+    cross-entropy."""
+    distill_temperature: float = 4.0
+
+
+@dataclass
+class History:
+    """What happened in each epoch."""
+
+    loss: list[float] = field(default_factory=list)
+    choose_accuracy: list[float] = field(default_factory=list)
+    """On the choosing part, after each epoch."""
+    best_epoch: int = 0
+    """From 1; 0 means the state before the first epoch."""
+    start_accuracy: float = 0.0
+    """On the choosing part, before the first epoch."""
+    stopped: str = ""
+    """Why it ended early; empty when it did not."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch's and NumPy's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below draw from the global one
+
+
+def choose_accuracy(module: nn.Module, spec: InputSpec, part: Part) -> float:
+    """Return the module's accuracy on ``part``, 0 to 1."""
+    logits = predict_part(torch_predictor(module, spec), part, 256)
+    return float(right_answers(logits, part).mean())
+
+
+def fit(
+    module: nn.Module,
+    data: Dataset,
+    spec: InputSpec,
+    config: FitConfig,
+    *,
+    teacher: nn.Module | None = None,
+    reporter: Reporter | None = None,
+    title: str = "Training",
+) -> History:
+    """Fit ``module`` in place; it ends with the best state on the choosing part.
+
+    A loss that is not finite stops the work; the best state so far is kept.
+
+    Args:
+        module: Whose weights to fit.
+        data: Its train and choose parts are used; held-out is not touched.
+        spec: Normalisation and augmentation.
+        config: How.
+        teacher: Parent to distil from when ``config.distill_weight`` is set.
+        reporter: Told of progress.
+        title: What to call the work.
+
+    Raises:
+        TrainingDiverged: the state before the first epoch gives answers that
+            are not finite, or nothing good was reached from scratch.
+    """
+    reporter = reporter or Reporter()
+    seed_everything(config.seed)
+    generator = np.random.default_rng(config.seed)
+    history = History(start_accuracy=choose_accuracy(module, spec, data.choose))
+    best, best_state = history.start_accuracy, copy.deepcopy(module.state_dict())
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    steps = math.ceil(len(data.train) / config.batch_size)
+    optimizer = _optimizer(parameters, config)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.learning_rate,
+        total_steps=max(2, steps * config.epochs),
+        pct_start=0.2,
+        cycle_momentum=False,
+    )
+    if teacher is not None:
+        teacher.eval()
+    with reporter.step(title, steps * config.epochs) as step:
+        for epoch in range(1, config.epochs + 1):
+            module.train()
+            losses: list[float] = []
+            for images, labels in _shuffled(data.train, config.batch_size, generator):
+                inputs = spec.normalize(augment(images, spec, generator))
+                loss = _loss(module, teacher, inputs, torch.from_numpy(labels), config)
+                if not torch.isfinite(loss):
+                    history.stopped = f"the loss was {loss.item()} in epoch {epoch}"
+                    break
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(parameters, 5.0)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+                step.advance(note=f"loss {loss.item():.3f}, best {best:.2%}")
+            if history.stopped:
+                break
+            score = choose_accuracy(module, spec, data.choose)
+            history.loss.append(float(np.mean(losses)))
+            history.choose_accuracy.append(score)
+            # The later of two equals: it has been trained longer.
+            if score >= best and _finite(module):
+                best, history.best_epoch = score, epoch
+                best_state = copy.deepcopy(module.state_dict())
+    if history.stopped and history.best_epoch == 0 and teacher is None:
+        raise TrainingDiverged(
+            f"{history.stopped}, before any good state; lower the learning rate "
+            f"(it is {config.learning_rate:g})"
+        )
+    if history.stopped:
+        reporter.say(f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept")
+    module.load_state_dict(best_state)
+    module.eval()
+    return history
+
+
+def augment(
+    images: NDArray[np.uint8], spec: InputSpec, generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Move each image by up to a tenth (and mirror it), filling with black.
+
+    Args:
+        images: uint8 [n, height, width, channels].
+        spec: Says what is done.
+        generator: Source of chance.
+    """
+    if spec.augmentation == "none":
+        return images
+    count, height, width, _ = images.shape
+    reach_y, reach_x = max(1, height // 10), max(1, width // 10)
+    if spec.augmentation == "crop-flip":
+        reach_y, reach_x = max(1, height // 8), max(1, width // 8)
+    padded = np.pad(images, ((0, 0), (reach_y, reach_y), (reach_x, reach_x), (0, 0)))
+    rows = generator.integers(0, 2 * reach_y + 1, count)[:, None] + np.arange(height)
+    columns = generator.integers(0, 2 * reach_x + 1, count)[:, None] + np.arange(width)
+    if spec.augmentation == "crop-flip":
+        mirrored = generator.random(count) < 0.5
+        columns[mirrored] = columns[mirrored, ::-1]
+    moved: NDArray[np.uint8] = padded[
+        np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
+    ]
+    return moved
+
+
+def recalibrate_batch_norm(
+    module: nn.Module, data: Part, spec: InputSpec, images: int = 2048, batch_size: int = 128
+) -> None:
+    """Measure the batch-norm statistics anew; weights stay as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over all batches
+    module.train()
+    with torch.no_grad():
+        for start in range(0, min(images, len(data)), batch_size):
+            batch = data.images[start : start + batch_size]
+            if len(batch) > 1:
+                module(spec.normalize(batch))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.eval()
+
+
+def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+
+
+def _shuffled(
+    part: Part, size: int, generator: np.random.Generator
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    order = generator.permutation(len(part))
+    for start in range(0, len(order), size):
+        # Batch norm cannot train on a single image.
+        chosen = order[start : start + size]
+        if len(chosen) == 1:
+            chosen = np.concatenate([chosen, order[:1]])
+        chosen = np.sort(chosen)  # sequential reads when the images are in a file
+        yield part.images[chosen], part.labels[chosen]
+
+
+def _loss(
+    module: nn.Module,
+    teacher: nn.Module | None,
+    inputs: Tensor,
+    labels: Tensor,
+    config: FitConfig,
+) -> Tensor:
+    logits = module(inputs)
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None or config.distill_weight == 0:
+        return hard
+    with torch.no_grad():
+        wanted = teacher(inputs)
+    t = config.distill_temperature
+    soft = F.kl_div(
+        F.log_softmax(logits / t, 1), F.log_softmax(wanted / t, 1), reduction="batchmean", log_target=True
+    )
+    # T² keeps the gradients of both parts of one size.
+    return config.distill_weight * t * t * soft + (1 - config.distill_weight) * hard
+
+
+def _finite(module: nn.Module) -> bool:
+    return all(bool(v.isfinite().all()) for v in module.state_dict().values() if v.is_floating_point())

@@ -1,0 +1,109 @@
+"""The list of zoo models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from pollard.compress.errors import ModelUnknown
+from pollard.compress.spec import InputSpec
+from pollard.compress.zoo.cifar_resnet import resnet20, resnet56
+from pollard.compress.zoo.small import SmallCnn28, SmallCnn224
+
+
+@dataclass(frozen=True)
+class TrainDefaults:
+    """How a model is best trained from scratch, when nothing else is said."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    """Peak of a one-cycle schedule."""
+    weight_decay: float = 1e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    recover_epochs: int = 8
+    """Epochs of fine-tuning after pruning."""
+    recover_learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One zoo model."""
+
+    name: str
+    summary: str
+    build: Callable[[int], nn.Module]
+    """From the number of classes to the module."""
+    spec: InputSpec
+    classes: int = 10
+    """Classes of published checkpoints; another number is possible."""
+    training: TrainDefaults = TrainDefaults()
+
+
+_CIFAR_INPUT = InputSpec(
+    32, 32, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), augmentation="crop-flip"
+)
+_CIFAR_TRAINING = TrainDefaults(
+    epochs=60,
+    batch_size=128,
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    optimizer="sgd",
+    recover_epochs=4,
+    recover_learning_rate=0.02,
+)
+
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "small-cnn-28",
+            "28×28×1: conv32-pool-conv64-pool-dense64-dense",
+            SmallCnn28,
+            # Plain scaling to 0-1, as in the tutorials; it folds into the first
+            # convolution without a trace.
+            InputSpec(28, 28, 1, (0.0,), (1.0,), augmentation="shift"),
+        ),
+        Entry(
+            "small-cnn-224",
+            "224×224×3: conv32-pool-conv64-pool-conv128-pool-dense",
+            SmallCnn224,
+            InputSpec(224, 224, 3, (0.0,) * 3, (1.0,) * 3, augmentation="crop-flip"),
+            training=TrainDefaults(epochs=10, batch_size=16, learning_rate=1e-3, recover_epochs=3),
+        ),
+        Entry(
+            "resnet20-cifar",
+            "32×32×3: ResNet-20 with option-A shortcuts",
+            resnet20,
+            _CIFAR_INPUT,
+            training=_CIFAR_TRAINING,
+        ),
+        Entry(
+            "resnet56-cifar",
+            "32×32×3: ResNet-56 with option-A shortcuts",
+            resnet56,
+            _CIFAR_INPUT,
+            training=_CIFAR_TRAINING,
+        ),
+    )
+}
+
+
+def find(name: str) -> Entry:
+    """Return the zoo model called ``name``.
+
+    Raises:
+        ModelUnknown: there is none; the message names the nearest.
+    """
+    entry = ENTRIES.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, ENTRIES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ModelUnknown(
+            f"the zoo has no model {name!r}{hint} It has: {', '.join(sorted(ENTRIES))}"
+        )
+    return entry
