@@ -1,0 +1,119 @@
+"""`pollard serve` and `pollard up`.
+
+This module is imported by every `pollard` command, so it imports nothing heavy by itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this distribution to the root of the `pollard` command."""
+    serve = typer.Typer(
+        help="Start one service, and keep it in the foreground.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    for name, text in (
+        ("inference", "Start the inference service: tensors in, tensors out."),
+        ("preprocess", "Start the preprocess and vision service: images in, answers out."),
+        ("models", "Start the model management service: registry, aliases, swaps."),
+    ):
+        _add_service(serve, name, text)
+    app.add_typer(serve, name="serve")
+    app.command()(up)
+
+
+def _add_service(app: typer.Typer, name: str, text: str) -> None:
+    # The options are the fields of the service's settings; reading those imports pydantic, so it
+    # waits until the command runs.
+    @app.command(name, help=text, context_settings=_PASS_ON)
+    def service(context: typer.Context) -> None:
+        from pollard.services.up.serve import serve_command
+
+        raise typer.Exit(serve_command(name, context.args))
+
+
+def up(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            envvar="POLLARD_DATA_DIR",
+            help="Registry, bundles and caches. Default: $XDG_STATE_HOME/pollard, or "
+            "~/.local/state/pollard.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port_base: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65000,
+            help="Ports are this plus 1 (inference), 11 (preprocess) and 21 (models); 0 takes "
+            "free ones.",
+        ),
+    ] = 8000,
+    inference_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of inference; 0 takes a free one.")
+    ] = None,
+    preprocess_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of preprocess; 0 takes a free one.")
+    ] = None,
+    models_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of models; 0 takes a free one.")
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Allow an address that is not loopback without TLS and a token."
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file with the services' settings."),
+    ] = None,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write addresses and pids here, as JSON, once all are healthy."
+        ),
+    ] = None,
+    start_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="How long all may take to be healthy.")
+    ] = 60.0,
+    grace: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="How long requests in flight may take to end."),
+    ] = 10.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only write warnings and errors.")] = False,
+) -> None:
+    """Start the three services on this machine, and keep them running.
+
+    Ctrl-C or SIGTERM stops them cleanly. A service that dies is started again. Kept data lies in
+    --data-dir; the same directory gives the same models again.
+    """
+    from pollard.services.up.command import run_up
+    from pollard.services.up.plan import UpOptions
+
+    options = UpOptions(
+        data_dir=data_dir,
+        host=host,
+        port_base=port_base,
+        inference_port=inference_port,
+        preprocess_port=preprocess_port,
+        models_port=models_port,
+        insecure=insecure,
+        config=config,
+        ready_file=ready_file,
+        start_timeout_seconds=start_timeout,
+        grace_seconds=grace,
+        quiet=quiet,
+    )
+    raise typer.Exit(run_up(options))

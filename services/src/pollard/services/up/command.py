@@ -1,0 +1,116 @@
+"""What `pollard up` shows and writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pollard.services.up.plan import INFERENCE, MODELS, PREPROCESS, UpOptions, make_plan
+from pollard.services.up.supervisor import Child, Supervisor, install_signals
+
+_COLORS = {INFERENCE: "cyan", PREPROCESS: "green", MODELS: "magenta"}
+_WHAT = {
+    INFERENCE: "tensors in, tensors out (Open Inference Protocol)",
+    PREPROCESS: "images in, answers out",
+    MODELS: "registry, aliases, swaps",
+}
+
+
+def run_up(options: UpOptions) -> int:
+    """Run `pollard up` until it is stopped; return the exit code.
+
+    Raises:
+        StartupError: The services could not be started or kept running. Nothing is left running.
+    """
+    return asyncio.run(_run(options))
+
+
+async def _run(options: UpOptions) -> int:
+    out = Console(file=sys.stdout, highlight=False)
+    logs = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    data_dir, plans = make_plan(options)
+    first = True
+
+    def notice(line: str) -> None:
+        logs.print(f"[bold]{'[up]':<13}[/bold]", end="")
+        logs.print(line, markup=False)
+
+    def write_line(name: str, line: str) -> None:
+        if options.quiet and not any(word in line for word in ("warning", "error", "critical")):
+            return
+        logs.print(f"{f'[{name}]':<13}", style=_COLORS[name], markup=False, end="")
+        logs.print(line, markup=False)
+
+    def changed() -> None:
+        nonlocal first
+        if options.ready_file is not None:
+            write_ready_file(options.ready_file, data_dir, supervisor.children)
+        if first and not options.quiet:
+            _show(out, data_dir, supervisor.children)
+        first = False
+
+    supervisor = Supervisor(
+        plans,
+        notice=notice,
+        write_line=write_line,
+        changed=changed,
+        start_timeout_seconds=options.start_timeout_seconds,
+        grace_seconds=options.grace_seconds,
+    )
+    install_signals(supervisor)
+    if options.ready_file is not None:
+        # One left by an earlier run would name processes that are gone.
+        options.ready_file.unlink(missing_ok=True)
+    try:
+        code = await supervisor.run()
+    finally:
+        if options.ready_file is not None:
+            options.ready_file.unlink(missing_ok=True)
+    if not options.quiet:
+        notice("all services have stopped")
+    return code
+
+
+def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) -> None:
+    """Write addresses and pids as JSON, whole or not at all."""
+    content = {
+        "pid": os.getpid(),
+        "data_dir": str(data_dir),
+        "services": {
+            name: {
+                "address": child.plan.address,
+                "port": child.plan.port,
+                "pid": child.pid,
+                "restarts": child.restarts,
+            }
+            for name, child in children.items()
+        },
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
+
+
+def _show(out: Console, data_dir: Path, children: Mapping[str, Child]) -> None:
+    table = Table("SERVICE", "ADDRESS", "PID", "WHAT", box=None)
+    for name in (INFERENCE, PREPROCESS, MODELS):
+        child = children[name]
+        table.add_row(name, child.plan.address, str(child.pid), _WHAT[name])
+    out.print(table)
+    out.print(f"Data in {data_dir}", markup=False, soft_wrap=True)
+    out.print(f"Stop with Ctrl-C, or: kill {os.getpid()}", markup=False)
+    if children[MODELS].plan.port != 8021:
+        out.print(
+            f"For the pollard command: export POLLARD_MODELS_ADDRESS="
+            f"{children[MODELS].plan.address} POLLARD_VISION_ADDRESS="
+            f"{children[PREPROCESS].plan.address}",
+            markup=False,
+            soft_wrap=True,
+        )

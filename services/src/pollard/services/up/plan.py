@@ -1,0 +1,184 @@
+"""What `pollard up` starts: directories, ports, and the command line of each service."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pollard.services.common.errors import StartupError
+
+INFERENCE, PREPROCESS, MODELS = "inference", "preprocess", "models"
+
+STOP_ORDER = (PREPROCESS, INFERENCE, MODELS)
+"""Who depends on whom, first the one that nobody depends on."""
+
+_OFFSETS = {INFERENCE: 1, PREPROCESS: 11, MODELS: 21}
+
+# Below the range from which Linux takes the ports of outgoing connections, so that none of those
+# can take a port between its choice and its use, or while a service is started again.
+_FREE_PORTS = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """What `pollard up` can be told."""
+
+    data_dir: Path | None = None
+    """Registry, bundles and caches; None for the user's state directory."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port_base: int = 8000
+    """The ports are this plus 1, 11 and 21; 0 takes free ones."""
+    inference_port: int | None = None
+    """0 takes a free one; None follows `port_base`."""
+    preprocess_port: int | None = None
+    """0 takes a free one; None follows `port_base`."""
+    models_port: int | None = None
+    """0 takes a free one; None follows `port_base`."""
+    insecure: bool = False
+    """Allow an address that is not loopback without TLS and a token."""
+    config: Path | None = None
+    """TOML file with the services' settings."""
+    ready_file: Path | None = None
+    """Where to write addresses and pids, as JSON."""
+    start_timeout_seconds: float = 60.0
+    """How long all services may take to be healthy."""
+    grace_seconds: float = 10.0
+    """How long requests in flight may take to end."""
+    quiet: bool = False
+    """Only write warnings and errors."""
+
+
+@dataclass(frozen=True)
+class ServicePlan:
+    """One service to be started."""
+
+    name: str
+    """"inference", "preprocess" or "models"."""
+    host: str
+    """Address that it listens on."""
+    port: int
+    """Port that it listens on."""
+    arguments: tuple[str, ...]
+    """Arguments of `pollard serve NAME`."""
+
+    @property
+    def address(self) -> str:
+        """Target under which this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    def command(self) -> list[str]:
+        """Return the command line of its process, for a child of this process."""
+        child = [sys.executable, "-m", "pollard.services.up.child", str(os.getpid())]
+        return [*child, self.name, *self.arguments]
+
+
+def default_data_dir() -> Path:
+    """Return where data lies when nobody says: the user's state directory."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "pollard"
+
+
+def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
+    """Choose directories and ports; return the data directory and the three services.
+
+    Raises:
+        StartupError: A port is in use, or the directory cannot be made.
+    """
+    data_dir = (options.data_dir or default_data_dir()).expanduser().absolute()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"cannot make the data directory {data_dir}: {error.strerror}; choose another with "
+            "--data-dir"
+        ) from error
+    if options.config is not None and not options.config.is_file():
+        raise StartupError(f"there is no settings file {options.config}")
+    ports = _choose_ports(options)
+    plans = {name: ServicePlan(name, options.host, port, ()) for name, port in ports.items()}
+    manager = plans[MODELS].address
+    common: list[str] = ["--host", options.host, "--grace-seconds", str(options.grace_seconds)]
+    if options.insecure:
+        common.append("--insecure")
+    if options.config is not None:
+        common += ["--config", str(options.config.absolute())]
+    own = {
+        MODELS: ["--data-dir", str(data_dir / MODELS)],
+        INFERENCE: ["--manager", manager, "--cache-dir", str(data_dir / INFERENCE)],
+        PREPROCESS: ["--manager", manager, "--cache-dir", str(data_dir / PREPROCESS)],
+    }
+    return data_dir, [
+        replace(plans[name], arguments=(*common, "--port", str(plans[name].port), *own[name]))
+        for name in (MODELS, INFERENCE, PREPROCESS)
+    ]
+
+
+def _choose_ports(options: UpOptions) -> dict[str, int]:
+    wanted = {
+        name: (0 if options.port_base == 0 else options.port_base + _OFFSETS[name])
+        if given is None
+        else given
+        for name, given in (
+            (INFERENCE, options.inference_port),
+            (PREPROCESS, options.preprocess_port),
+            (MODELS, options.models_port),
+        )
+    }
+    fixed = [port for port in wanted.values() if port]
+    if len(set(fixed)) != len(fixed):
+        raise StartupError(
+            "two services cannot share a port: "
+            + ", ".join(f"{name} {port}" for name, port in wanted.items())
+        )
+    chosen: dict[str, int] = {}
+    for name, port in wanted.items():
+        if port:
+            _check_port(name, options.host, port)
+            chosen[name] = port
+        else:
+            chosen[name] = _free_port(options.host, {*fixed, *chosen.values()})
+    return chosen
+
+
+def _check_port(name: str, host: str, port: int) -> None:
+    problem = _cannot_bind(host, port)
+    if problem is None:
+        return
+    if problem.errno == errno.EADDRINUSE:
+        raise StartupError(
+            f"port {port} on {host}, wanted for {name}, is in use, perhaps by another `pollard "
+            f"up`; stop the other program, or choose other ports with --port-base or "
+            f"--{name}-port (0 takes a free one)"
+        )
+    raise StartupError(f"cannot listen on {host}:{port} for {name}: {problem.strerror or problem}")
+
+
+def _free_port(host: str, taken: set[int]) -> int:
+    for port in random.sample(_FREE_PORTS, 200):
+        if port not in taken and _cannot_bind(host, port) is None:
+            return port
+    problem = _cannot_bind(host, 0)
+    raise StartupError(f"found no free port on {host}: {problem or 'all that were tried are used'}")
+
+
+def _cannot_bind(host: str, port: int) -> OSError | None:
+    """Try to bind; return why it cannot be done."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC binds: connections of a server that has just stopped may linger.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error
+    return None

@@ -1,0 +1,298 @@
+"""Keeps the services' processes running, and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pollard.services.common.errors import StartupError
+from pollard.services.common.lifecycle import cancel
+from pollard.services.up.plan import STOP_ORDER, ServicePlan
+
+_FIRST_BACKOFF_SECONDS = 0.2
+_LAST_BACKOFF_SECONDS = 10.0
+_QUICK_DEATH_SECONDS = 10.0
+_QUICK_DEATHS = 5
+_HEALTH_POLL_SECONDS = 0.1
+_LONGEST_LINE_BYTES = 1 << 20
+
+Notice = Callable[[str], None]
+"""Takes one line for the operator."""
+
+
+@dataclass
+class Child:
+    """One service and its current process."""
+
+    plan: ServicePlan
+    process: asyncio.subprocess.Process | None = None
+    started: float = 0.0
+    quick_deaths: int = 0
+    restarts: int = 0
+    last_lines: list[str] = field(default_factory=list)
+    """What it said last, for the message when it cannot start."""
+    _pipe: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None when it does not run."""
+        running = self.process is not None and self.process.returncode is None
+        return self.process.pid if running and self.process is not None else None
+
+    async def start(self, write_line: Callable[[str, str], None]) -> None:
+        """Start the process and pass its lines on."""
+        self.last_lines.clear()
+        self.started = time.monotonic()
+        self.process = await asyncio.create_subprocess_exec(
+            *self.plan.command(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_LONGEST_LINE_BYTES,
+            # A group of its own: Ctrl-C in the terminal reaches only the supervisor, which stops
+            # the services in order; and whatever the service starts can be killed with it.
+            process_group=0,
+        )
+        self._pipe = asyncio.create_task(self._pass_on(self.process, write_line))
+
+    async def _pass_on(
+        self, process: asyncio.subprocess.Process, write_line: Callable[[str, str], None]
+    ) -> None:
+        assert process.stdout is not None  # noqa: S101 - asked for above
+        while True:
+            try:
+                raw = await process.stdout.readline()
+            except ValueError:  # a line longer than the limit; what was read of it is gone
+                continue
+            if not raw:
+                return
+            line = raw.decode(errors="replace").rstrip("\r\n")
+            self.last_lines = [*self.last_lines[-19:], line]
+            write_line(self.plan.name, line)
+
+    async def wait(self) -> int:
+        """Wait until the process has ended; return its exit code, negative for a signal."""
+        assert self.process is not None  # noqa: S101 - only called after start
+        code = await self.process.wait()
+        if self._pipe is not None:
+            # A grandchild may hold the pipe open; its lines are not waited for.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._pipe, 1.0)
+        self.kill()
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
+        if self.pid is not None and self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the process and everything that it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """Runs the services until it is told to stop."""
+
+    def __init__(
+        self,
+        plans: Sequence[ServicePlan],
+        *,
+        notice: Notice,
+        write_line: Callable[[str, str], None],
+        changed: Callable[[], None],
+        start_timeout_seconds: float = 60.0,
+        grace_seconds: float = 10.0,
+    ) -> None:
+        """Make a supervisor; nothing is started yet.
+
+        Args:
+            plans: The services, in the order in which they are started.
+            notice: Takes lines for the operator.
+            write_line: Takes the lines of the services: name, line.
+            changed: Called when processes have changed and all services are healthy.
+            start_timeout_seconds: How long all may take to be healthy.
+            grace_seconds: How long requests in flight may take to end.
+        """
+        self.children = {plan.name: Child(plan) for plan in plans}
+        self._notice = notice
+        self._write_line = write_line
+        self._changed = changed
+        self._start_timeout = start_timeout_seconds
+        self._grace = grace_seconds
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._failure: str | None = None
+
+    def request_stop(self) -> None:
+        """Stop cleanly; asked a second time, at once."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def run(self) -> int:
+        """Start the services, keep them running, stop them; return the exit code.
+
+        Raises:
+            StartupError: A service did not become healthy. Nothing is left running.
+        """
+        clean = True
+        keepers: list[asyncio.Task[None]] = []
+        try:
+            await self._start_all()
+            if not self._stopping.is_set():
+                self._changed()
+                keepers = [
+                    asyncio.create_task(self._keep(child)) for child in self.children.values()
+                ]
+            await self._stopping.wait()
+        finally:
+            await cancel(*keepers)
+            clean = await self._stop_all()
+        if self._failure is not None:
+            raise StartupError(self._failure)
+        return 0 if clean else 1
+
+    async def _start_all(self) -> None:
+        for child in self.children.values():
+            await child.start(self._write_line)
+        healthy = asyncio.ensure_future(
+            asyncio.gather(*(self._healthy(child) for child in self.children.values()))
+        )
+        deaths = [asyncio.create_task(child.wait()) for child in self.children.values()]
+        stop = asyncio.create_task(self._stopping.wait())
+        tasks: list[asyncio.Future[Any]] = [healthy, stop, *deaths]
+        try:
+            await asyncio.wait(
+                tasks,
+                timeout=self._start_timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if stop.done():
+                return
+            for child, death in zip(self.children.values(), deaths, strict=True):
+                if death.done():
+                    raise StartupError(_could_not_start(child, death.result()))
+            if not healthy.done():
+                slow = [name for name, child in self.children.items() if child.pid is not None]
+                raise StartupError(
+                    f"the services ({', '.join(slow)}) were not all healthy after "
+                    f"{self._start_timeout:g} s; --start-timeout allows more"
+                )
+            healthy.result()
+        finally:
+            await cancel(*tasks)
+
+    async def _keep(self, child: Child) -> None:
+        """Start a service again whenever it dies."""
+        name = child.plan.name
+        while True:
+            code = await child.wait()
+            lived = time.monotonic() - child.started
+            child.quick_deaths = child.quick_deaths + 1 if lived < _QUICK_DEATH_SECONDS else 1
+            if child.quick_deaths > _QUICK_DEATHS:
+                self._failure = (
+                    f"{name} died {child.quick_deaths} times, each time within "
+                    f"{_QUICK_DEATH_SECONDS:g} s ({_how(code)}), so all services are stopped."
+                    + _said(child)
+                )
+                self._stopping.set()
+                return
+            pause = min(
+                _FIRST_BACKOFF_SECONDS * 2 ** (child.quick_deaths - 1), _LAST_BACKOFF_SECONDS
+            )
+            self._notice(f"{name} {_how(code)}; starting it again in {pause:g} s")
+            await asyncio.sleep(pause)
+            await child.start(self._write_line)
+            child.restarts += 1
+            self._notice(f"{name} runs again as process {child.pid}")
+            healthy = asyncio.create_task(self._announce(child))
+            died = asyncio.create_task(child.process.wait() if child.process else child.wait())
+            try:
+                await asyncio.wait({healthy, died}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await cancel(healthy, died)
+
+    async def _announce(self, child: Child) -> None:
+        await self._healthy(child)
+        self._notice(f"{child.plan.name} is healthy again")
+        self._changed()
+
+    async def _healthy(self, child: Child) -> None:
+        """Return when a service says that it serves."""
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
+        async with grpc.aio.insecure_channel(child.plan.address, options=options) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while True:
+                try:
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                except grpc.RpcError:
+                    pass
+                await asyncio.sleep(_HEALTH_POLL_SECONDS)
+
+    async def _stop_all(self) -> bool:
+        """Stop the services one after another; say whether none had to be killed."""
+        clean = True
+        for name in STOP_ORDER:
+            child = self.children.get(name)
+            if child is None or child.pid is None:
+                continue
+            child.signal(signal.SIGTERM)
+            ended = asyncio.create_task(child.wait())
+            hurry = asyncio.create_task(self._hurry.wait())
+            # The service itself keeps to the grace; this waits a little longer before it kills.
+            await asyncio.wait(
+                {ended, hurry}, timeout=self._grace + 5.0, return_when=asyncio.FIRST_COMPLETED
+            )
+            hurry.cancel()
+            if not ended.done():
+                child.kill()
+                clean = False
+                self._notice(f"{name} did not stop in time and was killed")
+            code = await ended
+            if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
+                clean = False
+                self._notice(f"{name} {_how(code)} while stopping")
+        return clean
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
+
+
+def _could_not_start(child: Child, code: int) -> str:
+    return f"{child.plan.name} {_how(code)} before it was healthy." + _said(child)
+
+
+def _said(child: Child) -> str:
+    lines = [line for line in child.last_lines if line.strip()][-5:]
+    if not lines:
+        return ""
+    return " It said:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def install_signals(supervisor: Supervisor) -> None:
+    """Have SIGTERM and Ctrl-C stop the services."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if sys.platform != "win32":
+            loop.add_signal_handler(number, supervisor.request_stop)
