@@ -1,0 +1,188 @@
+"""Requests in the engine: joined, dropped, refused, drained."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.machine import Machine
+from pollard.services.inference.engine import Engine, ServedModel
+from pollard.services.inference.errors import (
+    ExecutionFailed,
+    QueueFull,
+    RequestExpired,
+    ServerStopping,
+)
+from pollard.services.inference.loader import EngineOptions, Loader, best_joined_batch
+from pollard.services.inference.revision import LoadedRevision
+
+
+class Watched:
+    """A real session whose runs the test can see and hold up."""
+
+    def __init__(self, session) -> None:
+        self.session = session
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, feeds, outputs=None):
+        self.batches.append(feeds["x"].shape[0])
+        self.gate.wait(10)
+        if (feeds["x"] < 0).any():
+            raise ValueError("negative\nmore")
+        return self.session.run(feeds, outputs)
+
+
+@pytest.fixture
+async def watched(make_bundle):
+    """Returns a revision with one worker that joins up to 8, and its session."""
+    bundle = make_bundle(1.0)
+    loader = Loader(Machine.detect(), EngineOptions(memory_headroom_bytes=0))
+    loaded = await loader.load("adder", 1, bundle.digest, bundle.size_bytes, bundle.path)
+    inner = loaded._workers._session
+    await loaded.retire()
+    loader.close()
+    session = Watched(inner)
+    revision = LoadedRevision(loaded.info, session, workers=1, joined_batch=8, max_queue=16)
+    yield revision, session
+    session.gate.set()
+    await revision.retire()
+
+
+async def ask(revision, value: float, rows: int = 1, seconds: float = 10.0) -> np.ndarray:
+    feeds = {"x": np.full((rows, 4), value, np.float32)}
+    outputs = await revision.infer(feeds, revision.info.outputs, time.monotonic() + seconds)
+    return outputs["y"]
+
+
+async def held_up(session, revision) -> asyncio.Task:
+    """Keep the only worker busy until the gate opens."""
+    session.gate.clear()
+    first = asyncio.create_task(ask(revision, 0))
+    while not session.batches:
+        await asyncio.sleep(0.005)
+    return first
+
+
+async def test_what_waits_is_joined_and_split_again(watched) -> None:
+    revision, session = watched
+    first = await held_up(session, revision)
+    waiting = [asyncio.create_task(ask(revision, value, rows=1 + value % 3)) for value in range(6)]
+    await asyncio.sleep(0.05)
+    session.gate.set()
+    await first
+    for value, answer in enumerate(await asyncio.gather(*waiting)):
+        assert answer.shape == (1 + value % 3, 4)
+        assert (answer == value + 1).all()
+    assert session.batches[0] == 1
+    assert max(session.batches) <= 8
+    assert len(session.batches) < 7
+
+
+async def test_one_bad_request_does_not_fail_those_it_was_joined_with(watched) -> None:
+    revision, session = watched
+    first = await held_up(session, revision)
+    waiting = [asyncio.create_task(ask(revision, value)) for value in (1, -1, 2)]
+    await asyncio.sleep(0.05)
+    session.gate.set()
+    await first
+    good, bad, other = await asyncio.gather(*waiting, return_exceptions=True)
+    assert good[0, 0] == 2
+    assert other[0, 0] == 3
+    assert isinstance(bad, ExecutionFailed)
+    assert bad.message.endswith("negative")
+
+
+async def test_work_of_callers_that_have_gone_is_not_run(watched) -> None:
+    revision, session = watched
+    first = await held_up(session, revision)
+    gone = asyncio.create_task(ask(revision, 5))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    late = asyncio.create_task(ask(revision, 6, seconds=0.05))
+    await asyncio.sleep(0.1)
+    session.gate.set()
+    await first
+    with pytest.raises(RequestExpired):
+        await late
+    assert session.batches == [1]
+    assert revision.in_flight == 0
+    assert revision.counters.rejected == 2
+
+
+async def test_a_full_queue_refuses(watched) -> None:
+    revision, session = watched
+    first = await held_up(session, revision)
+    waiting = [asyncio.create_task(ask(revision, 1)) for _ in range(16)]
+    await asyncio.sleep(0.02)
+    with pytest.raises(QueueFull, match="Exceeds maximum queue size"):
+        await ask(revision, 1)
+    session.gate.set()
+    await asyncio.gather(first, *waiting)
+
+
+async def test_a_revision_is_freed_only_after_its_last_request(watched) -> None:
+    revision, session = watched
+    engine = Engine()
+    engine.switch(ServedModel("adder", {1: revision}, {"production": ((1, 1),)}))
+    first = await held_up(session, revision)
+    second = asyncio.create_task(ask(revision, 3))
+    await asyncio.sleep(0.02)
+    engine.switch(ServedModel("adder", {}, {}))
+    await asyncio.sleep(0.05)
+    assert not revision.freed.is_set()
+    session.gate.set()
+    assert (await first)[0, 0] == 1
+    assert (await second)[0, 0] == 4
+    async with asyncio.timeout(5):
+        await revision.freed.wait()
+    assert revision._workers._session is None
+
+
+async def test_a_closed_engine_refuses_and_drains(watched) -> None:
+    revision, session = watched
+    engine = Engine()
+    engine.switch(ServedModel("adder", {1: revision}, {"production": ((1, 1),)}))
+    first = await held_up(session, revision)
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0.02)
+    with pytest.raises(ServerStopping):
+        engine.resolve("adder")
+    assert not closing.done()
+    session.gate.set()
+    await closing
+    assert (await first)[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("figures", "joined"),
+    [
+        ([], 1),
+        ([(1, 100.0)], 1),
+        ([(1, 100.0), (8, 790.0)], 1),  # 1 % faster an image: not worth the wait.
+        ([(1, 100.0), (8, 600.0), (32, 2300.0)], 32),
+        ([(1, 100.0), (8, 600.0), (32, 3100.0)], 8),
+    ],
+)
+def test_requests_are_joined_only_where_the_figures_speak_for_it(figures, joined) -> None:
+    variant = bundle_pb2.Variant()
+    for batch, microseconds in figures:
+        variant.measurement.latencies.add(batch_size=batch, intra_op_threads=1, p50_us=microseconds)
+    assert best_joined_batch(variant) == joined
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (EngineOptions(), (4, 1)),
+        (EngineOptions(intra_op_threads=2), (2, 2)),
+        (EngineOptions(optimize="latency"), (1, 4)),
+        (EngineOptions(workers=3), (3, 1)),
+    ],
+)
+def test_workers_and_threads_fill_the_cores(options, expected) -> None:
+    assert options.threads(4) == expected
