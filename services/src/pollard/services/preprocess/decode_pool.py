@@ -55,19 +55,23 @@ class DecodePool:
     """A fixed number of decode workers, handed one image at a time each."""
 
     def __init__(
-        self, workers: int = 0, limits: WorkerLimits | None = None, max_waiting: int = 1024
+        self,
+        workers: int = 0,
+        limits: WorkerLimits | None = None,
+        max_waiting_bytes: int = 512 * 1024**2,
     ) -> None:
         """Prepare the pool; `start` starts it.
 
         Args:
             workers: Number of processes; 0 means one for each usable core.
             limits: What each image may use.
-            max_waiting: Most images that wait for a worker.
+            max_waiting_bytes: Largest sum of the sizes of the images that wait
+                for a worker, in bytes.
         """
         self.workers = workers or len(os.sched_getaffinity(0))
         self.limits = limits or WorkerLimits()
-        self._max_waiting = max_waiting
-        self._waiting = 0
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
         self._starting: set[_Worker] = set()
         self._alive: set[_Worker] = set()
         # Last in, first out: with little to do, few workers stay warm in the caches.
@@ -128,7 +132,7 @@ class DecodePool:
                 limit_bytes=self.limits.max_image_bytes,
             )
         for _ in range(_ATTEMPTS):
-            worker = await self._acquire()
+            worker = await self._acquire(len(content))
             job = spawn(self._tasks, self._work(worker, steps, content), "decode")
             outcome = await asyncio.shield(job)
             if isinstance(outcome, Transformed):
@@ -140,20 +144,21 @@ class DecodePool:
             attempts=_ATTEMPTS,
         )
 
-    async def _acquire(self) -> _Worker:
-        if self._idle.empty() and self._waiting >= self._max_waiting:
+    async def _acquire(self, size: int) -> _Worker:
+        if self._idle.empty() and self._waiting_bytes + size > self._max_waiting_bytes:
             raise DecodersBusy(
-                f"{self._waiting} images wait for a decoder already; try again later",
-                waiting=self._waiting,
+                f"images of {self._waiting_bytes} bytes wait for a decoder already; "
+                "try again later",
+                waiting_bytes=self._waiting_bytes,
             )
-        self._waiting += 1
+        self._waiting_bytes += size
         try:
             while True:
                 worker = await self._idle.get()
                 if worker in self._alive:
                     return worker
         finally:
-            self._waiting -= 1
+            self._waiting_bytes -= size
 
     async def _work(self, worker: _Worker, steps: bytes, content: bytes) -> Transformed | Exception:
         # Errors are returned: nobody may be there any more to take a raised one.

@@ -4,6 +4,7 @@
 
     InvalidRequest
     ├── RequestInvalid       the request lacks something or contradicts itself
+    ├── UriRefused           images are taken by content only
     └── DecoderCrashed       decoding the image ended the worker process, twice
     NotFound
     └── RevisionUnknown      no such model, revision or alias here
@@ -37,6 +38,13 @@ class RequestInvalid(errors.InvalidRequest):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="REQUEST_INVALID", **metadata)
+
+
+class UriRefused(errors.InvalidRequest):
+    """Images are taken by content only."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="URI_REFUSED", **metadata)
 
 
 class DecoderCrashed(errors.InvalidRequest):

@@ -1,0 +1,151 @@
+"""The preprocess server, put together."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import structlog
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
+from pollard.runtime.images import ImageLimits
+from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
+from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
+from pollard.services.common.logs import configure_logging
+from pollard.services.common.status import ErrorInterceptor
+from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.inference_client import InferenceClient
+from pollard.services.preprocess.prediction import Predictor
+from pollard.services.preprocess.servicer import (
+    PREPROCESS_SERVICE,
+    VISION_SERVICE,
+    PreprocessServicer,
+    VisionServicer,
+)
+from pollard.services.preprocess.settings import PreprocessSettings
+from pollard.services.preprocess.snapshot import Current
+from pollard.services.preprocess.sync import PreprocessMember
+from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
+
+_log = structlog.get_logger("pollard.preprocess")
+
+
+class PreprocessServer:
+    """The parts of one preprocess server and the order in which they start and stop."""
+
+    def __init__(
+        self,
+        pool: DecodePool,
+        client: InferenceClient,
+        member: PreprocessMember,
+        agent: FleetAgent,
+        grpc_server: GrpcServer,
+        advertise: str,
+    ) -> None:
+        """Take the parts; see `build_server`."""
+        self.pool = pool
+        self.client = client
+        self.member = member
+        self.agent = agent
+        self.grpc = grpc_server
+        self._advertise = advertise
+        self._becoming_ready: asyncio.Task[Any] | None = None
+
+    @property
+    def address(self) -> str:
+        """Target under which this machine reaches the server."""
+        return self.grpc.address
+
+    async def start(self) -> None:
+        """Listen, start the decode workers, serve what the cache holds, follow the manager.
+
+        Health says SERVING once a first state has been applied; without a cached one that waits
+        for the manager, this method does not.
+
+        Raises:
+            StartupError: the address cannot be had, or a worker cannot be started.
+        """
+        await self.grpc.start()
+        await self.pool.start()
+        self.agent.advertise(self._advertise or self.grpc.address)
+        await self.agent.start()
+        self._becoming_ready = asyncio.create_task(self._become_ready())
+        _log.info(
+            "listening",
+            address=self.grpc.address,
+            server_id=self.agent.server_id,
+            decode_workers=self.pool.workers,
+        )
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Say NOT_SERVING, finish the requests in flight, free everything."""
+        await cancel(self._becoming_ready)
+        await self.grpc.stop(grace_seconds)
+        await self.agent.stop()
+        await self.client.close()
+        await self.pool.close()
+
+    async def _become_ready(self) -> None:
+        await self.agent.settled.wait()
+        await self.grpc.set_serving(True)
+
+
+def build_server(settings: PreprocessSettings) -> PreprocessServer:
+    """Wire a preprocess server; must be called with the event loop running.
+
+    Raises:
+        StartupError: the cache is in use or cannot be written, or the address would be open to
+            everybody.
+    """
+    current = Current()
+    pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
+    client = InferenceClient(settings.max_message_bytes, drain_seconds=settings.max_request_seconds)
+    member = PreprocessMember(
+        current, client, ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    )
+    predictor = Predictor(current, pool, client, settings.max_message_bytes)
+    grpc_server = GrpcServer(
+        Listen(
+            host=settings.host,
+            port=settings.port,
+            max_message_bytes=settings.max_message_bytes,
+            insecure=settings.insecure,
+            unix_socket=settings.unix_socket,
+        ),
+        [PREPROCESS_SERVICE, VISION_SERVICE],
+        [ErrorInterceptor()],
+    )
+    preprocess_grpc.add_PreprocessServiceServicer_to_server(
+        PreprocessServicer(predictor, settings.max_request_seconds), grpc_server.server
+    )
+    vision_grpc.add_VisionServiceServicer_to_server(
+        VisionServicer(predictor, settings.max_request_seconds), grpc_server.server
+    )
+    agent = FleetAgent(
+        member,
+        AgentOptions(
+            kind=fleet_pb.SERVER_KIND_PREPROCESS,
+            manager=settings.manager,
+            cache_dir=settings.cache_dir,
+            server_id=settings.server_id,
+            software_version=_software_version(),
+        ),
+    )
+    member.on_change = agent.report_soon
+    return PreprocessServer(pool, client, member, agent, grpc_server, settings.advertise)
+
+
+def run(settings: PreprocessSettings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code."""
+    configure_logging("preprocess", level=settings.log_level, form=settings.log_format)
+    return run_service(lambda: build_server(settings), grace_seconds=settings.grace_seconds)
+
+
+def _software_version() -> str:
+    try:
+        return version("pollard-services")
+    except PackageNotFoundError:
+        # Run from a source tree that is not installed.
+        return "0+unknown"

@@ -1,0 +1,271 @@
+"""From images to tensors and answers, by one revision from beginning to end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.errors import RuntimeFault
+from pollard.runtime.postprocess import ScoredClass, classify
+from pollard.runtime.transforms import Geometry, Transformed
+from pollard.services.common.errors import ServiceError
+from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.errors import (
+    AnswerTooLarge,
+    InferenceFailed,
+    ModelTakesNoImages,
+    NotOffered,
+    RequestInvalid,
+    RevisionGone,
+    RevisionNotReady,
+    RevisionUnknown,
+)
+from pollard.services.preprocess.inference_client import InferenceClient, Work
+from pollard.services.preprocess.snapshot import Current, Selector, ServedRevision
+
+MAX_IMAGES = 256
+
+# Left free in a message for everything but the tensor.
+_MESSAGE_OVERHEAD_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several images as one tensor."""
+
+    revision: ServedRevision
+    """Whose steps were used."""
+    array: NDArray[np.generic]
+    """The images along the first dimension."""
+    geometries: tuple[Geometry, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image."""
+
+    revision: ServedRevision
+    """Which revision answered."""
+    classes: list[ScoredClass]
+    embedding: NDArray[np.generic] | None
+    preprocess_seconds: float
+    inference_seconds: float
+    postprocess_seconds: float
+
+
+class Predictor:
+    """Transforms and predicts with what the current snapshot says."""
+
+    def __init__(
+        self,
+        current: Current,
+        pool: DecodePool,
+        client: InferenceClient,
+        max_message_bytes: int = 64 * 1024**2,
+    ) -> None:
+        """Take the parts; nothing is started.
+
+        Args:
+            current: Holds the snapshot in force.
+            pool: Decodes and transforms.
+            client: Runs models.
+            max_message_bytes: Largest answer.
+        """
+        self._current = current
+        self._pool = pool
+        self._client = client
+        self._max_tensor_bytes = max_message_bytes - _MESSAGE_OVERHEAD_BYTES
+
+    async def transform(self, selector: Selector, contents: Sequence[bytes]) -> Batch:
+        """Make one tensor of several images.
+
+        Raises:
+            ImageInvalid, DecodeTimeout, DecoderCrashed: one of the images is
+                bad; ``metadata["image_index"]`` says which.
+            RevisionUnknown, RevisionNotReady, ModelTakesNoImages: there are no
+                steps to use.
+            RequestInvalid: the images do not fit into one tensor.
+            AnswerTooLarge: the tensor does not fit into one message.
+            DecodersBusy: too much waits already.
+        """
+        revision = self._current.snapshot.choose(selector)
+        pipeline = revision.image_pipeline()
+        if pipeline.output_shape is not None:
+            size = math.prod(pipeline.output_shape) * pipeline.dtype.itemsize
+            self._check_size(size * len(contents), len(contents))
+        # More at once than there are workers would only take others' turns.
+        turns = asyncio.Semaphore(self._pool.workers)
+
+        async def one(index: int, content: bytes) -> Transformed:
+            async with turns:
+                try:
+                    return await self._pool.transform(revision.steps, content)
+                except (RuntimeFault, ServiceError) as error:
+                    error.metadata["image_index"] = str(index)
+                    if len(contents) > 1:
+                        error.message = f"image {index}: {error.message}"
+                    raise
+
+        tasks = [asyncio.create_task(one(i, content)) for i, content in enumerate(contents)]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for index, result in enumerate(results):
+            if result.array.shape != results[0].array.shape:
+                raise RequestInvalid(
+                    f"image {index} gives a tensor of shape {list(result.array.shape)}, image 0 "
+                    f"one of {list(results[0].array.shape)}: this model takes images as large "
+                    "as they are; send them one by one",
+                    image_index=index,
+                )
+        self._check_size(sum(result.array.nbytes for result in results), len(results))
+        return Batch(
+            revision,
+            np.stack([result.array for result in results]),
+            tuple(result.geometry for result in results),
+        )
+
+    def _check_size(self, size: int, images: int) -> None:
+        if size > self._max_tensor_bytes:
+            raise AnswerTooLarge(
+                f"the tensors of {images} images take {size} bytes, an answer holds "
+                f"{self._max_tensor_bytes}; send fewer images at once",
+                size_bytes=size,
+                limit_bytes=self._max_tensor_bytes,
+            )
+
+    async def predict(
+        self,
+        selector: Selector,
+        content: bytes,
+        *,
+        deadline: float,
+        top_k: int = 0,
+        embedding: bool = False,
+    ) -> Prediction:
+        """Answer for one image.
+
+        Should the revision vanish from the inference servers on the way, one
+        is chosen again and the image transformed again, once.
+
+        Args:
+            selector: Which revision.
+            content: The encoded image.
+            deadline: When the answer must be there, by the loop's clock.
+            top_k: Number of classes; 0 means what the manifest says.
+            embedding: Also give the embedding, where there is one.
+
+        Raises:
+            ImageInvalid and the others of `transform`.
+            NotOffered: the model's task is not classification.
+            InferenceUnavailable, RequestExpired, TensorRefused,
+            InferenceFailed: as `InferenceClient.infer`.
+        """
+        for _ in range(2):
+            revision = self._current.snapshot.choose(selector)
+            try:
+                return await self._predict_by(
+                    revision, content, deadline=deadline, top_k=top_k, embedding=embedding
+                )
+            except RevisionGone:
+                if selector.revision is not None:
+                    raise RevisionUnknown(
+                        f"revision {revision.revision} of model {revision.model!r} is on no "
+                        "inference server any more",
+                        model=revision.model,
+                        revision=revision.revision,
+                    ) from None
+        raise RevisionNotReady(
+            f"revision {revision.revision} of model {revision.model!r} is on no inference server "
+            "now; try again later",
+            model=revision.model,
+            revision=revision.revision,
+        )
+
+    async def _predict_by(
+        self,
+        revision: ServedRevision,
+        content: bytes,
+        *,
+        deadline: float,
+        top_k: int,
+        embedding: bool,
+    ) -> Prediction:
+        outputs = _outputs_wanted(revision, embedding=embedding)
+        started = time.perf_counter()
+        try:
+            transformed = await self._pool.transform(revision.steps, content)
+        except (RuntimeFault, ServiceError) as error:
+            error.metadata["image_index"] = "0"
+            raise
+        decoded = time.perf_counter()
+        answer = await self._client.infer(
+            Work(
+                revision.model,
+                revision.revision,
+                revision.input.name,
+                transformed.array[np.newaxis],
+                outputs,
+            ),
+            lambda: self._current.snapshot.endpoints,
+            deadline,
+        )
+        answered = time.perf_counter()
+        try:
+            classes = classify(answer, revision.manifest, revision.labels, top_k)
+            features = (
+                answer[outputs[-1]].reshape(-1) if _has_embedding(revision, embedding) else None
+            )
+        except (RuntimeFault, KeyError) as error:
+            # The caller's image is not to blame for what the model gives.
+            raise InferenceFailed(
+                f"revision {revision.revision} of model {revision.model!r} gave no answer that "
+                f"its manifest describes: {error}",
+                model=revision.model,
+                revision=revision.revision,
+            ) from error
+        return Prediction(
+            revision,
+            classes,
+            features,
+            preprocess_seconds=decoded - started,
+            inference_seconds=answered - decoded,
+            postprocess_seconds=time.perf_counter() - answered,
+        )
+
+
+def _outputs_wanted(revision: ServedRevision, *, embedding: bool) -> list[str]:
+    revision.image_pipeline()
+    manifest = revision.manifest
+    about = {"model": revision.model, "revision": revision.revision}
+    if manifest.task in (bundle_pb2.TASK_RAW, bundle_pb2.TASK_UNSPECIFIED):
+        raise ModelTakesNoImages(
+            f"revision {revision.revision} of model {revision.model!r} gives tensors, not "
+            "answers; use Transform and the inference service's ModelInfer",
+            **about,
+        )
+    if manifest.postprocess.WhichOneof("task") != "classification":
+        name = bundle_pb2.Task.Name(manifest.task).removeprefix("TASK_").lower()
+        raise NotOffered(
+            f"revision {revision.revision} of model {revision.model!r} is for {name}; this "
+            "version answers for classification only",
+            **about,
+        )
+    classification = manifest.postprocess.classification
+    outputs = [classification.output or manifest.outputs[0].name]
+    if _has_embedding(revision, embedding) and classification.embedding_output not in outputs:
+        outputs.append(classification.embedding_output)
+    return outputs
+
+
+def _has_embedding(revision: ServedRevision, wanted: bool) -> bool:
+    return wanted and bool(revision.manifest.postprocess.classification.embedding_output)

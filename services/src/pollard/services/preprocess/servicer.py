@@ -1,0 +1,220 @@
+"""`PreprocessService` and `VisionService` over gRPC: decode, call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf import duration_pb2
+
+from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
+from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
+from pollard.runtime.tensors import FROM_NUMPY
+from pollard.runtime.transforms import Geometry
+from pollard.services.common.routing import PRODUCTION
+from pollard.services.preprocess.errors import (
+    NotOffered,
+    RequestExpired,
+    RequestInvalid,
+    UriRefused,
+)
+from pollard.services.preprocess.prediction import MAX_IMAGES, Prediction, Predictor
+from pollard.services.preprocess.snapshot import Selector
+from pollard.vision.v1 import vision_service_pb2 as vision_pb
+from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
+
+PREPROCESS_SERVICE = "pollard.preprocess.v1.PreprocessService"
+VISION_SERVICE = "pollard.vision.v1.VisionService"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Deadlines:
+    """The caller's deadline, capped."""
+
+    def __init__(self, max_request_seconds: float) -> None:
+        self._max_request_seconds = max_request_seconds
+
+    def deadline(self, context: Context) -> float:
+        """Return when the answer must be there, by the loop's clock.
+
+        Raises:
+            RequestExpired: it should have been there already.
+        """
+        left = context.time_remaining()
+        seconds = self._max_request_seconds
+        if left is not None:
+            seconds = min(seconds, left)
+        if seconds <= 0:
+            raise RequestExpired("the request's deadline passed before it was begun")
+        return asyncio.get_running_loop().time() + seconds
+
+    @contextlib.asynccontextmanager
+    async def within(self, context: Context) -> AsyncIterator[float]:
+        """Run a block until the deadline; gives the deadline.
+
+        Raises:
+            RequestExpired: the block was not done by then.
+        """
+        deadline = self.deadline(context)
+        try:
+            async with asyncio.timeout_at(deadline):
+                yield deadline
+        except TimeoutError as error:
+            raise RequestExpired(
+                f"the request was not done within its deadline or "
+                f"{self._max_request_seconds:g} s, the longest that a request may take",
+                max_request_seconds=self._max_request_seconds,
+            ) from error
+
+
+class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
+    """Answers `pollard.preprocess.v1.PreprocessService`."""
+
+    def __init__(self, predictor: Predictor, max_request_seconds: float) -> None:
+        """Serve ``predictor``."""
+        self._predictor = predictor
+        self._deadlines = _Deadlines(max_request_seconds)
+
+    async def Transform(
+        self, request: preprocess_pb.TransformRequest, context: Context
+    ) -> preprocess_pb.TransformResponse:
+        """Transform images to one tensor."""
+        selector = _selector(request.model)
+        if not 1 <= len(request.images) <= MAX_IMAGES:
+            raise RequestInvalid(
+                f"the request has {len(request.images)} images; send 1 to {MAX_IMAGES}",
+                images=len(request.images),
+            )
+        contents = [_content(image, index) for index, image in enumerate(request.images)]
+        async with self._deadlines.within(context):
+            batch = await self._predictor.transform(selector, contents)
+        return preprocess_pb.TransformResponse(
+            model=batch.revision.model,
+            revision=batch.revision.revision,
+            tensor=preprocess_pb.Tensor(
+                name=batch.revision.input.name,
+                datatype=FROM_NUMPY[batch.array.dtype],
+                shape=batch.array.shape,
+                content=batch.array.tobytes(),
+            ),
+            geometries=[_geometry(geometry) for geometry in batch.geometries],
+        )
+
+    async def TransformStream(
+        self,
+        request_iterator: AsyncIterator[preprocess_pb.TransformStreamRequest],
+        context: Context,
+    ) -> AsyncIterator[preprocess_pb.TransformStreamResponse]:
+        """Refuse: not offered yet."""
+        raise NotOffered("TransformStream is not offered yet; call Transform for each image")
+        yield
+
+
+class VisionServicer(vision_grpc.VisionServiceServicer):
+    """Answers `pollard.vision.v1.VisionService`."""
+
+    def __init__(self, predictor: Predictor, max_request_seconds: float) -> None:
+        """Serve ``predictor``."""
+        self._predictor = predictor
+        self._deadlines = _Deadlines(max_request_seconds)
+
+    async def Predict(
+        self, request: vision_pb.PredictRequest, context: Context
+    ) -> vision_pb.PredictResponse:
+        """Answer for one image."""
+        selector = _selector(request.model)
+        content = _content(request.image, 0)
+        options = request.options
+        if options.augmentation != vision_pb.AUGMENTATION_UNSPECIFIED:
+            raise NotOffered("augmentation is not offered yet; leave options.augmentation unset")
+        async with self._deadlines.within(context) as deadline:
+            prediction = await self._predictor.predict(
+                selector,
+                content,
+                deadline=deadline,
+                top_k=options.top_k,
+                embedding=options.embedding,
+            )
+        return _response(prediction)
+
+    async def PredictBatch(
+        self, request: vision_pb.PredictBatchRequest, context: Context
+    ) -> vision_pb.PredictBatchResponse:
+        """Refuse: not offered yet."""
+        raise NotOffered("PredictBatch is not offered yet; call Predict for each image")
+
+    async def PredictStream(
+        self, request_iterator: AsyncIterator[vision_pb.PredictStreamRequest], context: Context
+    ) -> AsyncIterator[vision_pb.PredictStreamResponse]:
+        """Refuse: not offered yet."""
+        raise NotOffered("PredictStream is not offered yet; call Predict for each image")
+        yield
+
+    async def Explain(
+        self, request: vision_pb.ExplainRequest, context: Context
+    ) -> vision_pb.ExplainResponse:
+        """Refuse: not offered yet."""
+        raise NotOffered("Explain is not offered yet")
+
+
+def _selector(message: preprocess_pb.ModelSelector) -> Selector:
+    choice = message.WhichOneof("choice")
+    return Selector(
+        message.model,
+        revision=message.revision if choice == "revision" else None,
+        alias=message.alias if choice == "alias" else PRODUCTION,
+        sticky_key=message.sticky_key,
+    )
+
+
+def _content(image: preprocess_pb.Image, index: int) -> bytes:
+    source = image.WhichOneof("source")
+    if source == "uri":
+        raise UriRefused(
+            "this server fetches no URIs; send the image's bytes as content", image_index=index
+        )
+    if source is None:
+        raise RequestInvalid(
+            "the image has no content; send the bytes of a JPEG or PNG file", image_index=index
+        )
+    return image.content
+
+
+def _geometry(geometry: Geometry) -> preprocess_pb.Geometry:
+    message = preprocess_pb.Geometry(width=geometry.width, height=geometry.height)
+    if not geometry.transposed:
+        # After a quarter turn the message's formula cannot hold: better none than a wrong one.
+        message.scale_x, message.scale_y = geometry.scale_x, geometry.scale_y
+        message.offset_x, message.offset_y = geometry.offset_x, geometry.offset_y
+    return message
+
+
+def _response(prediction: Prediction) -> vision_pb.PredictResponse:
+    response = vision_pb.PredictResponse(
+        model=prediction.revision.model,
+        revision=prediction.revision.revision,
+        classification=vision_pb.Classification(
+            labels=[
+                vision_pb.ScoredLabel(index=index, label=label, score=score)
+                for index, label, score in prediction.classes
+            ]
+        ),
+        timings=vision_pb.Timings(
+            preprocess=_duration(prediction.preprocess_seconds),
+            inference=_duration(prediction.inference_seconds),
+            postprocess=_duration(prediction.postprocess_seconds),
+        ),
+    )
+    if prediction.embedding is not None:
+        response.classification.embedding.values.extend(prediction.embedding.tolist())
+    return response
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,64 @@
+"""What the preprocess server can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from pollard.services.common.settings import ServiceSettings
+from pollard.services.preprocess.worker import WorkerLimits
+
+
+class PreprocessSettings(ServiceSettings):
+    """Settings of `pollard serve preprocess`."""
+
+    section: ClassVar[str] = "preprocess"
+
+    port: int = Field(8011, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    unix_socket: str | None = Field(None, description="Also listen on this Unix socket.")
+    manager: str = Field(
+        "127.0.0.1:8021",
+        description="gRPC target of the manager; empty serves from the cache alone.",
+    )
+    cache_dir: Path = Field(
+        Path("var/preprocess"), description="Folder for manifests and the last desired state."
+    )
+    server_id: str = Field(
+        "",
+        max_length=128,
+        description="Name in the fleet; empty makes one up and keeps it in the cache.",
+    )
+    advertise: str = Field(
+        "", description="gRPC target under which others reach this server; empty derives it."
+    )
+    decode_workers: int = Field(
+        0, ge=0, description="Processes that decode images; 0 means one for each usable core."
+    )
+    decode_timeout_seconds: float = Field(
+        10.0, gt=0, description="Longest time to decode and transform one image."
+    )
+    decode_memory_bytes: int = Field(
+        2 * 1024**3, ge=256 * 1024**2, description="Largest address space of a decode worker."
+    )
+    max_image_bytes: int = Field(32 * 1024**2, ge=1, description="Largest encoded image, in bytes.")
+    max_image_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image.")
+    max_waiting_bytes: int = Field(
+        512 * 1024**2,
+        ge=1,
+        description="Largest sum of the sizes of the images that wait for a decoder, in bytes.",
+    )
+    max_request_seconds: float = Field(
+        30.0, gt=0, description="Longest that a request may take, whatever its deadline."
+    )
+
+    @property
+    def worker_limits(self) -> WorkerLimits:
+        """The part that is about decoding."""
+        return WorkerLimits(
+            max_image_bytes=self.max_image_bytes,
+            max_image_pixels=self.max_image_pixels,
+            timeout_seconds=self.decode_timeout_seconds,
+            memory_bytes=self.decode_memory_bytes,
+        )
