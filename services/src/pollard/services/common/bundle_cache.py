@@ -246,7 +246,8 @@ class Staging:
 
 def disk_full(error: BaseException) -> bool:
     """Tell whether an error means that the disk, or the share of it allowed, is used up."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in full
 
 
 def _checked(digest: str) -> str:
