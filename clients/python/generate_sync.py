@@ -44,27 +44,32 @@ def generate() -> dict[Path, str]:
             text = re.sub(pattern, replacement, text)
         target = CLIENT / "_sync" / source.name
         text = HEADER.format(source=f"_async/{source.name}") + text
-        formatted = subprocess.run(
-            [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(target), "-"],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=True,
+        made[target] = _ruff(
+            ["format"], target, _ruff(["check", "--select=I", "--fix", "--quiet"], target, text)
         )
-        made[target] = formatted.stdout
     return made
 
 
+def _ruff(command: list[str], target: Path, text: str) -> str:
+    """Let ruff sort the imports, which the new names put in another order, and format."""
+    return subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(target), "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def main() -> int:
-    stale = [
-        path for path, text in generate().items() if not path.exists() or path.read_text() != text
-    ]
+    made = generate()
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path} is not current; run {Path(__file__).name}", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
-        path.write_text(generate()[path])
+        path.write_text(made[path])
         print(f"wrote {path}")
     return 0
 

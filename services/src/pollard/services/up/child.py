@@ -30,6 +30,8 @@ def main() -> None:
     """Run `child PARENT_PID SERVICE ARGUMENTS…`."""
     parent, service, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
+    from typer.exceptions import TyperException
+
     from pollard.services.common.errors import StartupError
     from pollard.services.up.serve import serve_command
 
@@ -38,6 +40,9 @@ def main() -> None:
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except TyperException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

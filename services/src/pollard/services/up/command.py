@@ -17,7 +17,7 @@ from pollard.services.up.supervisor import Child, Supervisor, install_signals
 
 _COLORS = {INFERENCE: "cyan", PREPROCESS: "green", MODELS: "magenta"}
 _WHAT = {
-    INFERENCE: "tensors in, tensors out (Open Inference Protocol)",
+    INFERENCE: "tensors in, tensors out",
     PREPROCESS: "images in, answers out",
     MODELS: "registry, aliases, swaps",
 }
@@ -39,7 +39,7 @@ async def _run(options: UpOptions) -> int:
     first = True
 
     def notice(line: str) -> None:
-        logs.print(f"[bold]{'[up]':<13}[/bold]", end="")
+        logs.print(f"{'[up]':<13}", style="bold", markup=False, end="")
         logs.print(line, markup=False)
 
     def write_line(name: str, line: str) -> None:

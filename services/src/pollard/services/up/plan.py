@@ -110,7 +110,7 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
     if options.config is not None:
         common += ["--config", str(options.config.absolute())]
     own = {
-        MODELS: ["--data-dir", str(data_dir / MODELS)],
+        MODELS: ["--store", str(data_dir / MODELS)],
         INFERENCE: ["--manager", manager, "--cache-dir", str(data_dir / INFERENCE)],
         PREPROCESS: ["--manager", manager, "--cache-dir", str(data_dir / PREPROCESS)],
     }

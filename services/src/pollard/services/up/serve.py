@@ -122,12 +122,10 @@ def _with_options(function: Any, settings_type: type[ServiceSettings]) -> Any:
 
 def _setting(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
-    default = (
-        ""
-        if field.default is None
-        else f" Default: {field.get_default(call_default_factory=True, validated_data={})}."
-    )
-    text = (field.description or "") + default
+    default = field.get_default(call_default_factory=True, validated_data={})
+    text = field.description or ""
+    if default not in (None, ""):
+        text = f"{text} Default: {default}."
     kinds = set(get_args(field.annotation) or [field.annotation])
     if kinds <= {bool, type(None)}:
         option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)
@@ -136,7 +134,9 @@ def _setting(name: str, field: FieldInfo) -> inspect.Parameter:
         if kinds <= {kind, type(None)}:
             option = typer.Option(flag, help=text, show_default=False)
             return _parameter(name, kind | None, option, None)
-    option = typer.Option(flag, metavar="TEXT", help=text, show_default=False)
+    choices = [kind for kind in kinds if isinstance(kind, str)]
+    metavar = "|".join(sorted(choices)) if choices else "TEXT"
+    option = typer.Option(flag, metavar=metavar, help=text, show_default=False)
     return _parameter(name, str | None, option, None)
 
 

@@ -167,30 +167,43 @@ class Supervisor:
         return 0 if clean else 1
 
     async def _start_all(self) -> None:
-        for child in self.children.values():
-            await child.start(self._write_line)
-        healthy = asyncio.ensure_future(
-            asyncio.gather(*(self._healthy(child) for child in self.children.values()))
-        )
-        deaths = [asyncio.create_task(child.wait()) for child in self.children.values()]
+        # The manager first: the others would meet a closed port, and wait before they try again.
+        give_up = time.monotonic() + self._start_timeout
+        first, *others = self.children.values()
+        for wave in ([first], others):
+            for child in wave:
+                await child.start(self._write_line)
+            await self._until_healthy(wave, give_up)
+            if self._stopping.is_set():
+                return
+
+    async def _until_healthy(self, wave: Sequence[Child], give_up: float) -> None:
+        """Wait until services that were just started are healthy, or the operator stops them.
+
+        Raises:
+            StartupError: One of them, or one started before, has ended or takes too long.
+        """
+        started = [child for child in self.children.values() if child.process is not None]
+        healthy = asyncio.ensure_future(asyncio.gather(*(self._healthy(child) for child in wave)))
+        deaths = [asyncio.create_task(child.wait()) for child in started]
         stop = asyncio.create_task(self._stopping.wait())
         tasks: list[asyncio.Future[Any]] = [healthy, stop, *deaths]
         try:
             await asyncio.wait(
                 tasks,
-                timeout=self._start_timeout,
+                timeout=max(0.0, give_up - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if stop.done():
                 return
-            for child, death in zip(self.children.values(), deaths, strict=True):
+            for child, death in zip(started, deaths, strict=True):
                 if death.done():
                     raise StartupError(_could_not_start(child, death.result()))
             if not healthy.done():
-                slow = [name for name, child in self.children.items() if child.pid is not None]
+                names = ", ".join(child.plan.name for child in wave)
                 raise StartupError(
-                    f"the services ({', '.join(slow)}) were not all healthy after "
-                    f"{self._start_timeout:g} s; --start-timeout allows more"
+                    f"the services ({names}) were not all healthy after {self._start_timeout:g} s; "
+                    "--start-timeout allows more"
                 )
             healthy.result()
         finally:

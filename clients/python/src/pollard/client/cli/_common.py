@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from pollard.client import DEFAULT_MODELS_ADDRESS, types
 from pollard.client._channel import checked_address
@@ -45,6 +47,17 @@ def fail(message: str) -> None:
 def say(message: str) -> None:
     """Write a line for people to standard output, whatever it contains."""
     stdout().print(message, markup=False, soft_wrap=True)
+
+
+def show_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table to standard output. Cells are plain text, never cut for a pipe."""
+    table = Table(*headers, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console = stdout()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def checked_by(check: Callable[[str], str]) -> Callable[[str | None], str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typer
-from rich.table import Table
 
 from pollard.client import ModelsClient, Server
 from pollard.client.cli._common import (
@@ -14,7 +13,7 @@ from pollard.client.cli._common import (
     ago,
     print_json,
     say,
-    stdout,
+    show_table,
 )
 
 
@@ -37,17 +36,20 @@ def fleet(
     if not servers:
         say("No server has reported yet; `pollard up` or `pollard serve` starts some.")
         return
-    table = Table("SERVER", "KIND", "ADDRESS", "CONNECTED", "STATE", "RUNS", box=None)
-    for item in servers:
-        table.add_row(
-            item.server_id,
-            item.kind.lower(),
-            item.address,
-            "yes" if item.connected else f"no, last seen {ago(item.last_seen_time)}",
-            str(item.acked_version),
-            _runs(item),
-        )
-    stdout().print(table)
+    show_table(
+        ["SERVER", "KIND", "ADDRESS", "CONNECTED", "STATE", "RUNS"],
+        [
+            [
+                item.server_id,
+                item.kind.lower(),
+                item.address,
+                "yes" if item.connected else f"no, last seen {ago(item.last_seen_time)}",
+                str(item.acked_version),
+                _runs(item),
+            ]
+            for item in servers
+        ],
+    )
     for item in servers:
         if item.last_refusal:
             say(f"{item.server_id} refused: {item.last_refusal}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from pollard.client import Alias, Model, ModelsClient, NotFound, Revision, types
+from pollard.client._names import checked_alias, checked_model
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -25,11 +25,9 @@ from pollard.client.cli._common import (
     checked_by,
     print_json,
     say,
+    show_table,
     size,
-    stdout,
 )
-
-from pollard.client._names import checked_alias, checked_model  # isort: skip
 
 app = typer.Typer(
     help="Put models into the registry, and decide which revision is served.",
@@ -114,15 +112,18 @@ def list_models(
     if not found:
         say("There are no models yet; `pollard models push DIR --model NAME` adds one.")
         return
-    table = Table("MODEL", "REVISIONS", "ALIASES", "CHANGED", box=None)
-    for model in found:
-        table.add_row(
-            model.name,
-            str(model.latest_revision),
-            ", ".join(_alias_text(item) for item in model.aliases) or "–",
-            ago(model.update_time),
-        )
-    stdout().print(table)
+    show_table(
+        ["MODEL", "REVISIONS", "ALIASES", "CHANGED"],
+        [
+            [
+                model.name,
+                str(model.latest_revision),
+                ", ".join(_alias_text(item) for item in model.aliases) or "–",
+                ago(model.update_time),
+            ]
+            for model in found
+        ],
+    )
 
 
 @app.command()
@@ -266,10 +267,10 @@ def events(
     if as_json:
         print_json(found)
         return
-    table = Table("WHEN", "WHO", "WHAT", "RESOURCE", "DETAIL", box=None)
-    for item in found:
-        table.add_row(ago(item.time), item.actor, item.action, item.resource, item.detail)
-    stdout().print(table)
+    show_table(
+        ["WHEN", "WHO", "WHAT", "RESOURCE", "DETAIL"],
+        [[ago(item.time), item.actor, item.action, item.resource, item.detail] for item in found],
+    )
 
 
 def _is_first(client: ModelsClient, model: str) -> bool:
@@ -295,44 +296,49 @@ def _say_alias(alias: Alias) -> None:
 
 
 def _show_model(model: Model, revisions: list[Revision]) -> None:
-    console = stdout()
-    console.print(f"{model.name}  {model.description}", markup=False, style="bold")
+    say(f"{model.name}  {model.description}".rstrip())
     for alias in model.aliases:
         before = f", before it {alias.previous_revision}" if alias.previous_revision else ""
         say(f"  {_alias_text(alias)}{before}")
         for failure in alias.failures:
             say(f"    {failure.server_id} refused: {failure.message}")
-    table = Table("REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "NOTES", box=None)
-    for revision in revisions:
-        table.add_row(
-            str(revision.revision),
-            revision.state,
-            size(revision.size_bytes),
-            ", ".join(revision.aliases) or "–",
-            ago(revision.create_time),
-            revision.bundle_sha256[:12],
-            revision.notes or revision.error,
-        )
-    console.print(table)
+    show_table(
+        ["REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "NOTES"],
+        [
+            [
+                str(revision.revision),
+                revision.state,
+                size(revision.size_bytes),
+                ", ".join(revision.aliases) or "–",
+                ago(revision.create_time),
+                revision.bundle_sha256[:12],
+                revision.notes or revision.error,
+            ]
+            for revision in revisions
+        ],
+    )
 
 
 def _show_revision(revision: Revision) -> None:
-    console = stdout()
-    console.print(f"{revision.model} revision {revision.revision}", style="bold", markup=False)
+    say(f"{revision.model} revision {revision.revision}")
     say(f"  state    {revision.state} {revision.error}")
     say(f"  aliases  {', '.join(revision.aliases) or '–'}")
     say(f"  bundle   {revision.bundle_sha256}, {size(revision.size_bytes)}")
     say(f"  stored   {ago(revision.create_time)}")
     if revision.notes:
         say(f"  notes    {revision.notes}")
-    table = Table("VARIANT", "TARGET", "SIZE", "ACCURACY", "LATENCY", box=None)
-    for variant in revision.variants:
-        accuracy = "–"
-        if (found := variant.accuracy) is not None:
-            accuracy = (
-                f"{found.name} {found.value:.2%} ({found.lower:.2%}–{found.upper:.2%}, "
-                f"n={found.samples})"
-            )
-        latency = "–" if variant.latency_p50_us is None else f"{variant.latency_p50_us:.0f} µs"
-        table.add_row(variant.name, variant.target, size(variant.size_bytes), accuracy, latency)
-    console.print(table)
+    show_table(
+        ["VARIANT", "TARGET", "SIZE", "ACCURACY", "LATENCY"],
+        [_variant_row(variant) for variant in revision.variants],
+    )
+
+
+def _variant_row(variant: types.Variant) -> list[str]:
+    accuracy = "–"
+    if (found := variant.accuracy) is not None:
+        accuracy = (
+            f"{found.name} {found.value:.2%} ({found.lower:.2%}–{found.upper:.2%}, "
+            f"n={found.samples})"
+        )
+    latency = "–" if variant.latency_p50_us is None else f"{variant.latency_p50_us:.0f} µs"
+    return [variant.name, variant.target, size(variant.size_bytes), accuracy, latency]

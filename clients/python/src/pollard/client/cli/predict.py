@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from pollard.client import (
     DEFAULT_VISION_ADDRESS,
@@ -26,7 +25,7 @@ from pollard.client.cli._common import (
     fail,
     plain,
     print_json,
-    stdout,
+    show_table,
 )
 
 
@@ -74,7 +73,7 @@ def predict(
     if revision is not None and alias is not None:
         raise typer.BadParameter("give --revision or --alias, not both")
     answers: list[dict[str, Any]] = []
-    table = Table("IMAGE", "LABEL", "SCORE", "MODEL", "REVISION", box=None)
+    rows: list[list[str]] = []
     failed = 0
     with VisionClient(server, timeout=timeout) as client:
         for image in images:
@@ -86,21 +85,27 @@ def predict(
                 answers.append({"image": str(image), "error": str(error)})
                 continue
             answers.append({"image": str(image), **plain(answer)})
-            _add_rows(table, image, answer)
+            rows += _rows(image, answer)
     if as_json:
         print_json(answers)
     elif len(answers) > failed:
-        stdout().print(table)
+        show_table(["IMAGE", "LABEL", "SCORE", "MODEL", "REVISION"], rows)
     if failed:
         raise typer.Exit(1)
 
 
-def _add_rows(table: Table, image: Path, answer: Prediction) -> None:
+def _rows(image: Path, answer: Prediction) -> list[list[str]]:
+    """Return a row for each label; only the first names the image."""
+    rows = []
     for rank, label in enumerate(answer.labels):
-        table.add_row(
-            str(image) if rank == 0 else "",
-            label.label or str(label.index),
-            f"{label.score:.4f}",
-            answer.model if rank == 0 else "",
-            str(answer.revision) if rank == 0 else "",
+        first = rank == 0
+        rows.append(
+            [
+                str(image) if first else "",
+                label.label or str(label.index),
+                f"{label.score:.4f}",
+                answer.model if first else "",
+                str(answer.revision) if first else "",
+            ]
         )
+    return rows
