@@ -1,0 +1,1 @@
+"""The model management service: registry, blobs, uploads, switches and the fleet."""

@@ -1,0 +1,200 @@
+"""Aliases as their users change them: the intention is stored here, and the
+switch (:mod:`.switch`) carries it out."""
+
+from __future__ import annotations
+
+import json
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.errors import FailedPrecondition, NotFound
+from pollard.services.models import names, registry
+from pollard.services.models.events import check_etag, record
+from pollard.services.models.schema import Alias, Draining
+from pollard.services.models.store import now_us
+
+
+def alias_name(model: str, alias: str) -> str:
+    """Return the resource name of an alias."""
+    return f"models/{model}/aliases/{alias}"
+
+
+def find_alias(session: Session, model: str, alias: str) -> Alias:
+    """Return an alias.
+
+    Raises:
+        NotFound: there is no such model or alias.
+    """
+    registry.find_model(session, model)
+    row = session.get(Alias, (model, alias))
+    if row is None:
+        raise NotFound(
+            f"model {model!r} has no alias {alias!r}",
+            reason="ALIAS_NOT_FOUND",
+            model=model,
+            alias=alias,
+        )
+    return row
+
+
+def list_aliases(
+    session: Session, model: str, *, page_size: int, page_token: str
+) -> tuple[list[Alias], str]:
+    """Return a page of a model's aliases by name, and the token of the next page.
+
+    Raises:
+        NotFound: there is no such model.
+        InvalidRequest: page size or token is not valid.
+    """
+    registry.find_model(session, model)
+    limit = names.page_limit(page_size)
+    query = {"list": "aliases", "model": model}
+    last = names.read_page_token(query, page_token, 1)
+    statement = select(Alias).where(Alias.model == model).order_by(Alias.name).limit(limit + 1)
+    if last is not None:
+        statement = statement.where(Alias.name > last[0])
+    found = list(session.scalars(statement))
+    token = names.make_page_token(query, [found[limit - 1].name]) if len(found) > limit else ""
+    return found[:limit], token
+
+
+def set_alias(
+    session: Session,
+    model: str,
+    alias: str,
+    number: int,
+    *,
+    etag: str,
+    allow_signature_change: bool,
+    actor: str,
+) -> Alias:
+    """Store the intention to point an alias at a revision; a newer one overtakes an older one.
+
+    Raises:
+        NotFound: there is no such model or revision.
+        Conflict: the etag is another one.
+        FailedPrecondition: the inputs differ from the current revision's.
+    """
+    revision = registry.find_revision(session, model, number)
+    row = session.get(Alias, (model, alias))
+    name = alias_name(model, alias)
+    if row is None:
+        check_etag(etag, 0, name)
+        row = Alias(
+            model=model,
+            name=alias,
+            revision=0,
+            pending_revision=0,
+            previous_revision=0,
+            error=b"",
+            failures=[],
+        )
+    else:
+        check_etag(etag, row.etag, name)
+        if row.revision and not allow_signature_change:
+            _check_signature(session, row, number)
+    if number == row.pending_revision or (
+        number == row.revision and not row.pending_revision and row.state != pb.Alias.STATE_FAILED
+    ):
+        return row  # it is on its way, or there already
+    overtaken = f", overtaking {row.pending_revision}" if row.pending_revision else ""
+    row.error = b""
+    row.failures = []
+    row.pending_version = None
+    if number == row.revision:
+        # Only what was on its way is given up; the routes are as they should be.
+        row.pending_revision = 0
+        row.state = pb.Alias.STATE_SWITCHING
+    else:
+        row.pending_revision = number
+        row.state = pb.Alias.STATE_LOADING
+    row.update_time = now_us()
+    detail = f"to revision {revision.number} from {row.revision or 'none'}{overtaken}"
+    row.etag = record(session, actor, "ALIAS_SET", name, detail, model=model)
+    session.add(row)
+    session.flush()
+    return row
+
+
+def _check_signature(session: Session, row: Alias, number: int) -> None:
+    current = registry.find_revision(session, row.model, row.revision, deleted=True)
+    wanted = registry.find_revision(session, row.model, number)
+    before = registry.bundle_of(session, current).signature
+    after = registry.bundle_of(session, wanted).signature
+    if before != after:
+        raise FailedPrecondition(
+            f"the inputs of revision {number} differ from those of revision {row.revision}, which "
+            f"{row.name!r} serves: {_inputs(after)} instead of {_inputs(before)}. Clients that "
+            "send tensors would fail; set allow_signature_change if they are ready for it",
+            reason="SIGNATURE_CHANGED",
+            model=row.model,
+            alias=row.name,
+            revision=number,
+            current_revision=row.revision,
+            inputs=_inputs(after),
+            current_inputs=_inputs(before),
+        )
+
+
+def _inputs(signature: str) -> str:
+    described = (
+        f"{name} {data_type}[{','.join(str(size) for size in shape)}]"
+        for name, data_type, *shape in json.loads(signature)
+    )
+    return ", ".join(described)
+
+
+def roll_back(session: Session, model: str, alias: str, *, etag: str, actor: str) -> Alias:
+    """Store the intention to go back to the revision before.
+
+    A switch that is still loading is given up instead: requests never went to
+    its revision, so the revision to be back at is the current one. Signatures
+    are not compared, because clients could use the earlier revision before.
+
+    Raises:
+        NotFound: there is no such model or alias, or the revision was deleted.
+        Conflict: the etag is another one.
+        FailedPrecondition: there is nothing to go back to.
+    """
+    row = find_alias(session, model, alias)
+    name = alias_name(model, alias)
+    check_etag(etag, row.etag, name)
+    target = row.revision if row.pending_revision else row.previous_revision
+    if not target:
+        raise FailedPrecondition(
+            f"{name} pointed at no other revision before",
+            reason="NO_PREVIOUS_REVISION",
+            alias=name,
+        )
+    return set_alias(
+        session, model, alias, target, etag="", allow_signature_change=True, actor=actor
+    )
+
+
+def delete_alias(session: Session, model: str, alias: str, *, etag: str, actor: str) -> None:
+    """Remove an alias; its revision is drained.
+
+    Raises:
+        NotFound: there is no such model or alias.
+        Conflict: the etag is another one.
+    """
+    row = find_alias(session, model, alias)
+    name = alias_name(model, alias)
+    check_etag(etag, row.etag, name)
+    if row.revision:
+        drain(session, model, row.revision)
+    session.delete(row)
+    detail = f"it pointed at revision {row.revision or 'none'}"
+    record(session, actor, "ALIAS_DELETED", name, detail, model=model)
+
+
+def drain(session: Session, model: str, number: int) -> None:
+    """Keep a revision loaded, from which a route was just taken, for requests in flight."""
+    row = session.get(Draining, (model, number))
+    if row is None:
+        session.add(Draining(model=model, revision=number))
+    else:
+        row.routes_version = None  # the clock starts anew with the next desired state
+    session.flush()

@@ -1,0 +1,198 @@
+"""Checks of an uploaded bundle, in a child process with limits.
+
+A tar, a manifest or a graph made to hurt can exhaust memory, hang or crash what
+parses it. So nothing of an upload is parsed in the manager: the child unpacks
+it, compares every digest, loads every graph and compares its inputs and outputs
+with the manifest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pollard.services.common.errors import InvalidRequest, ResourceExhausted, ServiceError
+from pollard.services.common.lifecycle import cancel
+
+
+@dataclass(frozen=True)
+class CheckLimits:
+    """What the child may use."""
+
+    timeout_seconds: float = 120.0
+    """Wall-clock time."""
+    memory_bytes: int = 8 * 1024**3
+    """Address space; a graph takes a few times its size."""
+    max_files: int = 4096
+    """Most files in a bundle."""
+    max_unpacked_bytes: int = 16 * 1024**3
+    """Largest bundle, unpacked."""
+
+
+async def check_upload(tar: Path, directory: Path, limits: CheckLimits) -> None:
+    """Unpack ``tar`` into ``directory`` and check what it holds.
+
+    On any error the directory is removed. A caller that is cancelled ends the child.
+
+    Args:
+        tar: The uploaded file.
+        directory: Must not exist.
+        limits: What the child may use.
+
+    Raises:
+        InvalidRequest: the bundle is not acceptable; the reason says why.
+        ResourceExhausted: the disk is full.
+    """
+    arguments = {
+        "tar": str(tar),
+        "directory": str(directory),
+        "max_files": limits.max_files,
+        "max_unpacked_bytes": limits.max_unpacked_bytes,
+        "memory_bytes": limits.memory_bytes,
+        "cpu_seconds": int(limits.timeout_seconds) + 1,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "pollard.services.models.checks",
+        json.dumps(arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    talking = asyncio.ensure_future(process.communicate())
+    try:
+        await asyncio.wait({talking}, timeout=limits.timeout_seconds)
+        if not talking.done():
+            raise InvalidRequest(
+                f"the bundle could not be checked within {limits.timeout_seconds:g} s",
+                reason="CHECK_TIMEOUT",
+                timeout_seconds=limits.timeout_seconds,
+            )
+        out, err = talking.result()
+        _judge(process.returncode, out, err)
+    except BaseException:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.wait({talking}, timeout=10)
+        await cancel(talking)
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        raise
+
+
+def _judge(code: int | None, out: bytes, err: bytes) -> None:
+    try:
+        verdict = json.loads(out)
+    except ValueError:
+        verdict = None
+    if code == 0 and verdict == {"ok": True}:
+        return
+    if isinstance(verdict, dict) and verdict.get("reason") == "DISK_FULL":
+        raise _disk_full()
+    if isinstance(verdict, dict) and "message" in verdict:
+        raise InvalidRequest(verdict["message"], reason=verdict["reason"], **verdict["metadata"])
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
+        raise InvalidRequest(
+            f"checking the bundle crashed with {name}: the graph is malformed, or needs more "
+            "memory or time than the limits allow",
+            reason="CHECK_CRASHED",
+            signal=name,
+        )
+    raise RuntimeError(f"the check ended with {code}: {err.decode('utf-8', 'replace')[-2000:]}")
+
+
+def _disk_full() -> ServiceError:
+    return ResourceExhausted(
+        "the disk of the store is full; nothing was stored. Free some space and try again",
+        reason="DISK_FULL",
+    )
+
+
+def _child(arguments: dict[str, object]) -> dict[str, object]:
+    """Do the work in the child; return the verdict."""
+    # These are slow to import and only needed here.
+    import errno
+
+    from pollard.runtime.archive import ArchiveLimits, unpack
+    from pollard.runtime.bundle import Bundle
+    from pollard.runtime.errors import RuntimeFault
+
+    _limit(resource.RLIMIT_AS, int(str(arguments["memory_bytes"])))
+    _limit(resource.RLIMIT_CPU, 2 * int(str(arguments["cpu_seconds"])))
+    _limit(resource.RLIMIT_CORE, 0)
+    try:
+        directory = Path(str(arguments["directory"]))
+        with open(str(arguments["tar"]), "rb") as tar:
+            bundle = unpack(
+                tar,
+                directory,
+                ArchiveLimits(
+                    max_files=int(str(arguments["max_files"])),
+                    max_total_bytes=int(str(arguments["max_unpacked_bytes"])),
+                ),
+            )
+        # Opened anew: only what is on the disk counts.
+        _check_graphs(Bundle.open(directory, verify=False, expect=bundle.digest))
+    except RuntimeFault as fault:
+        return {"message": fault.message, "reason": fault.reason, "metadata": fault.metadata}
+    except MemoryError:
+        return {
+            "message": "checking the bundle needs more memory than the limit allows",
+            "reason": "CHECK_MEMORY",
+            "metadata": {"limit_bytes": str(arguments["memory_bytes"])},
+        }
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return {"reason": "DISK_FULL"}
+        raise
+    return {"ok": True}
+
+
+def _check_graphs(bundle: object) -> None:
+    from pollard.runtime.bundle import Bundle
+    from pollard.runtime.errors import ModelLoadFailed
+    from pollard.runtime.sessions import check_signature, open_session
+
+    assert isinstance(bundle, Bundle)  # noqa: S101 - tells the type checker, whose import is lazy
+    for variant in bundle.manifest.variants:
+        try:
+            session = open_session(bundle.model_path(variant))
+        except ModelLoadFailed as fault:
+            # A graph made for an accelerator may use kernels that the CPU has
+            # not: the first server that has the accelerator judges it.
+            if not variant.target.startswith("cpu-") and "NOT_IMPLEMENTED" in fault.message:
+                continue
+            raise ModelLoadFailed(
+                f"variant {variant.name!r}: {fault.message}", variant=variant.name
+            ) from fault
+        check_signature(session, bundle.manifest)
+
+
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the manager dies."""
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    print(json.dumps(_child(json.loads(sys.argv[1]))))

@@ -1,0 +1,113 @@
+"""Downloads: the files of a bundle in pieces, checked while they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Generator, Sequence
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy.orm import Session
+
+from pollard.runtime.bundle import MANIFEST
+from pollard.services.common.errors import DataLoss, NotFound
+from pollard.services.models import registry
+from pollard.services.models.blobs import Blobs
+from pollard.services.models.schema import BundleFile
+from pollard.services.models.store import Store
+
+PIECE_BYTES = 1024 * 1024
+
+_log = structlog.get_logger("pollard.downloads")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one file."""
+
+    path: str
+    offset: int
+    data: bytes
+    total_bytes: int
+
+
+async def find_files(
+    store: Store, source: tuple[str, int | str] | str, paths: Sequence[str]
+) -> list[BundleFile]:
+    """Return the files to send, the manifest first.
+
+    Args:
+        store: Holds the registry.
+        source: Model and revision or alias, or the digest of a bundle.
+        paths: Only these and the manifest; empty for all.
+
+    Raises:
+        NotFound: there is no such bundle, or no such file in it.
+    """
+
+    def find(session: Session) -> list[BundleFile]:
+        if isinstance(source, str):
+            return registry.bundle_files(session, source)
+        revision = registry.resolve(session, *source)
+        return registry.bundle_files(session, revision.bundle_sha256)
+
+    files = await store.read(find)
+    if not paths:
+        return files
+    unknown = sorted(set(paths) - {file.path for file in files})
+    if unknown:
+        raise NotFound(
+            f"the bundle has no file {unknown[0]!r}; it has "
+            f"{', '.join(file.path for file in files[:20])}",
+            reason="FILE_NOT_FOUND",
+            path=unknown[0],
+        )
+    return [file for file in files if file.path in paths or file.path == MANIFEST]
+
+
+async def read_files(blobs: Blobs, files: Sequence[BundleFile]) -> AsyncIterator[Piece]:
+    """Yield the files piece by piece; the next piece is read while one is on its way.
+
+    The last piece of a file is held back until the digest is known to be
+    right: who has all pieces has the file as it was stored.
+
+    Raises:
+        DataLoss: a blob is missing or damaged.
+    """
+    for file in files:
+        pieces = _read(blobs, file)
+        reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+        try:
+            while (piece := await reading) is not None:
+                reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                yield piece
+        finally:
+            # The thread must be out of the generator before that is closed.
+            await asyncio.wait({reading})
+            if not reading.cancelled():
+                reading.exception()
+            pieces.close()
+
+
+def _read(blobs: Blobs, file: BundleFile) -> Generator[Piece, None, None]:
+    digest = hashlib.sha256()
+    offset = 0
+    held: Piece | None = None
+    with blobs.open(file.sha256) as source:
+        while data := source.read(PIECE_BYTES):
+            digest.update(data)
+            if held is not None:
+                yield held
+            held = Piece(file.path, offset, data, file.size_bytes)
+            offset += len(data)
+    if digest.hexdigest() != file.sha256 or offset != file.size_bytes:
+        _log.error("a blob is damaged", sha256=file.sha256, path=file.path)
+        raise DataLoss(
+            f"{file.path} is damaged in the store: the blob {file.sha256} has the SHA-256 "
+            f"{digest.hexdigest()}. Restore it from a backup, or push the bundle again",
+            reason="BLOB_DAMAGED",
+            path=file.path,
+            sha256=file.sha256,
+        )
+    yield held or Piece(file.path, 0, b"", 0)

@@ -1,0 +1,88 @@
+"""From rows of the registry to messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
+
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.models import registry
+from pollard.services.models.aliases import alias_name
+from pollard.services.models.events import etag
+from pollard.services.models.schema import Alias, Bundle, Event, Model, Revision
+
+
+def timestamp(microseconds: int) -> Timestamp:
+    """Return a time of the registry."""
+    message = Timestamp()
+    message.FromMicroseconds(microseconds)
+    return message
+
+
+def model(row: Model, aliases: Sequence[Alias]) -> pb.Model:
+    """Return a model with its aliases."""
+    return pb.Model(
+        name=registry.model_name(row.name),
+        description=row.description or "",
+        labels=row.labels or {},
+        create_time=timestamp(row.create_time),
+        update_time=timestamp(row.update_time),
+        latest_revision=row.latest_revision,
+        aliases=[alias(each) for each in aliases],
+        etag=etag(row.etag),
+        delete_time=None if row.delete_time is None else timestamp(row.delete_time),
+    )
+
+
+def revision(row: Revision, bundle: Bundle, aliases: Sequence[Alias]) -> pb.Revision:
+    """Return a revision; ``aliases`` are those of its model."""
+    return pb.Revision(
+        name=registry.revision_name(row.model, row.number),
+        revision=row.number,
+        bundle_sha256=row.bundle_sha256,
+        size_bytes=bundle.size_bytes,
+        state=pb.Revision.State.ValueType(row.state),
+        error=status_pb2.Status.FromString(row.error) if row.error else None,
+        notes=row.notes,
+        labels=row.labels or {},
+        create_time=timestamp(row.create_time),
+        creator=row.creator,
+        aliases=[each.name for each in aliases if each.revision == row.number],
+        etag=etag(row.etag),
+        delete_time=None if row.delete_time is None else timestamp(row.delete_time),
+    )
+
+
+def alias(row: Alias) -> pb.Alias:
+    """Return an alias with the state of its switch."""
+    return pb.Alias(
+        name=alias_name(row.model, row.name),
+        revision=row.revision,
+        pending_revision=row.pending_revision,
+        previous_revision=row.previous_revision,
+        state=pb.Alias.State.ValueType(row.state),
+        error=status_pb2.Status.FromString(row.error) if row.error else None,
+        failures=[
+            pb.ServerFailure(
+                server_id=failure["server_id"],
+                status=status_pb2.Status.FromString(bytes.fromhex(failure["status"])),
+            )
+            for failure in row.failures
+        ],
+        update_time=timestamp(row.update_time),
+        etag=etag(row.etag),
+    )
+
+
+def event(row: Event) -> pb.Event:
+    """Return an event of the audit log."""
+    return pb.Event(
+        sequence=row.sequence,
+        time=timestamp(row.time),
+        actor=row.actor,
+        action=row.action,
+        resource=row.resource,
+        detail=row.detail,
+    )

@@ -1,0 +1,501 @@
+"""The fleet: which servers there are, what they should run, and what they say.
+
+All methods run in the event loop; one task takes the steps of the switch, so
+that steps never overlap and a state is sent only after the transaction that
+made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from pollard.models.v1 import fleet_service_pb2 as pb
+from pollard.services.common.errors import Conflict, InvalidRequest, ServiceError, Unavailable
+from pollard.services.common.lifecycle import cancel
+from pollard.services.models import names
+from pollard.services.models.events import DAY_US
+from pollard.services.models.schema import Server as ServerRow
+from pollard.services.models.store import Store, now_us
+from pollard.services.models.switch import (
+    FleetView,
+    Key,
+    RevisionReport,
+    ServerView,
+    StepResult,
+    Switch,
+)
+
+_log = structlog.get_logger("pollard.fleet")
+
+MAX_REPORTED_REVISIONS = 10_000
+MAX_VERSION = 2**53
+RETRY_SECONDS = 1.0
+
+
+@dataclass(eq=False)
+class _Server:
+    """What is known of one server."""
+
+    hello: pb.Hello
+    present: bool = True
+    serving: bool = False
+    last_seen_us: int = 0
+    acked_version: int = 0
+    last_nack: pb.Nack | None = None
+    lease_ends: float = 0.0
+    connection: Connection | None = None
+    report: pb.Report | None = None
+    revisions: dict[Key, RevisionReport] = field(default_factory=dict)
+    # Of the present stream only:
+    acked: int = 0
+    nacked: int = 0
+    answered_before_report: int = 0
+
+    def disconnected(self) -> None:
+        self.connection = None
+        self.acked = self.nacked = self.answered_before_report = 0
+        self.revisions = {}
+
+    def view(self) -> ServerView:
+        nack = self.last_nack.status if self.last_nack and self.nacked else None
+        return ServerView(
+            server_id=self.hello.server_id,
+            kind=self.hello.kind,
+            address=self.hello.address,
+            connected=self.connection is not None,
+            serving=self.serving,
+            applied_version=self.hello.applied_version,
+            acked=self.acked,
+            nacked=self.nacked,
+            nack=nack,
+            answered_before_report=self.answered_before_report,
+            revisions=dict(self.revisions),
+        )
+
+    def to_proto(self) -> pb.Server:
+        last_seen = Timestamp()
+        last_seen.FromMicroseconds(self.last_seen_us)
+        return pb.Server(
+            name=f"servers/{self.hello.server_id}",
+            hello=self.hello,
+            connected=self.connection is not None,
+            last_seen_time=last_seen,
+            acked_version=self.acked_version,
+            last_nack=self.last_nack,
+            report=self.report,
+        )
+
+    def row(self) -> ServerRow:
+        return ServerRow(
+            server_id=self.hello.server_id,
+            hello=self.hello.SerializeToString(),
+            present=self.present,
+            serving=self.serving,
+            last_seen_time=self.last_seen_us,
+            acked_version=self.acked_version,
+            last_nack=self.last_nack.SerializeToString() if self.last_nack else b"",
+        )
+
+
+class Connection:
+    """One open stream of a server."""
+
+    def __init__(self, fleet: Fleet, server: _Server) -> None:
+        self._fleet = fleet
+        self.server = server
+        self._changed = asyncio.Event()
+        self._nonces: dict[int, str] = {}
+        self._ended = False
+        self._error: ServiceError | None = None
+
+    def notify(self) -> None:
+        """Look again for a newer state."""
+        self._changed.set()
+
+    def end(self, error: ServiceError | None) -> None:
+        """End the stream, with ``error`` or as the server wished."""
+        if not self._ended:
+            self._ended, self._error = True, error
+            self._changed.set()
+
+    async def states(self) -> AsyncIterator[pb.DesiredState]:
+        """Yield the desired state now and after every change, until the stream is ended.
+
+        States that were overtaken before they could be sent are left out.
+
+        Raises:
+            ServiceError: why the stream was ended.
+        """
+        sent = 0
+        while True:
+            self._changed.clear()
+            if self._ended:
+                if self._error is not None:
+                    raise self._error
+                return
+            state = self._fleet.state
+            if state.version > sent:
+                sent = state.version
+                yield self._address(state)
+                continue
+            await self._changed.wait()
+
+    def _address(self, state: pb.DesiredState) -> pb.DesiredState:
+        message = pb.DesiredState()
+        message.CopyFrom(state)
+        message.nonce = self._nonces[state.version] = secrets.token_hex(8)
+        for old in list(self._nonces)[:-64]:
+            del self._nonces[old]
+        if self.server.hello.kind != pb.SERVER_KIND_PREPROCESS:
+            del message.inference_endpoints[:]
+        message.report_interval.FromNanoseconds(int(self._fleet.report_interval_seconds * 1e9))
+        return message
+
+    def received(self, message: pb.SyncRequest) -> None:
+        """Take in one message after the Hello.
+
+        Raises:
+            InvalidRequest: it makes no sense here.
+        """
+        server = self.server
+        if server.connection is not self:
+            return
+        server.last_seen_us = now_us()
+        kind = message.WhichOneof("message")
+        if kind == "ack":
+            self._acked(message.ack)
+        elif kind == "nack":
+            self._nacked(message.nack)
+        elif kind == "report":
+            self._reported(message.report)
+        elif kind == "hello":
+            raise InvalidRequest(
+                "a Hello comes only once, as the first message", reason="HELLO_TWICE"
+            )
+        else:
+            raise InvalidRequest("an empty message", reason="MESSAGE_EMPTY")
+
+    def _is_ours(self, version: int, nonce: str) -> bool:
+        known = self._nonces.get(version) == nonce
+        if not known:
+            _log.debug(
+                "answer to no state of this stream",
+                server=self.server.hello.server_id,
+                version=version,
+            )
+        return known
+
+    def _acked(self, ack: pb.Ack) -> None:
+        if not self._is_ours(ack.version, ack.nonce):
+            return
+        server = self.server
+        server.acked = max(server.acked, ack.version)
+        server.acked_version = ack.version
+        server.serving = True
+        if server.last_nack is not None and server.last_nack.version <= ack.version:
+            server.last_nack = None
+        self._fleet.server_changed(server)
+
+    def _nacked(self, nack: pb.Nack) -> None:
+        if not self._is_ours(nack.version, nack.nonce):
+            return
+        server = self.server
+        server.nacked = max(server.nacked, nack.version)
+        server.last_nack = nack
+        server.serving = True
+        _log.warning(
+            "a server refused part of a state",
+            server=server.hello.server_id,
+            version=nack.version,
+            why=nack.status.message,
+        )
+        self._fleet.server_changed(server)
+
+    def _reported(self, report: pb.Report) -> None:
+        if len(report.revisions) > MAX_REPORTED_REVISIONS:
+            raise InvalidRequest(
+                f"a report of {len(report.revisions)} revisions is too long",
+                reason="REPORT_TOO_LONG",
+                revisions=len(report.revisions),
+            )
+        server = self.server
+        server.report = report
+        before = (server.revisions, server.answered_before_report)
+        server.revisions = {
+            (entry.model, entry.revision): RevisionReport(
+                entry.state, entry.error if entry.HasField("error") else None
+            )
+            for entry in report.revisions
+        }
+        server.answered_before_report = max(server.acked, server.nacked)
+        # Most reports only bring new counters.
+        if (server.revisions, server.answered_before_report) != before:
+            self._fleet.poke()
+
+
+class Fleet:
+    """All servers, and the task that moves them along.
+
+    Args:
+        store: Where everything is kept.
+        switch: Takes the steps.
+        lease_seconds: How long a server whose stream broke is waited for.
+        report_interval_seconds: Longest time between two reports of a server.
+        clock: Monotonic seconds; the switch's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        switch: Switch,
+        *,
+        lease_seconds: float,
+        report_interval_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.report_interval_seconds = report_interval_seconds
+        self.silence_seconds = max(3 * report_interval_seconds, lease_seconds)
+        """A stream on which nothing was heard for so long is ended."""
+        self.state = pb.DesiredState()
+        """The desired state in force; version 0 before :meth:`start`."""
+        self._store = store
+        self._switch = switch
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._servers: dict[str, _Server] = {}
+        self._dirty: set[_Server] = set()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Remember the servers, take the first step and begin to move."""
+        horizon = now_us() - DAY_US
+
+        def load(session: Session) -> list[ServerRow]:
+            session.execute(delete(ServerRow).where(ServerRow.last_seen_time < horizon))
+            return list(session.scalars(select(ServerRow)))
+
+        lease_ends = self._clock() + self._lease_seconds
+        for row in await self._store.write(load):
+            self._servers[row.server_id] = _Server(
+                hello=pb.Hello.FromString(row.hello),
+                present=row.present,
+                serving=row.serving,
+                last_seen_us=row.last_seen_time,
+                acked_version=row.acked_version,
+                last_nack=pb.Nack.FromString(row.last_nack) if row.last_nack else None,
+                # Whoever was here when the last manager died gets time to come back.
+                lease_ends=lease_ends,
+            )
+        self._apply(await self._step())
+        self._task = asyncio.create_task(self._run(), name="fleet")
+
+    async def stop(self) -> None:
+        """End every stream and stop moving."""
+        self._stopping = True
+        await cancel(self._task)
+        for server in self._servers.values():
+            if server.connection is not None:
+                self._dirty.add(server)
+                server.connection.end(
+                    Unavailable("the manager is stopping", reason="SHUTTING_DOWN")
+                )
+        dirty = self._take_dirty()
+        if dirty:
+            with contextlib.suppress(Exception):  # only the times of last sight would be lost
+                await self._store.write(lambda session: _save(session, dirty))
+
+    def poke(self) -> None:
+        """Something changed: look whether a step is possible."""
+        self._wake.set()
+
+    def server_changed(self, server: _Server) -> None:
+        """Write the server down with the next step, and take one."""
+        self._dirty.add(server)
+        self.poke()
+
+    async def connect(self, hello: pb.Hello) -> Connection:
+        """Take in a server that has opened a stream; an older stream of its is ended.
+
+        Raises:
+            InvalidRequest: the Hello is not acceptable.
+            Unavailable: the manager is stopping.
+        """
+        _check_hello(hello)
+        if self._stopping:
+            raise Unavailable("the manager is stopping", reason="SHUTTING_DOWN")
+        server = self._servers.get(hello.server_id)
+        if server is None:
+            server = self._servers[hello.server_id] = _Server(hello=hello)
+        older = server.connection
+        server.disconnected()
+        if older is not None:
+            older.end(
+                Conflict(
+                    f"another stream of the server {hello.server_id!r} has replaced this one",
+                    reason="STREAM_REPLACED",
+                    server_id=hello.server_id,
+                )
+            )
+        if not server.present or hello.address != server.hello.address:
+            server.serving = False
+        server.hello = hello
+        server.present = True
+        server.report = None
+        server.last_seen_us = now_us()
+        connection = server.connection = Connection(self, server)
+        # On disk before it gets a state: a manager that dies now must know
+        # afterwards that there is a server to wait for.
+        row = server.row()
+        try:
+            await self._store.write(lambda session: _save(session, [row]))
+        except BaseException:
+            self.disconnect(connection)
+            raise
+        _log.info("server connected", server=hello.server_id, address=hello.address)
+        self.poke()
+        return connection
+
+    def disconnect(self, connection: Connection) -> None:
+        """Note that a stream has ended; may be called more than once."""
+        connection.end(None)
+        server = connection.server
+        if server.connection is not connection:
+            return
+        server.disconnected()
+        server.lease_ends = self._clock() + self._lease_seconds
+        _log.info("server disconnected", server=server.hello.server_id)
+        self.server_changed(server)
+
+    def list_servers(self, *, page_size: int, page_token: str) -> tuple[list[pb.Server], str]:
+        """Return a page of servers by id, and the token of the next page.
+
+        Raises:
+            InvalidRequest: page size or token is not valid.
+        """
+        limit = names.page_limit(page_size, default=100)
+        query = {"list": "servers"}
+        last = names.read_page_token(query, page_token, 1)
+        after = str(last[0]) if last else ""
+        ids = sorted(server_id for server_id in self._servers if server_id > after)
+        page = ids[:limit]
+        token = names.make_page_token(query, [page[-1]]) if len(ids) > limit else ""
+        return [self._servers[server_id].to_proto() for server_id in page], token
+
+    async def _run(self) -> None:
+        retry = False
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS if retry else self._until_deadline()):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                self._apply(await self._step())
+                retry = False
+            except Exception:
+                # A full disk, for example: everything stays as it is, and is tried again.
+                _log.exception("the fleet cannot move on")
+                retry = True
+
+    async def _step(self) -> StepResult:
+        self._expire_leases()
+        view = self._view()
+        dirty = self._take_dirty()
+
+        def work(session: Session) -> StepResult:
+            _save(session, dirty)
+            return self._switch.step(session, view)
+
+        try:
+            result = await self._store.write(work)
+        except BaseException:
+            self._dirty.update(
+                self._servers[row.server_id] for row in dirty if row.server_id in self._servers
+            )
+            raise
+        self._next_step = result.next_deadline
+        return result
+
+    _next_step: float | None = None
+
+    def _apply(self, result: StepResult) -> None:
+        if result.version == self.state.version:
+            return
+        self.state = result.state
+        for server in self._servers.values():
+            if server.connection is not None:
+                server.connection.notify()
+
+    def _until_deadline(self) -> float | None:
+        deadlines = [
+            server.lease_ends
+            for server in self._servers.values()
+            if server.present and server.connection is None
+        ]
+        if self._next_step is not None:
+            deadlines.append(self._next_step)
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _expire_leases(self) -> None:
+        now = self._clock()
+        for server in self._servers.values():
+            if server.present and server.connection is None and now >= server.lease_ends:
+                server.present = False
+                self._dirty.add(server)
+                _log.warning("going on without a server", server=server.hello.server_id)
+
+    def _view(self) -> FleetView:
+        day_ago = now_us() - DAY_US
+        fallback = sorted(
+            (server.hello.server_id, server.hello.address)
+            for server in self._servers.values()
+            if server.hello.kind == pb.SERVER_KIND_INFERENCE
+            and server.serving
+            and not server.present
+            and server.last_seen_us > day_ago
+        )
+        present = [server.view() for server in self._servers.values() if server.present]
+        return FleetView(present, fallback)
+
+    def _take_dirty(self) -> list[ServerRow]:
+        rows = [server.row() for server in self._dirty]
+        self._dirty.clear()
+        return rows
+
+
+def _save(session: Session, rows: list[ServerRow]) -> None:
+    for row in rows:
+        session.merge(row)
+
+
+def _check_hello(hello: pb.Hello) -> None:
+    names.check_server_id(hello.server_id)
+    if hello.kind not in (pb.SERVER_KIND_INFERENCE, pb.SERVER_KIND_PREPROCESS):
+        raise InvalidRequest(
+            f"hello.kind {hello.kind} is neither inference nor preprocess",
+            reason="HELLO_INVALID",
+            field="kind",
+        )
+    if hello.kind == pb.SERVER_KIND_INFERENCE and not hello.address:
+        raise InvalidRequest(
+            "hello.address is empty; preprocess servers need it to reach an inference server",
+            reason="HELLO_INVALID",
+            field="address",
+        )
+    if not 0 <= hello.applied_version < MAX_VERSION:
+        raise InvalidRequest(
+            f"hello.applied_version {hello.applied_version} is not a version",
+            reason="HELLO_INVALID",
+            field="applied_version",
+        )

@@ -1,0 +1,138 @@
+"""Wiring of the model management service."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+
+from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
+from pollard.services.common.errors import StartupError
+from pollard.services.common.lifecycle import (
+    GrpcServer,
+    Listen,
+    cancel,
+    run_service,
+    spawn,
+)
+from pollard.services.common.logs import configure_logging
+from pollard.services.common.status import ErrorInterceptor
+from pollard.services.models.blobs import Blobs
+from pollard.services.models.checks import CheckLimits
+from pollard.services.models.fleet import Fleet
+from pollard.services.models.servicer_fleet import FleetServicer
+from pollard.services.models.servicer_models import ModelServicer
+from pollard.services.models.settings import ModelsSettings
+from pollard.services.models.store import Store
+from pollard.services.models.switch import Switch
+from pollard.services.models.uploads import Uploads
+
+SERVICES = ("pollard.models.v1.ModelService", "pollard.models.v1.FleetService")
+
+CLEAN_EVERY_SECONDS = 3600.0
+
+_log = structlog.get_logger("pollard.models")
+
+
+class ModelsService:
+    """The manager: registry, uploads, switches and the fleet, over gRPC."""
+
+    def __init__(self, settings: ModelsSettings) -> None:
+        self.settings = settings
+        self.store = Store(settings.store)
+        self.blobs = Blobs(self.store.blobs)
+        self.uploads = Uploads(
+            self.store,
+            self.blobs,
+            limits=CheckLimits(
+                timeout_seconds=settings.check_timeout_seconds,
+                memory_bytes=settings.check_memory_bytes,
+                max_unpacked_bytes=settings.max_bundle_bytes,
+            ),
+            max_bundle_bytes=settings.max_bundle_bytes,
+            parallel_checks=settings.parallel_checks,
+        )
+        self.fleet = Fleet(
+            self.store,
+            Switch(
+                drain_seconds=settings.drain_seconds,
+                load_timeout_seconds=settings.load_timeout_seconds,
+            ),
+            lease_seconds=settings.server_lease_seconds,
+            report_interval_seconds=settings.report_interval_seconds,
+        )
+        self.grpc = GrpcServer(
+            Listen(
+                host=settings.host,
+                port=settings.port,
+                max_message_bytes=settings.max_message_bytes,
+                insecure=settings.insecure,
+            ),
+            service_names=SERVICES,
+            interceptors=[ErrorInterceptor()],
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(self.store, self.blobs, self.uploads, self.fleet), self.grpc.server
+        )
+        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
+            FleetServicer(self.fleet), self.grpc.server
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def address(self) -> str:
+        """gRPC target, once started."""
+        return self.grpc.address
+
+    async def start(self) -> None:
+        """Open the store, go on where the last manager ended, and serve.
+
+        Raises:
+            StartupError: the store or the port cannot be had; nothing is left open.
+        """
+        await asyncio.to_thread(self.store.open)
+        try:
+            # Before anything is answered: with the store locked, what is in the
+            # staging directory belongs to nobody.
+            await asyncio.to_thread(self.uploads.clean)
+            await self.fleet.start()
+            await self.grpc.start()
+        except BaseException as error:
+            await self.fleet.stop()
+            await asyncio.to_thread(self.store.close)
+            if isinstance(error, OSError):
+                raise StartupError(
+                    f"the store {self.settings.store} cannot be used: {error}"
+                ) from error
+            raise
+        spawn(self._tasks, self._clean_now_and_then(), "clean")
+        await self.grpc.set_serving(True)
+        _log.info("serving", address=self.address, store=str(self.settings.store))
+
+    async def stop(self, grace_seconds: float) -> None:
+        """End the streams, finish the requests in flight, and close the store."""
+        await cancel(*self._tasks)
+        # Sync streams never end by themselves.
+        await self.fleet.stop()
+        await self.grpc.stop(grace_seconds)
+        await asyncio.to_thread(self.store.close)
+
+    async def _clean_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(CLEAN_EVERY_SECONDS)
+            try:
+                await asyncio.to_thread(self.uploads.clean)
+            except Exception:
+                _log.exception("cleaning failed; it is tried again later")
+
+
+def build_server(settings: ModelsSettings) -> ModelsService:
+    """Return the service, not started; call it inside a running event loop."""
+    return ModelsService(settings)
+
+
+def run(settings: ModelsSettings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code."""
+    configure_logging("models", level=settings.log_level, form=settings.log_format)
+    return run_service(lambda: build_server(settings), grace_seconds=settings.grace_seconds)

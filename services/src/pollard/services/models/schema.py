@@ -1,0 +1,195 @@
+"""Tables of the registry.
+
+Times are microseconds since the epoch in UTC: whole numbers sort and compare
+alike in every database.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# SQLite numbers rows by itself only for columns of the type INTEGER.
+_Sequence = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class Base(DeclarativeBase):
+    """Root of the tables."""
+
+
+class Meta(Base):
+    """Single values: version and content of the desired state."""
+
+    __tablename__ = "meta"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, default=0)
+    content: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+
+
+class Model(Base):
+    """A name under which revisions are kept."""
+
+    __tablename__ = "models"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    description: Mapped[str] = mapped_column(Text, default="")
+    labels: Mapped[dict[str, str]] = mapped_column(JSON, default=dict)
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    update_time: Mapped[int] = mapped_column(BigInteger)
+    delete_time: Mapped[int | None] = mapped_column(BigInteger)
+    latest_revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Highest number ever given; numbers are never given twice."""
+    etag: Mapped[int] = mapped_column(BigInteger)
+
+
+class Bundle(Base):
+    """One stored bundle; several revisions may have it."""
+
+    __tablename__ = "bundles"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    signature: Mapped[str] = mapped_column(Text)
+    """The input tensors in a canonical form, to compare revisions by."""
+
+
+class BundleFile(Base):
+    """One file of a bundle and the blob that holds it."""
+
+    __tablename__ = "bundle_files"
+
+    bundle_sha256: Mapped[str] = mapped_column(
+        ForeignKey("bundles.sha256", ondelete="CASCADE"), primary_key=True
+    )
+    path: Mapped[str] = mapped_column(String(255), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer)
+    """Order of sending; the manifest is 0."""
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+class Revision(Base):
+    """An immutable bundle of a model."""
+
+    __tablename__ = "revisions"
+
+    model: Mapped[str] = mapped_column(
+        ForeignKey("models.name", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    bundle_sha256: Mapped[str] = mapped_column(ForeignKey("bundles.sha256"), index=True)
+    state: Mapped[int] = mapped_column(Integer)
+    """``Revision.State`` of the contract."""
+    error: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    """Serialised ``google.rpc.Status``; empty for none."""
+    notes: Mapped[str] = mapped_column(Text, default="")
+    labels: Mapped[dict[str, str]] = mapped_column(JSON, default=dict)
+    creator: Mapped[str] = mapped_column(String(255))
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    delete_time: Mapped[int | None] = mapped_column(BigInteger)
+    removed_version: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Desired state in which servers were last told to free it; 0 for never.
+    What a server says of it before it has answered that state is old news."""
+    etag: Mapped[int] = mapped_column(BigInteger)
+
+
+class Alias(Base):
+    """A name that points at a revision, and the state of its switch."""
+
+    __tablename__ = "aliases"
+
+    model: Mapped[str] = mapped_column(
+        ForeignKey("models.name", ondelete="CASCADE"), primary_key=True
+    )
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Where requests go; 0 before the first switch is done."""
+    pending_revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    previous_revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    state: Mapped[int] = mapped_column(Integer)
+    """``Alias.State`` of the contract."""
+    pending_version: Mapped[int | None] = mapped_column(BigInteger)
+    """First desired state that holds the pending revision; None until it is made."""
+    routes_version: Mapped[int | None] = mapped_column(BigInteger)
+    """First desired state with the current route; None until it is made."""
+    error: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    """Serialised ``google.rpc.Status``; empty for none."""
+    failures: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    """``{"server_id": …, "status": hexadecimal}`` for each server that refused."""
+    update_time: Mapped[int] = mapped_column(BigInteger)
+    etag: Mapped[int] = mapped_column(BigInteger)
+
+
+class Draining(Base):
+    """A revision that no route leads to any more, while requests may be in flight."""
+
+    __tablename__ = "draining"
+
+    model: Mapped[str] = mapped_column(String(63), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    routes_version: Mapped[int | None] = mapped_column(BigInteger)
+    """First desired state without the route; None until it is made."""
+
+
+class Server(Base):
+    """A server of the fleet, as it is remembered across a restart."""
+
+    __tablename__ = "servers"
+
+    server_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    hello: Mapped[bytes] = mapped_column(LargeBinary)
+    present: Mapped[bool] = mapped_column(default=True)
+    """Connected, or its lease has not run out."""
+    serving: Mapped[bool] = mapped_column(default=False)
+    """Has answered a desired state, so that requests may be sent to it."""
+    last_seen_time: Mapped[int] = mapped_column(BigInteger)
+    acked_version: Mapped[int] = mapped_column(BigInteger, default=0)
+    last_nack: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+
+
+class Event(Base):
+    """One change; the audit log."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_model", "model", "sequence"),
+        {"sqlite_autoincrement": True},  # numbers are never used again
+    )
+
+    sequence: Mapped[int] = mapped_column(_Sequence, primary_key=True, autoincrement=True)
+    time: Mapped[int] = mapped_column(BigInteger)
+    actor: Mapped[str] = mapped_column(String(255))
+    action: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(String(63), default="")
+    resource: Mapped[str] = mapped_column(String(255))
+    detail: Mapped[str] = mapped_column(Text, default="")
+
+
+class Answered(Base):
+    """The answer to a request that carried a request id."""
+
+    __tablename__ = "answered"
+
+    request_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    method: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    response: Mapped[bytes] = mapped_column(LargeBinary)
+    create_time: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class Upload(Base):
+    """An upload that is under way, or that ended less than a day ago."""
+
+    __tablename__ = "uploads"
+
+    upload_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    model: Mapped[str] = mapped_column(String(63))
+    total_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    """The revision that came of it; 0 while it is under way."""
+    existed: Mapped[bool] = mapped_column(default=False)

@@ -1,0 +1,52 @@
+"""Settings of the model management service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from pollard.services.common.settings import ServiceSettings
+
+
+class ModelsSettings(ServiceSettings):
+    """What ``pollard serve models`` can be told."""
+
+    section: ClassVar[str] = "models"
+
+    port: int = Field(8021, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    store: Path = Field(
+        Path.home() / ".local" / "share" / "pollard" / "models",
+        description="Directory of the registry and the bundles. One manager at a time.",
+    )
+    drain_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long an old revision stays loaded after the last server has acknowledged "
+        "the new routes: the longest deadline that a request in flight can have.",
+    )
+    server_lease_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="How long a switch waits for a server whose stream broke.",
+    )
+    load_timeout_seconds: float = Field(
+        300.0, gt=0, description="Longest time for all servers to load a revision."
+    )
+    report_interval_seconds: float = Field(
+        5.0, gt=0, description="Longest time between two reports of a server."
+    )
+    max_bundle_bytes: int = Field(
+        16 * 1024**3, gt=0, description="Largest bundle that can be pushed, in bytes."
+    )
+    check_timeout_seconds: float = Field(
+        120.0, gt=0, description="Longest time to unpack and check a bundle."
+    )
+    check_memory_bytes: int = Field(
+        8 * 1024**3,
+        gt=0,
+        description="Address space of the process that checks a bundle; a graph takes a few times "
+        "its size.",
+    )
+    parallel_checks: int = Field(2, ge=1, description="Bundles that are checked at the same time.")

@@ -1,0 +1,422 @@
+"""The switch of aliases across the suite: a state machine whose states are on disk.
+
+Make before break::
+
+    SetAlias stores      every expected server     every expected server     nothing can be
+    the intention        has loaded it             has the new routes        in flight any more
+        │                     │                         │                         │
+    LOADING ── desired ──► routes change ── desired ──► ACTIVE ── drain time ──► the old revision
+               state v+1   (SWITCHING)      state v+2                            leaves the desired
+        │                                                                        state (v+3)
+        └── a server refuses, or the time is over ──► FAILED; the routes are as before
+
+:meth:`Switch.step` takes whatever steps are possible in one transaction. It
+knows nothing of streams: what the servers said comes in as a snapshot, and what
+they should run goes out as a version. A crash before or after the transaction
+leaves the old state or the new one, and the next step goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from google.rpc import code_pb2, status_pb2
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.errors import DeadlineExceeded
+from pollard.services.common.status import to_proto
+from pollard.services.models import registry
+from pollard.services.models.aliases import alias_name, drain
+from pollard.services.models.events import MANAGER, record
+from pollard.services.models.schema import Alias, Bundle, Draining, Meta, Revision
+from pollard.services.models.store import now_us
+
+Key = tuple[str, int]
+"""Model and revision number."""
+
+_DESIRED = "desired_state"
+
+
+@dataclass(frozen=True)
+class RevisionReport:
+    """What a server said of one revision."""
+
+    state: fleet_pb.RevisionState.ValueType
+    error: status_pb2.Status | None = None
+
+
+@dataclass(frozen=True)
+class ServerView:
+    """An expected server: connected, or gone for less than its lease."""
+
+    server_id: str
+    kind: fleet_pb.ServerKind.ValueType
+    address: str
+    connected: bool
+    serving: bool
+    """Has answered some desired state."""
+    applied_version: int = 0
+    """What it said to run when it connected."""
+    acked: int = 0
+    """Highest version acknowledged on this stream; 0 when not connected."""
+    nacked: int = 0
+    """Highest version refused on this stream."""
+    nack: status_pb2.Status | None = None
+    answered_before_report: int = 0
+    """Highest version it had answered when its last report came."""
+    revisions: Mapping[Key, RevisionReport] = field(default_factory=dict)
+
+    def report_of(self, key: Key, removed_version: int) -> RevisionReport | None:
+        """Return what it says of a revision, unless that may be old news.
+
+        A report carries no version. One that came before the server answered
+        the state that removed the revision may tell of an earlier load.
+        """
+        if self.answered_before_report < removed_version:
+            return None
+        return self.revisions.get(key)
+
+
+@dataclass(frozen=True)
+class FleetView:
+    """The expected servers at one moment."""
+
+    servers: Sequence[ServerView] = ()
+    fallback_endpoints: Sequence[tuple[str, str]] = ()
+    """Inference servers no longer expected: still better than none at all."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step."""
+
+    version: int
+    """Of the desired state that is in force now."""
+    state: fleet_pb.DesiredState
+    """It, with the endpoints, without nonce and report interval."""
+    next_deadline: float | None
+    """When time alone makes another step possible, by the switch's clock."""
+
+
+class Switch:
+    """Moves aliases. One thread at a time.
+
+    Args:
+        drain_seconds: How long a request can be in flight.
+        load_timeout_seconds: Longest time for all servers to load a revision.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        drain_seconds: float,
+        load_timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._drain_seconds = drain_seconds
+        self._load_timeout_seconds = load_timeout_seconds
+        self._clock = clock
+        # Clocks are not on disk: a restart begins them anew, which only waits longer.
+        self._loading_since: dict[tuple[str, str, int, int], float] = {}
+        self._draining_since: dict[tuple[str, int, int], float] = {}
+
+    def step(self, session: Session, view: FleetView) -> StepResult:
+        """Take every step that is possible now."""
+        _note_revision_states(session, view)
+        meta = session.get(Meta, _DESIRED)
+        if meta is None:
+            meta = Meta(key=_DESIRED, number=0, content=b"")
+            session.add(meta)
+        # After a restore from a backup, servers may have seen higher versions.
+        seen = max((server.applied_version for server in view.servers), default=0)
+        if seen > meta.number:
+            meta.number = seen
+            meta.content = b""
+        while True:
+            self._publish(session, view, meta)
+            if not self._advance(session, view):
+                break
+        state = fleet_pb.DesiredState.FromString(meta.content)
+        state.version = meta.number
+        return StepResult(meta.number, state, self._next_deadline())
+
+    def _publish(self, session: Session, view: FleetView, meta: Meta) -> None:
+        """Make what the tables say the desired state, with a new version if it differs."""
+        content = _desired_state(session, view).SerializeToString(deterministic=True)
+        if content != meta.content or meta.number == 0:
+            before = _revisions_in(meta.content)
+            meta.number += 1
+            meta.content = content
+            for model, number in before - _revisions_in(content):
+                gone = session.get(Revision, (model, number))
+                if gone is not None:
+                    gone.removed_version = meta.number
+        session.flush()
+        unsent = Alias.pending_version.is_(None)
+        for alias in session.scalars(select(Alias).where(unsent, Alias.pending_revision != 0)):
+            alias.pending_version = meta.number
+        for alias in session.scalars(
+            select(Alias).where(Alias.routes_version.is_(None), Alias.revision != 0)
+        ):
+            alias.routes_version = meta.number
+        for row in session.scalars(select(Draining).where(Draining.routes_version.is_(None))):
+            row.routes_version = meta.number
+        session.flush()
+
+    def _advance(self, session: Session, view: FleetView) -> bool:
+        """Take the steps that the servers' words and the clock allow; tell whether any was."""
+        now = self._clock()
+        progress = False
+        loading: dict[tuple[str, str, int, int], float] = {}
+        for alias in session.scalars(select(Alias).where(Alias.pending_revision != 0)).all():
+            key = (alias.model, alias.name, alias.pending_revision, alias.pending_version or 0)
+            since = loading[key] = self._loading_since.get(key, now)
+            progress |= self._advance_loading(session, view, alias, now - since)
+        self._loading_since = loading
+        switching = select(Alias).where(
+            Alias.state == pb.Alias.STATE_SWITCHING, Alias.routes_version.is_not(None)
+        )
+        for alias in session.scalars(switching).all():
+            if self._settled(session, view, alias.model, alias.routes_version or 0):
+                alias.state = pb.Alias.STATE_ACTIVE
+                detail = f"every server sends requests to revision {alias.revision}"
+                _touch(session, alias, "ALIAS_ACTIVE", detail)
+                # ACTIVE is not part of the desired state, so there is no need to go round again.
+        draining: dict[tuple[str, int, int], float] = {}
+        for row in session.scalars(select(Draining)).all():
+            if row.routes_version is None:
+                continue
+            drain_key = (row.model, row.revision, row.routes_version)
+            if not self._settled(session, view, row.model, row.routes_version):
+                continue  # and the clock begins anew once it is
+            since = draining[drain_key] = self._draining_since.get(drain_key, now)
+            if now - since >= self._drain_seconds:
+                del draining[drain_key]
+                session.delete(row)
+                progress = True
+        self._draining_since = draining
+        session.flush()
+        return progress
+
+    def _advance_loading(
+        self, session: Session, view: FleetView, alias: Alias, waited: float
+    ) -> bool:
+        if alias.pending_version is None:
+            return False
+        key = (alias.model, alias.pending_revision)
+        revision = session.get_one(Revision, key)
+        refusals: dict[str, status_pb2.Status] = {}
+        waiting: list[str] = []
+        for server in view.servers:
+            refusal = _refusal(server, key, alias.pending_version, revision.removed_version)
+            if refusal is not None:
+                refusals[server.server_id] = refusal
+            elif not _is_ready(server, key, alias.pending_version, revision.removed_version):
+                waiting.append(server.server_id)
+        if refusals:
+            first = next(iter(refusals))
+            error = status_pb2.Status(
+                code=code_pb2.FAILED_PRECONDITION,
+                message=f"revision {alias.pending_revision} was refused by "
+                f"{', '.join(refusals)}: {refusals[first].message}",
+            )
+            _fail(session, alias, error, refusals)
+            return True
+        if not waiting:
+            _change_route(session, alias)
+            return True
+        if waited >= self._load_timeout_seconds:
+            error = to_proto(
+                DeadlineExceeded(
+                    f"revision {alias.pending_revision} was not ready on {', '.join(waiting)} "
+                    f"within {self._load_timeout_seconds:g} s",
+                    reason="LOAD_TIMEOUT",
+                    revision=alias.pending_revision,
+                    servers=",".join(waiting),
+                    timeout_seconds=f"{self._load_timeout_seconds:g}",
+                )
+            )
+            _fail(session, alias, error, dict.fromkeys(waiting, error))
+            return True
+        return False
+
+    def _settled(self, session: Session, view: FleetView, model: str, version: int) -> bool:
+        """Tell whether every expected server has the routes of ``version``."""
+        routed: list[Revision] | None = None
+        for server in view.servers:
+            if server.acked >= version:
+                continue
+            if server.nacked < version:
+                return False
+            # Something of that version does not run there. The routes of this
+            # model do if every revision they lead to is ready.
+            if routed is None:
+                routed = _routed_revisions(session, model)
+            for revision in routed:
+                report = server.report_of((model, revision.number), revision.removed_version)
+                if report is None or report.state != fleet_pb.REVISION_STATE_READY:
+                    return False
+        return True
+
+    def _next_deadline(self) -> float | None:
+        deadlines = [since + self._load_timeout_seconds for since in self._loading_since.values()]
+        deadlines += [since + self._drain_seconds for since in self._draining_since.values()]
+        return min(deadlines, default=None)
+
+
+def _is_ready(server: ServerView, key: Key, pending_version: int, removed_version: int) -> bool:
+    if not server.connected:
+        return False
+    if server.acked >= pending_version:
+        return True
+    report = server.report_of(key, removed_version)
+    return report is not None and report.state == fleet_pb.REVISION_STATE_READY
+
+
+def _refusal(
+    server: ServerView, key: Key, pending_version: int, removed_version: int
+) -> status_pb2.Status | None:
+    """Return why a server refuses a revision; None when it does not."""
+    report = server.report_of(key, removed_version)
+    if report is not None:
+        if report.state == fleet_pb.REVISION_STATE_FAILED and server.acked < pending_version:
+            return report.error or server.nack or status_pb2.Status(message="no reason given")
+        return None  # a refusal of that version is about something else, or not its last word
+    if server.nacked >= pending_version > server.acked and key not in server.revisions:
+        return server.nack
+    return None
+
+
+def _routed_revisions(session: Session, model: str) -> list[Revision]:
+    numbers = select(Alias.revision).where(Alias.model == model, Alias.revision != 0)
+    return list(
+        session.scalars(
+            select(Revision).where(Revision.model == model, Revision.number.in_(numbers))
+        )
+    )
+
+
+def _change_route(session: Session, alias: Alias) -> None:
+    old, new = alias.revision, alias.pending_revision
+    if old:
+        drain(session, alias.model, old)
+        alias.previous_revision = old
+    alias.revision = new
+    alias.pending_revision = 0
+    alias.pending_version = None
+    alias.routes_version = None
+    alias.state = pb.Alias.STATE_SWITCHING
+    alias.error = b""
+    alias.failures = []
+    _touch(session, alias, "ALIAS_SWITCHED", f"from revision {old or 'none'} to {new}")
+
+
+def _fail(
+    session: Session,
+    alias: Alias,
+    error: status_pb2.Status,
+    failures: Mapping[str, status_pb2.Status],
+) -> None:
+    alias.pending_revision = 0
+    alias.pending_version = None
+    alias.state = pb.Alias.STATE_FAILED
+    alias.error = error.SerializeToString()
+    alias.failures = [
+        {"server_id": server_id, "status": status.SerializeToString().hex()}
+        for server_id, status in failures.items()
+    ]
+    _touch(session, alias, "ALIAS_FAILED", error.message)
+
+
+def _touch(session: Session, alias: Alias, action: str, detail: str) -> None:
+    alias.update_time = now_us()
+    name = alias_name(alias.model, alias.name)
+    alias.etag = record(session, MANAGER, action, name, detail, model=alias.model)
+    session.flush()
+
+
+def _note_revision_states(session: Session, view: FleetView) -> None:
+    """Write down which revisions a server has loaded, or could not load."""
+    for server in view.servers:
+        for (model, number), report in server.revisions.items():
+            ready = report.state == fleet_pb.REVISION_STATE_READY
+            failed = report.state == fleet_pb.REVISION_STATE_FAILED
+            if not (ready or failed) or server.kind != fleet_pb.SERVER_KIND_INFERENCE:
+                continue
+            row = session.get(Revision, (model, number))
+            if row is None or row.state == pb.Revision.STATE_READY:
+                continue  # one server that could load it is enough
+            if server.report_of((model, number), row.removed_version) is None:
+                continue
+            error = b"" if ready or report.error is None else report.error.SerializeToString()
+            state = pb.Revision.STATE_READY if ready else pb.Revision.STATE_FAILED
+            if (row.state, row.error) == (state, error):
+                continue
+            row.state, row.error = state, error
+            row.etag = record(
+                session,
+                f"servers/{server.server_id}",
+                "REVISION_READY" if ready else "REVISION_FAILED",
+                registry.revision_name(model, number),
+                "loaded" if ready or report.error is None else report.error.message,
+                model=model,
+            )
+
+
+def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
+    """Return what the tables and the fleet say, with models, revisions and aliases sorted."""
+    wanted: dict[str, set[int]] = {}
+    routes: dict[str, list[tuple[str, int]]] = {}
+    for alias in session.scalars(select(Alias).order_by(Alias.model, Alias.name)):
+        numbers = wanted.setdefault(alias.model, set())
+        numbers.update(number for number in (alias.revision, alias.pending_revision) if number)
+        if alias.revision:
+            routes.setdefault(alias.model, []).append((alias.name, alias.revision))
+    for row in session.scalars(select(Draining)):
+        wanted.setdefault(row.model, set()).add(row.revision)
+    bundles = {
+        (model, number): (sha256, size)
+        for model, number, sha256, size in session.execute(
+            select(Revision.model, Revision.number, Bundle.sha256, Bundle.size_bytes)
+            .join(Bundle, Bundle.sha256 == Revision.bundle_sha256)
+            .where(Revision.model.in_(wanted))
+        )
+    }
+    state = fleet_pb.DesiredState()
+    for model in sorted(wanted):
+        desired = state.models.add(model=model)
+        for number in sorted(wanted[model]):
+            sha256, size = bundles[model, number]
+            desired.revisions.add(revision=number, bundle_sha256=sha256, size_bytes=size)
+        for name, number in routes.get(model, []):
+            route = desired.routes.add(alias=name)
+            route.targets.add(revision=number, weight=1)
+    for server_id, address in _endpoints(view):
+        state.inference_endpoints.add(server_id=server_id, address=address)
+    return state
+
+
+def _endpoints(view: FleetView) -> Iterable[tuple[str, str]]:
+    """Return where inference servers are reached, the connected ones first.
+
+    One that has not answered any desired state yet has nothing loaded.
+    """
+    serving = [
+        server
+        for server in view.servers
+        if server.kind == fleet_pb.SERVER_KIND_INFERENCE and server.serving
+    ]
+    serving.sort(key=lambda server: (not server.connected, server.server_id))
+    found = [(server.server_id, server.address) for server in serving]
+    return found or view.fallback_endpoints
+
+
+def _revisions_in(content: bytes) -> set[Key]:
+    state = fleet_pb.DesiredState.FromString(content)
+    return {(model.model, r.revision) for model in state.models for r in model.revisions}
