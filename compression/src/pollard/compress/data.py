@@ -26,6 +26,7 @@ from pollard.compress.progress import Reporter
 from pollard.compress.sources import ImageSource, Item, open_source
 from pollard.compress.spec import InputSpec
 from pollard.runtime.errors import ImageInvalid
+from pollard.runtime.transforms import Pipeline
 
 SPLIT_SEED = 20
 
@@ -78,7 +79,7 @@ class Dataset:
 
 def load_data(
     reference: str | Path,
-    spec: InputSpec,
+    takes: InputSpec | Pipeline,
     *,
     max_train_images: int | None = None,
     max_damaged_share: float = 0.05,
@@ -94,7 +95,8 @@ def load_data(
 
     Args:
         reference: "digits", a directory, or a zip file.
-        spec: Decides the preprocessing.
+        takes: What the images are made into: a model's input, or a bundle's own
+            preprocessing.
         max_train_images: Use only so many of the training images, by class.
         max_damaged_share: Share of files that may be undecodable.
         reporter: Told of progress and of damaged files.
@@ -113,7 +115,13 @@ def load_data(
     parts, how = split_items(source.items, classes)
     if max_train_images is not None and max_train_images < len(parts["train"]):
         parts["train"] = _subset(parts["train"], classes, max_train_images)
-    decoded, damaged, digest = _decode(source, parts, spec, max_damaged_share, reporter)
+    decoded, damaged, digest = _decode(
+        source,
+        parts,
+        takes if isinstance(takes, Pipeline) else takes.pipeline,
+        max_damaged_share,
+        reporter,
+    )
     index = {label: i for i, label in enumerate(classes)}
     made: dict[str, Part] = {}
     for name, (items, images) in decoded.items():
@@ -228,11 +236,12 @@ def _subset(items: list[Item], classes: Sequence[str], limit: int) -> list[Item]
 def _decode(
     source: ImageSource,
     parts: dict[str, list[Item]],
-    spec: InputSpec,
+    pipeline: Pipeline,
     max_damaged_share: float,
     reporter: Reporter,
 ) -> tuple[dict[str, tuple[list[Item], NDArray[np.uint8]]], list[str], str]:
-    pipeline = spec.pipeline
+    if pipeline.output_shape is None or pipeline.dtype != np.uint8:
+        raise DataInvalid("the preprocessing must give uint8 images of one size")
     total = sum(len(items) for items in parts.values())
     damaged: list[str] = []
     hashes: list[bytes] = []
@@ -251,12 +260,14 @@ def _decode(
     result: dict[str, tuple[list[Item], NDArray[np.uint8]]] = {}
     with reporter.step("Decoding images", total) as step, ThreadPoolExecutor(2) as pool:
         for name, items in parts.items():
-            store = _allocate(len(items), spec)
+            store = _allocate((len(items), *pipeline.output_shape))
             kept: list[Item] = []
             # In slices, so that no more than one slice waits decoded.
             for start in range(0, len(items), 256):
                 piece = items[start : start + 256]
-                for item, (pixels, problem, stamp) in zip(piece, pool.map(load, piece), strict=True):
+                for item, (pixels, problem, stamp) in zip(
+                    piece, pool.map(load, piece), strict=True
+                ):
                     if pixels is None:
                         damaged.append(problem)
                     else:
@@ -274,8 +285,7 @@ def _decode(
     return result, damaged, digest.hexdigest()
 
 
-def _allocate(count: int, spec: InputSpec) -> NDArray[np.uint8]:
-    shape = (count, *spec.shape)
+def _allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     if int(np.prod(shape, dtype=np.int64)) <= _MEMORY_LIMIT_BYTES:
         return np.empty(shape, np.uint8)
     # The file has no name: it disappears with the last reference, whatever happens.

@@ -72,7 +72,9 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
         raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
     model = onnx.load_from_string(buffer.getvalue())
     strip_metadata(model)
-    left = sorted({node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"})
+    left = sorted(
+        {node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"}
+    )
     if left:
         raise ExportFailed("a batch normalisation is left in the exported graph; it must be folded")
     return model
@@ -81,15 +83,18 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # The exporter warns of its own deprecated calls and logs every pass.
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = ("onnxscript", "onnx_ir", "torch.onnx", "torch.onnx._internal.exporter._registration")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
@@ -117,13 +122,19 @@ def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
         last = position == len(chain) - 1
         result = CORE_INPUT if last else f"pixels_{operator.lower()}"
         if values is None:
-            nodes.append(helper.make_node("Cast", [pixels], [result], name="pixels/cast", to=TensorProto.FLOAT))
+            nodes.append(
+                helper.make_node(
+                    "Cast", [pixels], [result], name="pixels/cast", to=TensorProto.FLOAT
+                )
+            )
         else:
             constant = f"pixels_{operator.lower()}_by"
             shaped = values.astype(np.float32).reshape(1, -1, 1, 1)
             graph.initializer.append(numpy_helper.from_array(shaped, constant))
             nodes.append(
-                helper.make_node(operator, [pixels, constant], [result], name=f"pixels/{operator.lower()}")
+                helper.make_node(
+                    operator, [pixels, constant], [result], name=f"pixels/{operator.lower()}"
+                )
             )
         pixels = result
     prepend(model, nodes, spec)
@@ -133,8 +144,9 @@ def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
 def to_channels_first() -> tuple[list[onnx.NodeProto], str]:
     # Transposed while the elements are one byte: four times less to move.
     name = "pixels_nchw"
-    return [helper.make_node("Transpose", [INPUT], [name], name="pixels/transpose", perm=[0, 3, 1, 2])], name
-
+    return [
+        helper.make_node("Transpose", [INPUT], [name], name="pixels/transpose", perm=[0, 3, 1, 2])
+    ], name
 
 
 def prepend(model: onnx.ModelProto, nodes: list[onnx.NodeProto], spec: InputSpec) -> None:

@@ -195,7 +195,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str)
         if keys
     ]
     if problems:
-        raise WeightsInvalid(f"{path} does not fit the model; nothing was loaded; " + "; ".join(problems))
+        raise WeightsInvalid(
+            f"{path} does not fit the model; nothing was loaded; " + "; ".join(problems)
+        )
     not_finite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if not_finite:
         raise WeightsInvalid(f"{path} holds values that are not finite: {_listed(not_finite)}")

@@ -124,7 +124,10 @@ def prune(
             "nothing in this model can be pruned: "
             + "; ".join(f"{name}: {why}" for name, why in left_whole.items())
         )
-    costs = {cost.name: (cost.macs, cost.in_channels, cost.out_channels) for cost in layer_costs(work, spec)}
+    costs = {
+        cost.name: (cost.macs, cost.in_channels, cost.out_channels)
+        for cost in layer_costs(work, spec)
+    }
     multiple = _choose_widths(groups, costs, macs_before, ratio, rounding)
     plans = [GroupPlan(g.name, g.layers, g.width, g.kept) for g in groups]
     with torch.no_grad():
@@ -205,7 +208,9 @@ def _groups(
             left.update(dict.fromkeys(layers, "its channels cannot be ranked"))
             continue
         groups.append(
-            _Group(root, names[root], layers, width, score.detach(), dict(outputs), dict(inputs), width)
+            _Group(
+                root, names[root], layers, width, score.detach(), dict(outputs), dict(inputs), width
+            )
         )
     return groups, left
 

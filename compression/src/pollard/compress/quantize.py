@@ -130,7 +130,9 @@ class _Reader:
     def __init__(self, part: Part, config: QuantizeConfig, feed: object) -> None:
         self._images = part.images[: config.calibration_images]
         self._feed = feed
-        self._size = max(1, min(32, _CALIBRATION_BYTES // (4 * int(np.prod(part.images.shape[1:])))))
+        self._size = max(
+            1, min(32, _CALIBRATION_BYTES // (4 * int(np.prod(part.images.shape[1:]))))
+        )
         self._start = 0
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:

@@ -9,7 +9,13 @@ from torch import nn
 from pollard.compress.data import Dataset
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
-from pollard.compress.training import FitConfig, History, choose_accuracy, fit, recalibrate_batch_norm
+from pollard.compress.training import (
+    FitConfig,
+    History,
+    choose_accuracy,
+    fit,
+    recalibrate_batch_norm,
+)
 
 
 def recover(

@@ -39,7 +39,9 @@ def rewrite_shortcuts(module: nn.Module, example: Tensor) -> list[str]:
     leaves = {
         name: leaf
         for name, leaf in module.named_modules()
-        if name and not any(True for _ in leaf.children()) and not any(True for _ in leaf.parameters())
+        if name
+        and not any(True for _ in leaf.children())
+        and not any(True for _ in leaf.parameters())
     }
     for name, leaf in leaves.items():
         hooks.append(leaf.register_forward_hook(record(name)))  # type: ignore[arg-type]

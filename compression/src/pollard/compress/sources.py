@@ -96,7 +96,13 @@ class ZipSource:
             raise ImageTooLarge(f"it has {info.file_size} bytes, at most {limit} are allowed")
         try:
             return self._zip.read(info)
-        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:
             raise ImageDamaged(f"it cannot be read: {error}") from error
 
 
@@ -140,7 +146,7 @@ def open_source(reference: str | Path) -> ImageSource:
     if path.is_file():
         return ZipSource(path)
     raise DataInvalid(
-        f"there is no data at {path}: give \"digits\", a directory or a zip file with "
+        f'there is no data at {path}: give "digits", a directory or a zip file with '
         "train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg"
     )
 
@@ -159,7 +165,8 @@ def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[It
     if not kept:
         found = ", ".join(f"{n} × {kind}" for kind, n in others.most_common(5))
         raise DataInvalid(
-            f"{where} holds no images ({', '.join(EXTENSIONS)})" + (f"; it holds {found}" * bool(found))
+            f"{where} holds no images ({', '.join(EXTENSIONS)})"
+            + (f"; it holds {found}" * bool(found))
         )
     # A zip often wraps everything in one folder; it says nothing.
     while all(len(parts) > 2 for _, parts in kept) and len({parts[0] for _, parts in kept}) == 1:

@@ -56,7 +56,7 @@ class History:
 def seed_everything(seed: int) -> None:
     """Seed PyTorch's and NumPy's global generators."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below draw from the global one
+    np.random.seed(seed % 2**32)
 
 
 def choose_accuracy(module: nn.Module, spec: InputSpec, part: Part) -> float:
@@ -141,7 +141,9 @@ def fit(
             f"(it is {config.learning_rate:g})"
         )
     if history.stopped:
-        reporter.say(f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept")
+        reporter.say(
+            f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
+        )
     module.load_state_dict(best_state)
     module.eval()
     return history
@@ -206,9 +208,7 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
             nesterov=True,
             weight_decay=config.weight_decay,
         )
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _shuffled(
@@ -239,11 +239,16 @@ def _loss(
         wanted = teacher(inputs)
     t = config.distill_temperature
     soft = F.kl_div(
-        F.log_softmax(logits / t, 1), F.log_softmax(wanted / t, 1), reduction="batchmean", log_target=True
+        F.log_softmax(logits / t, 1),
+        F.log_softmax(wanted / t, 1),
+        reduction="batchmean",
+        log_target=True,
     )
     # T² keeps the gradients of both parts of one size.
     return config.distill_weight * t * t * soft + (1 - config.distill_weight) * hard
 
 
 def _finite(module: nn.Module) -> bool:
-    return all(bool(v.isfinite().all()) for v in module.state_dict().values() if v.is_floating_point())
+    return all(
+        bool(v.isfinite().all()) for v in module.state_dict().values() if v.is_floating_point()
+    )

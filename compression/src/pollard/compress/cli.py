@@ -1,0 +1,345 @@
+"""The commands `compress`, `bundle`, `train` and `eval`.
+
+Nothing heavy is imported before a command runs: this module is loaded whenever
+`pollard` starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pollard.compress.progress import Reporter
+    from pollard.compress.spec import InputSpec
+
+_Model = Annotated[
+    str, typer.Argument(help="zoo:NAME, or package.module:factory.", show_default=False)
+]
+_Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="digits, or a directory or zip with train/CLASS/* and test/CLASS/*, or CLASS/*.",
+        show_default=False,
+    ),
+]
+_Weights = Annotated[
+    str, typer.Option("--weights", help="Trained parent: .pt state dict or .safetensors.")
+]
+_Out = Annotated[Path, typer.Option("--out", help="Directory of the bundle.", show_default=False)]
+_Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+_Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
+]
+_Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures to this file, for machines.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace what --out holds.")]
+_Size = Annotated[
+    str | None,
+    typer.Option("--input-size", help="HEIGHTxWIDTHxCHANNELS; needed for a factory's model."),
+]
+_Mean = Annotated[
+    str, typer.Option("--mean", help="Of pixels scaled to 0-1; one value, or one per channel.")
+]
+_Std = Annotated[str, typer.Option("--std", help="Likewise.")]
+_TrainImages = Annotated[
+    int | None, typer.Option("--train-images", min=2, help="Use only so many training images.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command("compress")(compress)
+    app.command("bundle")(bundle)
+    app.command("train")(train)
+    app.command("eval")(evaluate)
+
+
+def compress(
+    model: _Model,
+    data: _Data,
+    out: _Out,
+    weights: _Weights = "",
+    target: Annotated[
+        str, typer.Option("--target", help="cpu-int8 (float files compete, too) or cpu-fp32.")
+    ] = "cpu-int8",
+    prune: Annotated[
+        float,
+        typer.Option("--prune", help="Share of the MACs to remove, 0 to 1; 0 does not prune."),
+    ] = 0.5,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="Most accuracy that may be lost, in points.")
+    ] = 1.0,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=0, help="Epochs of recovery; default by model.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of recovery; default by model.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=2, help="Of recovery; default by model.")
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option("--calibration-images", min=1, help="For 8-bit ranges.")
+    ] = 512,
+    vnni: Annotated[
+        bool | None,
+        typer.Option(
+            "--vnni/--no-vnni", help="Whether the serving machines have VNNI; default as here."
+        ),
+    ] = None,
+    keep_whole: Annotated[
+        list[str] | None, typer.Option("--keep-whole", help="Layer not to prune; repeatable.")
+    ] = None,
+    train_images: _TrainImages = None,
+    seed: _Seed = 0,
+    threads: _Threads = None,
+    input_size: _Size = None,
+    mean: _Mean = "0",
+    std: _Std = "1",
+    json_file: _Json = None,
+    force: _Force = False,
+) -> None:
+    """Prune, recover, quantize and verify a trained model; write the fastest bundle that holds.
+
+    Ends with exit code 3 and no bundle when nothing holds --max-drop and is
+    faster than the parent.
+    """
+    with _errors(json_file) as console:
+        from pollard.compress import pipeline
+        from pollard.compress.recipe import Recipe
+
+        recipe = Recipe(
+            model=model,
+            data=data,
+            weights=weights,
+            target=target,  # type: ignore[arg-type]  # the recipe checks it
+            prune=prune,
+            max_drop=max_drop,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            calibration_images=calibration_images,
+            vnni=vnni,
+            max_train_images=train_images,
+            keep_whole=tuple(keep_whole or ()),
+            seed=seed,
+            threads=threads,
+            spec=_spec(input_size, mean, std),
+        )
+        result = pipeline.compress(recipe, out, force=force, reporter=_reporter(console))
+        _write_json(json_file, result.report)
+        _print_comparison(console, result.report)
+        console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
+
+
+def bundle(
+    model: _Model,
+    data: _Data,
+    out: _Out,
+    weights: _Weights = "",
+    seed: _Seed = 0,
+    threads: _Threads = None,
+    input_size: _Size = None,
+    mean: _Mean = "0",
+    std: _Std = "1",
+    json_file: _Json = None,
+    force: _Force = False,
+) -> None:
+    """Pack a trained model as it is, in float: verified and measured, without any gate."""
+    with _errors(json_file) as console:
+        from pollard.compress import pipeline
+        from pollard.compress.recipe import Recipe
+
+        recipe = Recipe(
+            model=model,
+            data=data,
+            weights=weights,
+            target="cpu-fp32",
+            prune=0.0,
+            seed=seed,
+            threads=threads,
+            spec=_spec(input_size, mean, std),
+        )
+        result = pipeline.bundle_parent(recipe, out, force=force, reporter=_reporter(console))
+        _write_json(json_file, result.report)
+        console.print(
+            f"Accuracy {result.measured.accuracy}, {result.measured.latency_us:.1f} µs an image, "
+            f"{result.report['summary']['size_bytes']:,} bytes\n"
+            f"Bundle: {out}\nReport: {out / 'report.html'}",
+            highlight=False,
+        )
+
+
+def train(
+    model: _Model,
+    data: _Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Weights file to write, .safetensors.", show_default=False)
+    ],
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Default by model.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Default by model.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=2, help="Default by model.")
+    ] = None,
+    train_images: _TrainImages = None,
+    seed: _Seed = 0,
+    threads: _Threads = None,
+    input_size: _Size = None,
+    mean: _Mean = "0",
+    std: _Std = "1",
+    json_file: _Json = None,
+    force: _Force = False,
+) -> None:
+    """Train a model from scratch and write its weights."""
+    with _errors(json_file) as console:
+        from pollard.compress import train as training
+
+        result = training.train(
+            model,
+            data,
+            out,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_train_images=train_images,
+            seed=seed,
+            threads=threads,
+            spec=_spec(input_size, mean, std),
+            force=force,
+            reporter=_reporter(console),
+        )
+        _write_json(json_file, result.to_json())
+        console.print(f"Accuracy {result.accuracy}\nWeights: {out}", highlight=False)
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Bundle directory, zoo:NAME, or package.module:factory.", show_default=False
+        ),
+    ],
+    data: _Data,
+    weights: _Weights = "",
+    input_size: _Size = None,
+    mean: _Mean = "0",
+    std: _Std = "1",
+    threads: _Threads = None,
+    json_file: _Json = None,
+) -> None:
+    """Measure the accuracy of a bundle, or of a model with weights, on the held-out part."""
+    with _errors(json_file) as console:
+        from pollard.compress import train as training
+
+        result = training.evaluate(
+            model,
+            data,
+            weights=weights,
+            spec=_spec(input_size, mean, std),
+            threads=threads,
+            reporter=_reporter(console),
+        )
+        _write_json(json_file, result.to_json())
+        console.print(f"Accuracy {result}", highlight=False)
+
+
+def _spec(size: str | None, mean: str, std: str) -> InputSpec | None:
+    if size is None:
+        return None
+    from pollard.compress.spec import InputSpec, parse_channels, parse_size
+
+    height, width, channels = parse_size(size)
+    return InputSpec(
+        height,
+        width,
+        channels,
+        parse_channels(mean, channels, "mean"),
+        parse_channels(std, channels, "std"),
+        augmentation="shift",
+    )
+
+
+def _reporter(console: Console) -> Reporter:
+    from pollard.compress.progress import ConsoleReporter
+
+    return ConsoleReporter(console)
+
+
+@contextmanager
+def _errors(json_file: Path | None) -> Iterator[Console]:
+    """Turn errors into a line for people and the proper exit code."""
+    from rich.console import Console
+
+    from pollard.compress.errors import CompressionError, GateRefused
+    from pollard.runtime.errors import RuntimeFault
+
+    console, problems = Console(), Console(stderr=True)
+    try:
+        yield console
+    except GateRefused as error:
+        _write_json(json_file, {"refused": str(error), **error.figures})
+        problems.print(f"Refused: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except CompressionError as error:
+        problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except (RuntimeFault, OSError) as error:
+        problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_comparison(console: Console, report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    parent, chosen = report["parent"], report["chosen"]
+    drop, speed = chosen["drop_points"], chosen["speedup"]
+    table = Table(title=f"{report['name']}: {report['summary']['shipped']} is shipped")
+    for column in ("", "parent", "compressed", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    accuracy = [f"{side['accuracy']['value']:.2%}" for side in (parent, chosen)]
+    table.add_row(
+        f"accuracy (n = {parent['accuracy']['samples']})",
+        *accuracy,
+        f"{-drop['estimate']:+.2f} points ({-drop['upper']:+.2f} to {-drop['lower']:+.2f})",
+    )
+    for before, after in zip(parent["latency"], chosen["latency"], strict=True):
+        faster = before["p50_us"] / after["p50_us"]
+        bound = f" (lower bound {speed['lower']:.2f})" if before["batch_size"] == 1 else ""
+        table.add_row(
+            f"latency, batch {before['batch_size']}",
+            f"{before['p50_us']:.1f} µs",
+            f"{after['p50_us']:.1f} µs",
+            f"{faster:.2f} × faster{bound}",
+        )
+    for title, key in (
+        ("model.onnx, bytes", "size_bytes"),
+        ("parameters", "parameters"),
+        ("MACs", "macs"),
+    ):
+        table.add_row(
+            title,
+            f"{parent[key]:,}",
+            f"{chosen[key]:,}",
+            f"× {chosen[key] / parent[key]:.3f}",
+        )
+    console.print(table)
+    for stage in report["dropped_stages"]:
+        console.print(f"Without the stage {stage['stage']}: {stage['why']}.", highlight=False)

@@ -1,0 +1,63 @@
+"""Golden inputs and outputs: how a server knows that it computes what was verified."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.compress.export import INPUT, OUTPUT, probe_images
+from pollard.compress.spec import InputSpec
+from pollard.runtime.sessions import Session
+
+GOLDEN_IMAGES = 4
+_SEED = 1
+
+# Allowed difference relative to the range of the outputs: summation in another
+# order for floats; for 8 bits also a rounding that falls the other way in some layers.
+_FLOAT_SHARE = 1e-3
+_INT8_SHARE = 0.05
+
+
+def make_golden(
+    session: Session, model: bytes, spec: InputSpec
+) -> tuple[bytes, bundle_pb2.Tolerance]:
+    """Record the outputs for synthetic images.
+
+    The tolerance is at least three times the difference between the model as
+    served and the same model without any optimisation, where 8-bit layers are
+    computed in float: another processor or version differs by less.
+
+    Args:
+        session: The model, opened as it is served.
+        model: Its bytes.
+        spec: What it takes.
+
+    Returns:
+        A NumPy archive with the arrays "input/image" and "output/logits", and
+        the tolerance.
+    """
+    images = probe_images(spec, GOLDEN_IMAGES, _SEED)
+    logits = np.asarray(session.run({INPUT: images})[OUTPUT], np.float32)
+    span = float(np.ptp(logits)) or 1.0
+    share = _INT8_SHARE if session.target == "cpu-int8" else _FLOAT_SHARE
+    difference = float(np.abs(logits - _unoptimized(model, images)).max())
+    buffer = io.BytesIO()
+    arrays = {f"input/{INPUT}": images, f"output/{OUTPUT}": logits}
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the keys are array names, not options
+    tolerance = bundle_pb2.Tolerance(
+        relative=share, absolute=float(np.float32(max(share * span, 3 * difference)))
+    )
+    return buffer.getvalue(), tolerance
+
+
+def _unoptimized(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run([OUTPUT], {INPUT: images})[0], np.float32)

@@ -1,0 +1,95 @@
+"""What a compression run is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pollard.compress.errors import UsageInvalid
+from pollard.compress.spec import InputSpec
+
+Target = Literal["cpu-int8", "cpu-fp32"]
+TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of ``compress``; together with the seed it decides the model file.
+
+    Raises:
+        UsageInvalid: a value is out of its range.
+    """
+
+    model: str
+    """"zoo:NAME" or "package.module:factory"."""
+    data: str
+    """"digits", a directory, or a zip file."""
+    weights: str
+    """The trained parent: a state dict (.pt) or .safetensors."""
+    target: Target = "cpu-int8"
+    """What may be used: "cpu-int8" lets float files compete, too; "cpu-fp32"
+    means float only."""
+    prune: float = 0.5
+    """Share of the MACs to remove; 0 does not prune."""
+    max_drop: float = 1.0
+    """Most accuracy that may be lost, in points."""
+    epochs: int | None = None
+    """Epochs of recovery; the model's own default when None."""
+    batch_size: int | None = None
+    """Images per step of recovery; the model's own default when None."""
+    learning_rate: float | None = None
+    """Peak learning rate of recovery; the model's own default when None."""
+    distill_weight: float = 0.7
+    """Share of the loss that is distillation."""
+    distill_temperature: float = 4.0
+    calibration_images: int = 512
+    """Images that 8-bit ranges are measured on."""
+    vnni: bool | None = None
+    """Whether the machines that will serve have VNNI; this one decides when None."""
+    max_train_images: int | None = None
+    """Train on so many images only; all when None."""
+    keep_whole: tuple[str, ...] = ()
+    """Layers whose outputs are not pruned."""
+    seed: int = 0
+    threads: int | None = None
+    """PyTorch's threads; all cores when None. Their number changes the order of
+    summation and with it the last bits of the result."""
+    spec: InputSpec | None = None
+    """What the model takes; needed for factories."""
+
+    def __post_init__(self) -> None:
+        _check(self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}")
+        _check(0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1")
+        _check(0 <= self.max_drop <= 100, f"max_drop is {self.max_drop}; it is in points, 0 to 100")
+        _check(self.epochs is None or self.epochs >= 0, f"epochs is {self.epochs}")
+        _check(self.batch_size is None or self.batch_size > 1, f"batch_size is {self.batch_size}")
+        _check(
+            self.learning_rate is None or self.learning_rate > 0,
+            f"learning_rate is {self.learning_rate}",
+        )
+        _check(0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}")
+        _check(self.distill_temperature > 0, f"distill_temperature is {self.distill_temperature}")
+        _check(self.calibration_images > 0, f"calibration_images is {self.calibration_images}")
+        _check(0 <= self.seed < 2**63, f"seed is {self.seed}")
+        _check(self.threads is None or self.threads > 0, f"threads is {self.threads}")
+
+    def public(self) -> dict[str, Any]:
+        """Return the fields for bundle and report: files by name, not by path."""
+        fields: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        fields["weights"] = Path(self.weights).name if self.weights else ""
+        fields["data"] = Path(self.data).name
+        return fields
+
+    def to_json(self) -> str:
+        """Return `public` as JSON with sorted keys."""
+        return json.dumps(self.public(), sort_keys=True)
+
+
+def _check(good: bool, message: str) -> None:
+    if not good:
+        raise UsageInvalid(message)

@@ -1,0 +1,197 @@
+"""What is reported of a run: one dictionary, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pollard.compress.bundling import tool_versions
+from pollard.compress.data import Dataset
+from pollard.compress.macs import LayerCost
+from pollard.compress.prune import Pruned
+from pollard.compress.report_page import render_page
+from pollard.compress.training import History
+from pollard.compress.verify import MIN_SPEEDUP, Measured
+from pollard.runtime.machine import Machine
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A parent packed as it is."""
+
+    recipe: dict[str, Any]
+    name: str
+    source: str
+    seed: int
+    data: Dataset
+    parent_digest: str
+    machine: Machine
+    parent: Measured
+    layers: list[LayerCost]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A compression run."""
+
+    recipe: dict[str, Any]
+    name: str
+    source: str
+    target: str
+    max_drop: float
+    seed: int
+    data: Dataset
+    parent_digest: str
+    machine: Machine
+    parent: Measured
+    """On the held-out part."""
+    chosen: Measured
+    """On the held-out part."""
+    candidates: list[Measured]
+    """On the choosing part."""
+    dropped: list[dict[str, str]]
+    pruned: Pruned | None
+    history: History | None
+    layers_before: list[LayerCost]
+    layers_after: list[LayerCost]
+    seconds: float
+
+
+def describe_parent(run: Packing) -> dict[str, Any]:
+    """Return the content of report.json for a parent packed as it is."""
+    parent = run.parent
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "bundle",
+        **_common(run),
+        "summary": {
+            "accuracy": parent.accuracy.value,
+            "size_bytes": parent.candidate.size_bytes,
+            "latency_ms": parent.latency_us / 1000,
+            "macs": parent.candidate.macs,
+            "parameters": parent.candidate.parameters,
+        },
+        "parent": parent.to_json(),
+        "layers": _layers(run.layers, run.layers),
+        "confusion": {"classes": run.data.classes, "parent": parent.confusion.tolist()},
+    }
+
+
+def describe_compression(run: Compression) -> dict[str, Any]:
+    """Return the content of report.json for a compression run."""
+    parent, chosen = run.parent, run.chosen
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "compress",
+        **_common(run),
+        "target": run.target,
+        "gate": {"max_drop_points": run.max_drop, "min_speedup": MIN_SPEEDUP},
+        "summary": {
+            "shipped": chosen.candidate.name,
+            "accuracy_parent": parent.accuracy.value,
+            "accuracy_compressed": chosen.accuracy.value,
+            "size_parent_bytes": parent.candidate.size_bytes,
+            "size_compressed_bytes": chosen.candidate.size_bytes,
+            "latency_parent_ms": parent.latency_us / 1000,
+            "latency_compressed_ms": chosen.latency_us / 1000,
+            "speedup": chosen.speedup.estimate,
+            "speedup_lower": chosen.speedup.lower,
+            "macs_parent": parent.candidate.macs,
+            "macs_compressed": chosen.candidate.macs,
+            "parameters_parent": parent.candidate.parameters,
+            "parameters_compressed": chosen.candidate.parameters,
+        },
+        "parent": parent.to_json(),
+        "chosen": chosen.to_json(),
+        "candidates": [m.to_json() for m in run.candidates],
+        "dropped_stages": run.dropped,
+        "pruning": None if run.pruned is None else _pruning(run.pruned, run.recipe["prune"]),
+        "recovery": None if run.history is None else asdict(run.history),
+        "layers": _layers(run.layers_before, run.layers_after),
+        "confusion": {
+            "classes": run.data.classes,
+            "parent": parent.confusion.tolist(),
+            "chosen": chosen.confusion.tolist(),
+        },
+    }
+
+
+def render(content: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Return report.json and report.html."""
+    return (json.dumps(content, indent=1) + "\n").encode(), render_page(content).encode()
+
+
+def _common(run: Packing | Compression) -> dict[str, Any]:
+    data = run.data
+    return {
+        "name": run.name,
+        "source": run.source,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(run.seconds, 1),
+        "machine": {
+            "processor": run.machine.processor,
+            "vnni": run.machine.has_vnni,
+            "cores": run.machine.cores,
+            "onnxruntime": run.machine.onnxruntime,
+        },
+        "data": {
+            "name": data.name,
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "choose": len(data.choose),
+            "held_out": len(data.held_out),
+            "split": data.split,
+            "damaged": data.damaged,
+            "digest": data.digest,
+        },
+        "recipe": run.recipe,
+        "provenance": {
+            "seed": run.seed,
+            "parent_digest": run.parent_digest,
+            "tool_versions": tool_versions(),
+        },
+    }
+
+
+def _pruning(pruned: Pruned, requested: float) -> dict[str, Any]:
+    return {
+        "requested": requested,
+        "removed": pruned.removed,
+        "rounding": pruned.rounding,
+        "macs_before": pruned.macs_before,
+        "macs_after": pruned.macs_after,
+        "groups": [asdict(group) for group in pruned.groups],
+        "rewritten_shortcuts": pruned.rewritten,
+        "left_whole": pruned.left_whole,
+    }
+
+
+def _layers(before: list[LayerCost], after: list[LayerCost]) -> list[dict[str, Any]]:
+    earlier = {layer.name: layer for layer in before}
+    rows = []
+    for layer in after:
+        old = earlier.get(layer.name)
+        rows.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "output": layer.output,
+                "before": None if old is None else _cost(old),
+                "after": _cost(layer),
+            }
+        )
+    return rows
+
+
+def _cost(layer: LayerCost) -> dict[str, int]:
+    return {
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "macs": layer.macs,
+        "parameters": layer.parameters,
+    }

@@ -1,0 +1,244 @@
+"""Measure written files as they are served, choose among them, and confirm the choice.
+
+Choices are made on the choosing part. The chosen file and the parent are then
+opened anew and judged on the held-out part, which nothing has been chosen by, and
+timed again, because the fastest of several is in part the luckiest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pollard.compress.candidates import PARENT_FLOAT, Candidate
+from pollard.compress.data import Dataset, Part
+from pollard.compress.errors import GateRefused
+from pollard.compress.evaluate import (
+    Accuracy,
+    Drop,
+    accuracy,
+    confusion,
+    paired_drop,
+    predict_part,
+    right_answers,
+    session_predictor,
+    torch_predictor,
+)
+from pollard.runtime.measure import Ratio, interleaved, ratio, time_calls
+from pollard.runtime.sessions import Session, open_session
+
+# Lower bound of the speed-up from which a model counts as faster.
+MIN_SPEEDUP = 1.03
+
+# Batches timed beside single images, and the largest that a file is checked with.
+BATCH_SIZES = (1, 8)
+MAX_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one batch size with one thread, in microseconds."""
+
+    batch_size: int
+    p50_us: float
+    p99_us: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate and its figures on one part of the data."""
+
+    candidate: Candidate
+    accuracy: Accuracy
+    drop: Drop
+    """Against the parent's float file."""
+    timings: list[Timing]
+    speedup: Ratio
+    """How many times faster than the parent's float file, one image, one thread."""
+    agreement: float
+    """Share of images that get the same answer as from the PyTorch model."""
+    confusion: NDArray[np.int64] = field(repr=False)
+
+    @property
+    def latency_us(self) -> float:
+        """Median for one image."""
+        return self.timings[0].p50_us
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures."""
+        return {
+            "name": self.candidate.name,
+            "target": self.candidate.target,
+            "accuracy": self.accuracy.to_json(),
+            "drop_points": _interval(self.drop.points, self.drop.lower, self.drop.upper),
+            "size_bytes": self.candidate.size_bytes,
+            "macs": self.candidate.macs,
+            "parameters": self.candidate.parameters,
+            "latency": [vars(timing) for timing in self.timings],
+            "speedup": _interval(self.speedup.estimate, self.speedup.lower, self.speedup.upper),
+            "parity": self.candidate.parity,
+            "agreement_with_torch": self.agreement,
+        }
+
+
+def _interval(estimate: float, lower: float, upper: float) -> dict[str, float]:
+    return {"estimate": estimate, "lower": lower, "upper": upper}
+
+
+def measure(
+    candidates: Sequence[Candidate], part: Part, data: Dataset, *, rounds: int
+) -> list[Measured]:
+    """Measure candidates against the first one, the parent's float file.
+
+    Every file is opened anew, in the way in which it is served.
+
+    Args:
+        candidates: The parent's float file, then the others.
+        part: Which images to answer.
+        data: Names the classes.
+        rounds: Turns of the interleaved timing.
+    """
+    sessions = [open_session(c.path, target=c.target) for c in candidates]
+    image = np.ascontiguousarray(part.images[:1])
+    calls = [_call(session, image) for session in sessions]
+    medians = interleaved(calls, rounds=rounds)
+    results: list[Measured] = []
+    parent_right: NDArray[np.bool_] | None = None
+    answers: dict[int, NDArray[np.int64]] = {}
+    for candidate, session, times in zip(candidates, sessions, medians, strict=True):
+        logits = predict_part(session_predictor(session), part, MAX_BATCH)
+        right = right_answers(logits, part)
+        parent_right = right if parent_right is None else parent_right
+        if id(candidate.module) not in answers:
+            answers[id(candidate.module)] = _torch_answers(candidate, part)
+        results.append(
+            Measured(
+                candidate,
+                accuracy(right, part),
+                paired_drop(parent_right, right),
+                _timings(session, times, part),
+                ratio(medians[0], times),
+                float((logits.argmax(axis=1) == answers[id(candidate.module)]).mean()),
+                confusion(logits, part.labels, len(data.classes)),
+            )
+        )
+    return results
+
+
+def _torch_answers(candidate: Candidate, part: Part) -> NDArray[np.int64]:
+    predict = torch_predictor(candidate.module, candidate.spec)
+    answers: NDArray[np.int64] = predict_part(predict, part, MAX_BATCH).argmax(axis=1)
+    return answers
+
+
+def _call(session: Session, images: NDArray[np.uint8]) -> Any:
+    feeds = {session.inputs[0].name: images}
+    run = session.raw.run
+    return lambda: run(None, feeds)
+
+
+def _timings(session: Session, medians: NDArray[np.float64], part: Part) -> list[Timing]:
+    timings: list[Timing] = []
+    for batch in BATCH_SIZES:
+        images = np.ascontiguousarray(
+            np.resize(part.images[:batch], (batch, *part.images.shape[1:]))
+        )
+        call = _call(session, images)
+        call()
+        once = float(np.median(time_calls(call, 3)))
+        count = int(np.clip(300_000 / max(once, 1.0), 20, 500))
+        durations = time_calls(call, count)
+        # The interleaved medians are comparable between files; only their tail is not in them.
+        p50 = float(np.median(medians)) if batch == 1 else float(np.median(durations))
+        timings.append(Timing(batch, p50, max(p50, float(np.quantile(durations, 0.99))), count))
+    return timings
+
+
+def select(measured: Sequence[Measured], max_drop: float) -> Measured:
+    """Return the fastest that holds the gate on the choosing part.
+
+    Two that are within 3 % of each other are equally fast; the smaller file wins.
+
+    Raises:
+        GateRefused: none holds the gate and is faster than the parent; the
+            numbers of all of them are in the message.
+    """
+    rivals = [m for m in measured if m.candidate.name != PARENT_FLOAT]
+    holding = [m for m in rivals if m.drop.points <= max_drop + 1e-9]
+    if not holding:
+        raise GateRefused(
+            f"no candidate loses at most {max_drop:g} points: {_numbers(rivals)}. "
+            "Remove less, recover longer, or allow a larger drop",
+            _figures(measured),
+        )
+    fastest = min(holding, key=lambda m: m.latency_us)
+    equals = [m for m in holding if m.latency_us <= fastest.latency_us * MIN_SPEEDUP]
+    chosen = min(equals, key=lambda m: (m.candidate.size_bytes, m.latency_us))
+    if chosen.speedup.lower < MIN_SPEEDUP:
+        raise GateRefused(
+            f"nothing that holds {max_drop:g} points is faster than the parent (the lower bound "
+            f"of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers(rivals)}",
+            _figures(measured),
+        )
+    return chosen
+
+
+def confirm(parent: Measured, chosen: Measured, max_drop: float) -> None:
+    """Check the figures of the held-out part against the gates.
+
+    Raises:
+        GateRefused: the choice does not hold on data it was not chosen by.
+    """
+    if chosen.drop.points > max_drop + 1e-9:
+        raise GateRefused(
+            f"{chosen.candidate.name} held the gate of {max_drop:g} points where it was chosen, "
+            f"but not on the held-out data: {_numbers([chosen])}. Remove less or recover longer",
+            _figures([parent, chosen]),
+        )
+    if chosen.speedup.lower < MIN_SPEEDUP:
+        raise GateRefused(
+            f"{chosen.candidate.name} is not faster than the parent when timed again (the lower "
+            f"bound of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers([chosen])}",
+            _figures([parent, chosen]),
+        )
+
+
+def explain_dropped(
+    measured: Sequence[Measured], chosen: Measured, max_drop: float
+) -> list[dict[str, str]]:
+    """Say which stages are not in the chosen file, and why, in numbers."""
+    dropped: list[dict[str, str]] = []
+
+    def why(rival: Measured) -> str:
+        if rival.drop.points > max_drop + 1e-9:
+            return f"{rival.candidate.name} lost {rival.drop.points:.2f} points, {max_drop:g} are allowed"
+        return (
+            f"{rival.candidate.name} takes {rival.latency_us:.1f} µs, "
+            f"{chosen.candidate.name} {chosen.latency_us:.1f} µs"
+        )
+
+    by_name = {m.candidate.name: m for m in measured}
+    kind = "pruned" if chosen.candidate.pruned else "parent"
+    if chosen.candidate.target == "cpu-fp32" and (rival := by_name.get(f"{kind}-int8")):
+        dropped.append({"stage": "quantize", "why": why(rival)})
+    suffix = "int8" if chosen.candidate.target == "cpu-int8" else "fp32"
+    if not chosen.candidate.pruned and (rival := by_name.get(f"pruned-{suffix}")):
+        dropped.append({"stage": "prune", "why": why(rival)})
+    return dropped
+
+
+def _numbers(measured: Sequence[Measured]) -> str:
+    return "; ".join(
+        f"{m.candidate.name} lost {m.drop.points:.2f} points at {m.latency_us:.1f} µs "
+        f"({m.speedup.estimate:.2f} × as fast, lower bound {m.speedup.lower:.2f})"
+        for m in measured
+    )
+
+
+def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
+    return {"candidates": [m.to_json() for m in measured]}
