@@ -106,6 +106,7 @@ class DecodePool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.reap() for worker in workers))
+        self._alive.clear()
 
     async def transform(self, steps: bytes, content: bytes) -> Transformed:
         """Decode and transform one image in a worker.

@@ -1,0 +1,208 @@
+"""Decode workers may hang or crash; the images around them are served."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+
+from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime.errors import ImageDamaged, ImageEmpty, ImageTooLarge, ImageUnsupported
+from pollard.runtime.transforms import Pipeline, decode, normalize, resize
+from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.errors import DecoderCrashed, DecodersBusy, DecodeTimeout
+from pollard.services.preprocess.worker import WorkerLimits
+
+
+def serialized(*steps: bundle_pb2.PreprocessStep) -> bytes:
+    return bundle_pb2.Manifest(preprocess=steps).SerializeToString()
+
+
+STEPS = serialized(decode(), resize(16, 12))
+
+
+@pytest.fixture
+async def start_pool():
+    pools = []
+
+    async def start(workers=1, max_waiting_bytes=2**30, **limits):
+        pool = DecodePool(workers, WorkerLimits(**limits), max_waiting_bytes)
+        pools.append(pool)
+        await pool.start()
+        return pool
+
+    yield start
+    for pool in pools:
+        await pool.close()
+        assert pool.pids == []
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_gives_what_the_pipeline_gives(start_pool, make_picture):
+    pool = await start_pool(workers=2)
+    variants = [
+        [decode(), resize(16, 12)],
+        [decode(gray=True), resize(5, 7)],
+        [decode(), resize(16, 12), normalize([0.5] * 3, [0.2] * 3, layout="NCHW")],
+    ]
+    for steps in variants:
+        expected = Pipeline(steps).apply(make_picture())
+        result = await pool.transform(serialized(*steps), make_picture())
+        assert np.array_equal(result.array, expected.array)
+        assert result.array.dtype == expected.array.dtype
+        assert result.geometry == expected.geometry
+
+
+async def test_many_images_at_once(start_pool, make_picture):
+    pool = await start_pool(workers=2)
+    pictures = [make_picture(seed) for seed in range(40)]
+    results = await asyncio.gather(*(pool.transform(STEPS, picture) for picture in pictures))
+    pipeline = Pipeline([decode(), resize(16, 12)])
+    for picture, result in zip(pictures, results, strict=True):
+        assert np.array_equal(result.array, pipeline.apply(picture).array)
+
+
+async def test_image_errors_come_back_as_themselves_and_the_worker_lives_on(
+    start_pool, make_picture
+):
+    pool = await start_pool(max_image_bytes=100_000, max_image_pixels=10_000)
+    before = pool.pids
+    for content, kind in [
+        (b"", ImageEmpty),
+        (b"no image", ImageUnsupported),
+        (make_picture()[:-60], ImageDamaged),
+        (make_picture(width=200, height=51), ImageTooLarge),
+        (b"x" * 100_001, ImageTooLarge),
+    ]:
+        with pytest.raises(kind) as caught:
+            await pool.transform(STEPS, content)
+        assert caught.value.message
+    with pytest.raises(ImageTooLarge) as caught:
+        await pool.transform(STEPS, make_picture(width=200, height=51))
+    assert caught.value.metadata["width"] == "200"
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+    assert pool.pids == before
+
+
+async def test_a_worker_that_hangs_is_killed_and_replaced(start_pool, make_picture):
+    pool = await start_pool(timeout_seconds=0.5)
+    (hanging,) = pool.pids
+    os.kill(hanging, signal.SIGSTOP)
+    with pytest.raises(DecodeTimeout, match="longer than"):
+        await pool.transform(STEPS, make_picture())
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+    assert hanging not in pool.pids
+    assert not psutil.pid_exists(hanging)
+
+
+async def test_an_image_whose_worker_is_killed_is_tried_again_and_served(start_pool, make_picture):
+    pool = await start_pool()
+    (victim,) = pool.pids
+    # Stopped, it takes the image and cannot answer before it is killed.
+    os.kill(victim, signal.SIGSTOP)
+    request = asyncio.create_task(pool.transform(STEPS, make_picture()))
+    await asyncio.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    result = await request
+    expected = Pipeline([decode(), resize(16, 12)]).apply(make_picture())
+    assert np.array_equal(result.array, expected.array)
+    assert victim not in pool.pids
+
+
+async def test_an_image_that_ends_two_workers_is_refused(start_pool, slow_picture, make_picture):
+    pool = await start_pool()
+    (first,) = pool.pids
+    request = asyncio.create_task(pool.transform(STEPS, slow_picture))
+    await asyncio.sleep(0.05)
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: pool.pids and pool.pids != [first])
+    (second,) = pool.pids
+    os.kill(second, signal.SIGKILL)
+    with pytest.raises(DecoderCrashed):
+        await request
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+
+
+async def test_idle_workers_that_are_killed_are_replaced(start_pool, make_picture):
+    pool = await start_pool(workers=2)
+    before = pool.pids
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    await until(lambda: len(set(pool.pids) - set(before)) == 2)
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+    assert not set(before) & set(pool.pids)
+
+
+async def test_a_caller_that_goes_away_leaves_the_pool_whole(start_pool, make_picture):
+    pool = await start_pool()
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    working = asyncio.create_task(pool.transform(STEPS, make_picture(1)))
+    waiting = asyncio.create_task(pool.transform(STEPS, make_picture(2)))
+    await asyncio.sleep(0.05)
+    for task in (working, waiting):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    os.kill(pid, signal.SIGCONT)
+    result = await pool.transform(STEPS, make_picture(3))
+    expected = Pipeline([decode(), resize(16, 12)]).apply(make_picture(3))
+    assert np.array_equal(result.array, expected.array)
+    assert pool.pids == [pid]
+
+
+async def test_more_than_may_wait_is_refused_at_once(start_pool, make_picture):
+    picture = make_picture()
+    pool = await start_pool(max_waiting_bytes=len(picture))
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    tasks = [asyncio.create_task(pool.transform(STEPS, picture)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(DecodersBusy):
+        await pool.transform(STEPS, picture)
+    os.kill(pid, signal.SIGCONT)
+    await asyncio.gather(*tasks)
+
+
+async def test_an_image_that_needs_more_memory_than_allowed_is_too_large(start_pool, make_picture):
+    pool = await start_pool(memory_bytes=256 * 1024**2)
+    with pytest.raises(ImageTooLarge, match="memory"):
+        await pool.transform(STEPS, make_picture(width=9000, height=9000))
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+
+
+def test_workers_end_with_their_parent():
+    program = (
+        "import asyncio\n"
+        "from pollard.services.preprocess.decode_pool import DecodePool\n"
+        "async def main():\n"
+        "    pool = DecodePool(2)\n"
+        "    await pool.start()\n"
+        "    print(*pool.pids, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_a_worker_imports_no_grpc_and_no_onnxruntime():
+    program = (
+        "import sys, pollard.services.preprocess.worker\n"
+        "heavy = {'grpc', 'onnxruntime', 'torch', 'pydantic', 'sqlalchemy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
