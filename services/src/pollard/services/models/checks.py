@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -61,8 +60,9 @@ async def check_upload(tar: Path, directory: Path, limits: CheckLimits) -> None:
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # nothing is imported from the directory that the manager was started in
         "-m",
-        "pollard.services.models.checks",
+        "pollard.services.models.check_child",
         json.dumps(arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -116,83 +116,3 @@ def _disk_full() -> ServiceError:
         "the disk of the store is full; nothing was stored. Free some space and try again",
         reason="DISK_FULL",
     )
-
-
-def _child(arguments: dict[str, object]) -> dict[str, object]:
-    """Do the work in the child; return the verdict."""
-    # These are slow to import and only needed here.
-    import errno
-
-    from pollard.runtime.archive import ArchiveLimits, unpack
-    from pollard.runtime.bundle import Bundle
-    from pollard.runtime.errors import RuntimeFault
-
-    _limit(resource.RLIMIT_AS, int(str(arguments["memory_bytes"])))
-    _limit(resource.RLIMIT_CPU, 2 * int(str(arguments["cpu_seconds"])))
-    _limit(resource.RLIMIT_CORE, 0)
-    try:
-        directory = Path(str(arguments["directory"]))
-        with open(str(arguments["tar"]), "rb") as tar:
-            bundle = unpack(
-                tar,
-                directory,
-                ArchiveLimits(
-                    max_files=int(str(arguments["max_files"])),
-                    max_total_bytes=int(str(arguments["max_unpacked_bytes"])),
-                ),
-            )
-        # Opened anew: only what is on the disk counts.
-        _check_graphs(Bundle.open(directory, verify=False, expect=bundle.digest))
-    except RuntimeFault as fault:
-        return {"message": fault.message, "reason": fault.reason, "metadata": fault.metadata}
-    except MemoryError:
-        return {
-            "message": "checking the bundle needs more memory than the limit allows",
-            "reason": "CHECK_MEMORY",
-            "metadata": {"limit_bytes": str(arguments["memory_bytes"])},
-        }
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return {"reason": "DISK_FULL"}
-        raise
-    return {"ok": True}
-
-
-def _check_graphs(bundle: object) -> None:
-    from pollard.runtime.bundle import Bundle
-    from pollard.runtime.errors import ModelLoadFailed
-    from pollard.runtime.sessions import check_signature, open_session
-
-    assert isinstance(bundle, Bundle)  # noqa: S101 - tells the type checker, whose import is lazy
-    for variant in bundle.manifest.variants:
-        try:
-            session = open_session(bundle.model_path(variant))
-        except ModelLoadFailed as fault:
-            # A graph made for an accelerator may use kernels that the CPU has
-            # not: the first server that has the accelerator judges it.
-            if not variant.target.startswith("cpu-") and "NOT_IMPLEMENTED" in fault.message:
-                continue
-            raise ModelLoadFailed(
-                f"variant {variant.name!r}: {fault.message}", variant=variant.name
-            ) from fault
-        check_signature(session, bundle.manifest)
-
-
-def _limit(kind: int, value: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    if hard != resource.RLIM_INFINITY:
-        value = min(value, hard)
-    resource.setrlimit(kind, (value, value))
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this process when the manager dies."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _end_with_parent()
-    print(json.dumps(_child(json.loads(sys.argv[1]))))
