@@ -298,12 +298,20 @@ async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
 
 @pytest.fixture
 async def server(
-    manager: Manager, start_server: StartServer, make_bundle: MakeBundle
+    request: pytest.FixtureRequest,
+    manager: Manager,
+    start_server: StartServer,
+    make_bundle: MakeBundle,
 ) -> InferenceServer:
-    """A server that serves revision 1 (adds 1) of "adder" as production."""
+    """A server that serves revision 1 (adds 1) of "adder" as production.
+
+    Requests go through the workers, as those of all but the smallest models do, unless the test
+    gives `inline_microseconds` by indirect parametrization.
+    """
+    inline = getattr(request, "param", 0.0)
     manager.want("adder", {1: make_bundle(1.0)}, {"production": {1: 1}})
     manager.send()
-    server = await start_server(manager.address)
+    server = await start_server(manager.address, inline_microseconds=inline)
     answer = await manager.answer()
     assert answer.HasField("ack"), answer
     return server

@@ -25,6 +25,7 @@ async def refused(call) -> grpc.aio.AioRpcError:
     return caught.value
 
 
+@pytest.mark.parametrize("server", [0.0, 1e6], ids=["workers", "inline"], indirect=True)
 async def test_raw_contents_are_run_and_answered_raw(stub, tensor_request) -> None:
     request = tensor_request([[1, 2, 3, 4], [5, 6, 7, 8]], id="request-7")
     response = await stub.ModelInfer(request, timeout=10)

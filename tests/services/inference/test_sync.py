@@ -45,6 +45,7 @@ async def test_hello_says_who_and_what(manager, server) -> None:
     assert hello.capabilities.cores > 0
 
 
+@pytest.mark.parametrize("server", [0.0, 1e6], ids=["workers", "inline"], indirect=True)
 async def test_no_request_fails_while_revisions_are_swapped(
     manager, server, stub, make_bundle, tensor_request
 ) -> None:

@@ -114,6 +114,29 @@ async def test_work_of_callers_that_have_gone_is_not_run(watched) -> None:
     assert revision.counters.rejected == 2
 
 
+async def test_requests_of_few_rows_may_run_where_they_are(watched) -> None:
+    worked, session = watched
+    revision = LoadedRevision(
+        worked.info, session, workers=1, joined_batch=1, max_queue=1, inline_rows=2
+    )
+    started: list[int] = []
+    run = session.run
+
+    def noting(feeds, outputs=None):
+        started.append(threading.get_ident())
+        return run(feeds, outputs)
+
+    session.run = noting
+    for rows in (1, 2, 3):
+        assert (await ask(revision, 1, rows=rows) == 2).all()
+    here = threading.get_ident()
+    assert [thread == here for thread in started] == [True, True, False]
+    with pytest.raises(ExecutionFailed, match="negative"):
+        await ask(revision, -1)
+    assert (revision.counters.succeeded, revision.counters.failed) == (3, 1)
+    await revision.retire()
+
+
 async def test_a_full_queue_refuses(watched) -> None:
     revision, session = watched
     first = await held_up(session, revision)

@@ -7,6 +7,7 @@ requests leave. Between its steps a load looks whether it is still wanted.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.machine import Machine, available_memory_bytes, select_variant
 from pollard.runtime.sessions import (
+    Array,
     Session,
     TensorInfo,
     check_golden,
@@ -36,6 +38,8 @@ _log = structlog.get_logger("pollard.inference.loader")
 _NICENESS = 10
 
 _MEBIBYTE = 1 << 20
+
+_TIMED_RUNS = 5
 
 _JOINING_GAIN = 1.10
 """Joining requests must make an image at least this much faster to be worth its latency."""
@@ -53,6 +57,8 @@ class EngineOptions:
     """Threads that one run uses; 0 chooses by `optimize`."""
     joined_batch: int = 0
     """Largest batch made of waiting requests; 1 joins none; 0 lets the bundle's figures decide."""
+    inline_seconds: float = 100e-6
+    """Requests that take no longer than this are run without a worker; 0 runs none so."""
     max_queue: int = 1024
     """Most requests of a revision that wait."""
     memory_headroom_bytes: int = 64 * _MEBIBYTE
@@ -108,7 +114,7 @@ class Loader:
         started = time.perf_counter()
         running = loop.run_in_executor(self._executor, self._prepare, path, digest, abandoned)
         try:
-            bundle, variant, session = await running
+            bundle, variant, session, row_seconds = await running
         except asyncio.CancelledError:
             abandoned.set()
             raise
@@ -143,6 +149,7 @@ class Loader:
             workers=self._workers,
             joined_batch=min(joined, info.max_batch_size),
             max_queue=self._options.max_queue,
+            inline_rows=int(self._options.inline_seconds / row_seconds),
         )
 
     def close(self) -> None:
@@ -151,8 +158,8 @@ class Loader:
 
     def _prepare(
         self, path: Path, digest: str, abandoned: threading.Event
-    ) -> tuple[Bundle, bundle_pb2.Variant, Session]:
-        """Do the work of a load on the loader's thread."""
+    ) -> tuple[Bundle, bundle_pb2.Variant, Session, float]:
+        """Do the work of a load on the loader's thread; the last is the time of one row."""
         bundle = Bundle.open(path, verify=False, expect=digest)
         variant = select_variant(bundle.manifest, self._machine)
         for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
@@ -172,8 +179,8 @@ class Loader:
         _continue(abandoned)
         check_golden(session, bundle, variant)
         _continue(abandoned)
-        _warm(session, bundle.manifest, _max_batch(variant), abandoned)
-        return bundle, variant, session
+        row_seconds = _warm(session, bundle.manifest, _max_batch(variant), abandoned)
+        return bundle, variant, session, row_seconds
 
     def _check_memory(self, bundle: Bundle, variant: bundle_pb2.Variant) -> None:
         needed = variant.requirements.memory_bytes
@@ -224,23 +231,39 @@ def _max_batch(variant: bundle_pb2.Variant) -> int:
 
 def _warm(
     session: Session, manifest: bundle_pb2.Manifest, max_batch: int, abandoned: threading.Event
-) -> None:
-    """Run batch 1 and the largest, so that no request pays for what only the first run does."""
+) -> float:
+    """Run batch 1 and the largest, so that no request pays for what only the first run does.
+
+    Returns:
+        The time of a batch of 1 in seconds; infinite if it could not be run.
+    """
     inputs = [declared(spec) for spec in manifest.inputs]
     sizes = {1, max_batch} if all(batches(info) for info in inputs) else {1}
-    for size in sorted(sizes):
+    for size in sorted(sizes, reverse=True):
         _continue(abandoned)
+        feeds = {info.name: zeros(info, size) for info in inputs}
         try:
-            session.run({info.name: zeros(info, size) for info in inputs})
+            session.run(feeds)
         except Exception as error:
             if any(-1 in info.shape[1:] for info in inputs):
                 # Zeros with free dimensions of 1 need not be a valid input.
                 _log.warning("cannot be warmed", batch=size, error=str(error))
-                return
+                return math.inf
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoadRefused(
                 f"the model fails on a batch of {size} zeros: {first_line}", batch=size
             ) from error
+    if any(-1 in info.shape[1:] for info in inputs):
+        # Larger inputs take longer; there is no telling how long.
+        return math.inf
+    # The best of a few: on a busy machine the others measure something else.
+    return min(_seconds(session, feeds) for _ in range(_TIMED_RUNS))
+
+
+def _seconds(session: Session, feeds: dict[str, Array]) -> float:
+    started = time.perf_counter()
+    session.run(feeds)
+    return max(time.perf_counter() - started, 1e-7)
 
 
 def best_joined_batch(variant: bundle_pb2.Variant) -> int:

@@ -51,6 +51,7 @@ class LoadedRevision:
         workers: int,
         joined_batch: int,
         max_queue: int,
+        inline_rows: int = 0,
     ) -> None:
         """Start the workers; the session must be checked and warm.
 
@@ -60,10 +61,13 @@ class LoadedRevision:
             workers: Number of threads that run requests.
             joined_batch: Largest batch made of several requests; 1 joins none.
             max_queue: Most requests that wait.
+            inline_rows: Requests of up to so many rows are run where they are: handing them to
+                a worker and back would take longer than they do.
         """
         self.info = info
         self.counters = RequestCounters()
         self.in_flight = 0
+        self._inline_rows = inline_rows
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -94,23 +98,15 @@ class LoadedRevision:
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
         """
-        joins_with: object = None
-        batch = 1
-        if self.info.batches:
-            first = next(iter(feeds.values()))
-            batch = first.shape[0]
-            if self._workers.joins:
-                joins_with = (
-                    tuple(output.name for output in outputs),
-                    *(feeds[info.name].shape[1:] for info in self.info.inputs),
-                )
+        batch = next(iter(feeds.values())).shape[0] if self.info.batches else 1
         names = tuple(output.name for output in outputs)
         started = time.perf_counter()
         self._enter()
         try:
-            work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
-            self._workers.submit(work)
-            result = await work.done
+            if batch <= self._inline_rows:
+                result = self._workers.run_now(feeds, names)
+            else:
+                result = await self._submit(feeds, names, batch, deadline)
         except (RequestExpired, asyncio.CancelledError):
             self.counters.reject()
             raise
@@ -122,6 +118,16 @@ class LoadedRevision:
             return result
         finally:
             self._leave()
+
+    def _submit(
+        self, feeds: dict[str, Array], names: tuple[str, ...], batch: int, deadline: float
+    ) -> asyncio.Future[Outputs]:
+        joins_with: object = None
+        if self._workers.joins:
+            joins_with = (names, *(feeds[info.name].shape[1:] for info in self.info.inputs))
+        work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
+        self._workers.submit(work)
+        return work.done
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.

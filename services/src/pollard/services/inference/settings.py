@@ -48,6 +48,11 @@ class InferenceSettings(ServiceSettings):
         ge=0,
         description="Largest batch made of waiting requests; 1 joins none, 0 follows the bundle.",
     )
+    inline_microseconds: float = Field(
+        100.0,
+        ge=0,
+        description="Requests that take no longer are run without a worker; 0 runs none so.",
+    )
     max_queue: int = Field(1024, ge=1, description="Most requests of a revision that wait.")
     max_request_seconds: float = Field(
         30.0, gt=0, description="Longest that a request may take, whatever its deadline."
@@ -64,6 +69,7 @@ class InferenceSettings(ServiceSettings):
             workers=self.workers,
             intra_op_threads=self.intra_op_threads,
             joined_batch=self.joined_batch,
+            inline_seconds=self.inline_microseconds / 1e6,
             max_queue=self.max_queue,
             memory_headroom_bytes=self.memory_headroom_bytes,
         )

@@ -103,6 +103,21 @@ class Workers:
             )
         self._queue.put(work)
 
+    def run_now(self, feeds: dict[str, Array], outputs: tuple[str, ...]) -> Outputs:
+        """Run a request on the calling thread.
+
+        Raises:
+            ExecutionFailed: onnxruntime failed on it.
+            ServerStopping: the workers are closed.
+        """
+        session = self._session
+        if session is None:
+            raise ServerStopping("the revision is being unloaded; send the request again")
+        try:
+            return session.run(feeds, outputs)
+        except Exception as error:
+            raise _execution_failed(error) from error
+
     def close(self) -> None:
         """Let the threads finish what waits and end. Returns at once."""
         if not self._closed:
@@ -182,9 +197,7 @@ class Workers:
         try:
             _resolve(work, self._session.run(work.feeds, work.outputs))
         except Exception as error:
-            # onnxruntime's exceptions share no other base class.
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            _fail(work, ExecutionFailed(f"onnxruntime could not run the request: {first_line}"))
+            _fail(work, _execution_failed(error))
 
     def _end(self) -> None:
         with self._lock:
@@ -204,6 +217,12 @@ def _still_wanted(work: Work) -> bool:
         _fail(work, RequestExpired("Request timeout expired: its deadline passed in the queue"))
         return False
     return True
+
+
+def _execution_failed(error: Exception) -> ExecutionFailed:
+    # onnxruntime's exceptions share no base class but Exception.
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ExecutionFailed(f"onnxruntime could not run the request: {first_line}")
 
 
 def _resolve(work: Work, outputs: Outputs) -> None:
