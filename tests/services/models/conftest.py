@@ -363,9 +363,9 @@ class Suite:
 
     async def stop(self) -> None:
         if self.service is not None:
-            await self.client.close()
             await self.service.stop(0)
             self.service = None
+        await self.client.close()
 
     async def restart(self) -> None:
         await self.stop()
