@@ -92,6 +92,12 @@ def up(
         float,
         typer.Option(metavar="SECONDS", min=0, help="How long requests in flight may take to end."),
     ] = 10.0,
+    stop_with_parent: Annotated[
+        bool,
+        typer.Option(
+            "--stop-with-parent", help="Stop when the process that started this one ends (Linux)."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only write warnings and errors.")] = False,
 ) -> None:
     """Start the three services on this machine, and keep them running.
@@ -101,6 +107,14 @@ def up(
     """
     from pollard.services.up.command import run_up
     from pollard.services.up.plan import UpOptions
+
+    if stop_with_parent:
+        import os
+        import signal
+
+        from pollard.services.up.child import signal_when_parent_ends
+
+        signal_when_parent_ends(os.getppid(), signal.SIGTERM)
 
     options = UpOptions(
         data_dir=data_dir,

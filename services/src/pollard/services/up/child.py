@@ -14,12 +14,12 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, where the kernel can (Linux)."""
+def signal_when_parent_ends(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, where it can (Linux)."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     # The parent may have ended before the line above; then nobody will send the signal.
     if os.getppid() != parent:
@@ -29,7 +29,10 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     """Run `child PARENT_PID SERVICE ARGUMENTS…`."""
     parent, service, *arguments = sys.argv[1:]
-    die_with_parent(int(parent))
+    signal_when_parent_ends(int(parent), signal.SIGKILL)
+    # Services start child processes by fork and exec; gRPC's own handlers, meant for forks without
+    # exec, would only write warnings about them. It reads this when it is imported.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from typer.exceptions import TyperException
 
     from pollard.services.common.errors import StartupError
