@@ -259,7 +259,11 @@ async def start_preprocess(manager, tmp_path: Path) -> AsyncIterator[StartPrepro
                 }
             )
         )
-        await server.start()
+        try:
+            await server.start()
+        except BaseException:
+            await server.stop(0.0)
+            raise
         channel = grpc.aio.insecure_channel(
             server.address, options=[("grpc.max_send_message_length", 64 * 1024**2)]
         )

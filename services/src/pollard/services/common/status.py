@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.DataLoss, grpc.StatusCode.DATA_LOSS),
     (errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.Internal, grpc.StatusCode.INTERNAL),
     (runtime_errors.RequirementsNotMet, grpc.StatusCode.FAILED_PRECONDITION),
     (runtime_errors.BundleError, grpc.StatusCode.INVALID_ARGUMENT),
     (runtime_errors.ModelError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -128,6 +130,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return None
         if handler.response_streaming:
             method = handler.stream_stream or handler.unary_stream
+            if not inspect.isasyncgenfunction(method):
+                # The health service's Watch writes to its context and raises nothing of ours.
+                return handler
             wrapped: Any = _guard_stream(method)
         else:
             method = handler.stream_unary or handler.unary_unary
@@ -158,7 +163,6 @@ def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
 
 
 def _guard_stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-    # Only methods written as async generators are wrapped this way; all of ours are.
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             async for response in method(request, context):

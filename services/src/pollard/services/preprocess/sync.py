@@ -132,7 +132,8 @@ class PreprocessMember:
                 routes[route.alias] = served.routes[route.alias]
         for targets in routes.values():
             for number, _ in targets:
-                available.setdefault(number, served.revisions[number])
+                if number not in available:
+                    available[number] = served.revisions[number]
         model = ServedModel(
             desired.model,
             MappingProxyType(dict(sorted(available.items()))),

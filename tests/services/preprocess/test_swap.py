@@ -1,0 +1,208 @@
+"""While revisions are switched, every answer is right for the revision that it names."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
+from pollard.vision.v1 import vision_service_pb2 as vision_pb
+
+INFERENCE, PREPROCESS = 1, 2
+REPLICAS = ("preprocess-1", "preprocess-2")
+
+
+def question(content: bytes, **choice) -> vision_pb.PredictRequest:
+    return vision_pb.PredictRequest(
+        model=preprocess_pb.ModelSelector(model="linear", **choice),
+        image=preprocess_pb.Image(content=content),
+    )
+
+
+def answer(response: vision_pb.PredictResponse) -> list[tuple[int, float]]:
+    return [(label.index, label.score) for label in response.classification.labels]
+
+
+class Fleet:
+    """One inference server and two preprocess replicas, switched as the manager does it."""
+
+    def __init__(self, manager, bundles, inference, replicas) -> None:
+        self.manager = manager
+        self.bundles = bundles
+        self.inference = inference
+        self.replicas = replicas
+
+    async def load(self, *numbers: int, production: int) -> None:
+        revisions = {number: self.bundles[number] for number in numbers}
+        routes = {"production": {production: 1}}
+        version = self.manager.set(INFERENCE, revisions, routes)
+        await self.manager.acknowledged(version, "inference-1")
+
+    async def route(self, *numbers: int, production: int) -> None:
+        version = self.announce(*numbers, production=production)
+        await self.manager.acknowledged(version, *REPLICAS)
+
+    def announce(self, *numbers: int, production: int) -> int:
+        revisions = {number: self.bundles[number] for number in numbers}
+        return self.manager.set(
+            PREPROCESS,
+            revisions,
+            {"production": {production: 1}},
+            endpoints=(self.inference.address,),
+        )
+
+    async def swap(self, old: int, new: int, drain: float) -> None:
+        """Make before break."""
+        await self.load(old, new, production=old)
+        await self.route(old, new, production=new)
+        await self.load(old, new, production=new)
+        # As long as a request that chose the old revision may still be on its way.
+        await asyncio.sleep(drain)
+        await self.route(new, production=new)
+        await self.load(new, production=new)
+
+
+@pytest.fixture
+async def fleet(manager, make_bundle, start_inference, start_preprocess):
+    # Another size, other colours and other answers: neither could stand in for the other.
+    bundles = {
+        1: make_bundle(size=8, channels=3, classes=5, seed=1),
+        2: make_bundle(size=12, channels=1, classes=5, seed=2),
+    }
+    inference = await start_inference()
+    replicas = [await start_preprocess(name) for name in REPLICAS]
+    fleet = Fleet(manager, bundles, inference, replicas)
+    await fleet.load(1, production=1)
+    await fleet.route(1, production=1)
+    return fleet
+
+
+@pytest.fixture
+def large_pictures(make_picture) -> list[bytes]:
+    """9 megapixels each: slow enough to decode that a swap overtakes it."""
+    return [make_picture(seed, width=3000, height=3000) for seed in range(3)]
+
+
+async def test_every_answer_during_swaps_is_right_for_the_revision_that_it_names(
+    fleet, make_picture, large_pictures, offline
+):
+    pictures = [*(make_picture(seed) for seed in range(6)), *large_pictures]
+    expected = {
+        number: [
+            [(best.class_index, best.score) for best in offline(bundle, picture)]
+            for picture in pictures
+        ]
+        for number, bundle in fleet.bundles.items()
+    }
+    stopping = asyncio.Event()
+    answered = {1: 0, 2: 0}
+
+    async def caller(replica, offset: int) -> None:
+        turn = offset
+        while not stopping.is_set():
+            index = turn % len(pictures)
+            turn += 1
+            response = await replica.vision.Predict(question(pictures[index]), timeout=20)
+            right = expected[response.revision][index]
+            got = answer(response)
+            assert [label for label, _ in got] == [label for label, _ in right]
+            assert [score for _, score in got] == pytest.approx([s for _, s in right], abs=1e-5)
+            answered[response.revision] += 1
+
+    callers = [
+        asyncio.create_task(caller(replica, offset))
+        for offset, replica in enumerate([*fleet.replicas, *fleet.replicas])
+    ]
+    try:
+        for old, new in [(1, 2), (2, 1), (1, 2)]:
+            before = answered[new]
+            await fleet.swap(old, new, drain=1.0)
+            async with asyncio.timeout(20):
+                while answered[new] < before + 10:
+                    assert not any(task.done() for task in callers)
+                    await asyncio.sleep(0.01)
+    finally:
+        stopping.set()
+        await asyncio.gather(*callers)
+    assert min(answered.values()) >= 10
+
+
+async def test_a_request_that_a_swap_overtakes_is_answered_by_the_revision_that_it_chose(
+    fleet, slow_picture, offline
+):
+    await fleet.load(1, 2, production=1)
+    await fleet.route(1, 2, production=1)
+    request = asyncio.create_task(predict(fleet.replicas[0], slow_picture))
+    await asyncio.sleep(0.1)
+    await fleet.route(2, production=2)
+    assert not request.done()
+    response = await request
+    assert response.revision == 1
+    best = offline(fleet.bundles[1], slow_picture)
+    assert answer(response)[0] == (best[0].class_index, pytest.approx(best[0].score, abs=1e-5))
+
+
+async def test_a_revision_that_is_gone_when_the_tensor_arrives_is_chosen_and_transformed_again(
+    fleet, slow_picture, offline
+):
+    await fleet.load(1, 2, production=1)
+    await fleet.route(1, 2, production=1)
+    request = asyncio.create_task(predict(fleet.replicas[0], slow_picture))
+    await asyncio.sleep(0.1)
+    # Not make before break: the old revision is freed while the image is being decoded.
+    await fleet.route(1, 2, production=2)
+    await fleet.load(2, production=2)
+    assert not request.done()
+    response = await request
+    assert response.revision == 2
+    best = offline(fleet.bundles[2], slow_picture)
+    assert answer(response)[0] == (best[0].class_index, pytest.approx(best[0].score, abs=1e-5))
+
+
+async def test_a_named_revision_that_is_gone_is_not_found(fleet, make_picture):
+    await fleet.load(1, 2, production=1)
+    await fleet.route(1, 2, production=2)
+    await fleet.load(2, production=2)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fleet.replicas[0].vision.Predict(question(make_picture(), revision=1))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert "on no inference server" in caught.value.details()
+
+
+async def test_a_refused_state_leaves_the_routes_where_they_were(fleet, make_bundle, make_picture):
+    def enlarge(manifest) -> None:
+        manifest.preprocess[1].resize.width = 9
+
+    fleet.bundles[3] = make_bundle(size=8, channels=3, edit=enlarge)
+    version = fleet.announce(1, 3, production=3)
+    nack = await fleet.manager.refused(version, "preprocess-1")
+    assert "the steps give tensors of shape [-1, 8, 9, 3]" in nack.status.message
+    response = await fleet.replicas[0].vision.Predict(question(make_picture()))
+    assert response.revision == 1
+
+
+async def test_only_manifest_and_labels_are_fetched(fleet):
+    await fleet.load(1, 2, production=1)
+    fleet.manager.downloads.clear()
+    await fleet.route(1, 2, production=2)
+    assert set(fleet.manager.downloads) == {"manifest.json", "labels.txt"}
+
+
+async def test_it_serves_on_and_restarts_without_the_manager(
+    fleet, make_picture, start_preprocess, manager
+):
+    replica = fleet.replicas[0]
+    before = await replica.vision.Predict(question(make_picture()))
+    await manager.stop()
+    assert answer(await replica.vision.Predict(question(make_picture()))) == answer(before)
+    await replica.server.stop(0.0)
+    again = await start_preprocess(REPLICAS[0])
+    response = await again.vision.Predict(question(make_picture()))
+    assert response.revision == 1
+    assert answer(response) == answer(before)
+
+
+async def predict(replica, content: bytes) -> vision_pb.PredictResponse:
+    return await replica.vision.Predict(question(content), timeout=30)
