@@ -318,7 +318,8 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
     table.add_row(
         f"accuracy (n = {parent['accuracy']['samples']})",
         *accuracy,
-        f"{-drop['estimate']:+.2f} points ({-drop['upper']:+.2f} to {-drop['lower']:+.2f})",
+        f"{0.0 - drop['estimate']:+.2f} points "
+        f"({0.0 - drop['upper']:+.2f} to {0.0 - drop['lower']:+.2f})",
     )
     for before, after in zip(parent["latency"], chosen["latency"], strict=True):
         faster = before["p50_us"] / after["p50_us"]

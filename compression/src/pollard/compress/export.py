@@ -8,7 +8,6 @@ What a quantized graph does is in :mod:`pollard.compress.quantize`.
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -51,14 +50,12 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
     Raises:
         ExportFailed: the module cannot be traced or converted.
     """
-    buffer = io.BytesIO()
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
         with _quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 module.eval(),
                 (example_input(spec, 2),),
-                buffer,
                 dynamo=True,
                 external_data=False,
                 dynamic_shapes=({0: batch},),
@@ -67,10 +64,13 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
                 opset_version=OPSET,
                 verbose=False,
             )
+            if program is None:
+                raise ExportFailed("the exporter gave no model")
+            model = onnx.ModelProto()
+            model.CopyFrom(program.model_proto)
     except Exception as error:  # the exporter raises whatever its passes raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
-    model = onnx.load_from_string(buffer.getvalue())
     strip_metadata(model)
     left = sorted(
         {node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"}
@@ -113,7 +113,7 @@ def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     if first := first_convolutions(model):
         rescale_first(model, first, scale)
         scale = np.ones_like(scale)
-    chain = [("Cast", None)]
+    chain: list[tuple[str, NDArray[np.float64] | None]] = [("Cast", None)]
     if np.any(mean):
         chain.append(("Sub", mean))
     if np.any(scale != 1):

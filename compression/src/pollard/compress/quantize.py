@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,12 @@ def quantize(
 class _Reader:
     """Feeds calibration images in small batches."""
 
-    def __init__(self, part: Part, config: QuantizeConfig, feed: object) -> None:
+    def __init__(
+        self,
+        part: Part,
+        config: QuantizeConfig,
+        feed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    ) -> None:
         self._images = part.images[: config.calibration_images]
         self._feed = feed
         self._size = max(
@@ -141,12 +146,11 @@ class _Reader:
         self._start += self._size
         if len(batch) == 0:
             return None
-        assert callable(self._feed)  # noqa: S101 - narrows the type
         return {CORE_INPUT: self._feed(batch)}
 
 
 def _quantize_static(
-    model: onnx.ModelProto, reader: _Reader, config: QuantizeConfig, overrides: dict[str, object]
+    model: onnx.ModelProto, reader: _Reader, config: QuantizeConfig, overrides: Mapping[str, object]
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import (
         CalibrationMethod,
@@ -170,7 +174,7 @@ def _quantize_static(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"TensorQuantOverrides": overrides} if overrides else {},
+                extra_options={"TensorQuantOverrides": dict(overrides)} if overrides else {},
             )
             quantized = onnx.load(written)
         except Exception as error:  # the quantizer raises bare exceptions of every kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -25,12 +26,14 @@ p { margin: 6px 0 12px; max-width: 78ch; } .muted { color: #5c6875; }
 .panel { background: #fff; border: 1px solid #dfe4e9; border-radius: 10px; padding: 12px 16px;
   overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #edf0f3; white-space: nowrap; }
+th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #edf0f3;
+  white-space: nowrap; }
 th { color: #5c6875; font-weight: 600; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; }
 td.text, th.text { text-align: left; white-space: normal; }
 tr.chosen td { background: #eaf6ef; font-weight: 600; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; }
+.two > * { min-width: 0; overflow-x: hidden; }
 pre { white-space: pre-wrap; word-break: break-word; font-size: 12.5px; margin: 0; }
 details { margin-top: 10px; } summary { cursor: pointer; color: #3266ad; }
 ul { margin: 6px 0 12px; padding-left: 22px; }
@@ -70,7 +73,8 @@ def _sections(content: dict[str, Any]) -> list[str]:
         "<h2>Layers</h2>",
         _layer_text(content),
         _panel(_layer_bars(content)),
-        f"<details><summary>All layers as a table</summary>{_panel(_layer_table(content))}</details>",
+        "<details><summary>All layers as a table</summary>"
+        f"{_panel(_layer_table(content))}</details>",
         "<h2>Confusion</h2>",
         "<p class='muted'>Rows are the true classes, columns the answers, on the held-out images. "
         "Only mistakes are coloured.</p>",
@@ -103,8 +107,9 @@ def _heading(content: dict[str, Any]) -> str:
         f"<b>{_time(summary['latency_compressed_ms'] * 1000)}</b> where its parent takes "
         f"{_time(summary['latency_parent_ms'] * 1000)}, and {_lost(drop['estimate'])} "
         f"(at most {gate['max_drop_points']:g} points were allowed).</p>"
-        f"<p class='muted'>{html.escape(content['created'])} on {html.escape(content['machine']['processor'])}, "
-        f"onnxruntime {html.escape(content['machine']['onnxruntime'])}, one thread; "
+        f"<p class='muted'>{html.escape(content['created'])} on "
+        f"{html.escape(content['machine']['processor'])}, onnxruntime "
+        f"{html.escape(content['machine']['onnxruntime'])}, one thread; "
         f"the run took {content['seconds']:g} s.</p>"
     )
 
@@ -127,23 +132,24 @@ def _cards(content: dict[str, Any]) -> str:
                 (
                     "Latency, one image",
                     f"{speed['estimate']:.2f} × faster",
-                    f"{_time(s['latency_parent_ms'] * 1000)} → {_time(s['latency_compressed_ms'] * 1000)}; "
-                    f"95 % interval {speed['lower']:.2f} to {speed['upper']:.2f}",
+                    f"{_time(s['latency_parent_ms'] * 1000)} → "
+                    f"{_time(s['latency_compressed_ms'] * 1000)}; 95 % interval "
+                    f"{speed['lower']:.2f} to {speed['upper']:.2f}",
                 ),
                 (
                     "Accuracy, held out",
                     f"{interval['value']:.2%}",
-                    f"parent {s['accuracy_parent']:.2%}; change {-drop['estimate']:+.2f} points, "
-                    f"95 % interval {-drop['upper']:+.2f} to {-drop['lower']:+.2f}",
+                    f"parent {s['accuracy_parent']:.2%}, change {_signed(-drop['estimate'])}, "
+                    f"95 % interval {_signed(-drop['upper'])} to {_signed(-drop['lower'])}",
                 ),
                 (
                     "Model file",
-                    f"{s['size_compressed_bytes'] / s['size_parent_bytes']:.1%} of the size",
+                    f"{s['size_parent_bytes'] / s['size_compressed_bytes']:.1f} × smaller",
                     f"{_bytes(s['size_parent_bytes'])} → {_bytes(s['size_compressed_bytes'])}",
                 ),
                 (
                     "Multiply-accumulates",
-                    f"{s['macs_compressed'] / s['macs_parent']:.1%} are left",
+                    f"{s['macs_parent'] / s['macs_compressed']:.1f} × fewer",
                     f"{_count(s['macs_parent'])} → {_count(s['macs_compressed'])} per image",
                 ),
             )
@@ -197,7 +203,7 @@ def _before_after(content: dict[str, Any]) -> str:
             "Top-1 accuracy",
             _accuracy(parent),
             _accuracy(chosen),
-            f"{-chosen['drop_points']['estimate']:+.2f} points",
+            f"{_signed(-chosen['drop_points']['estimate'])} points",
         )
     ]
     for before, after in zip(parent["latency"], chosen["latency"], strict=True):
@@ -262,8 +268,8 @@ def _scatter(content: dict[str, Any]) -> str:
                     "thickness": 1.2,
                 },
                 mode="markers+text",
-                text=[f"{name}{' (shipped)' if name == shipped else ''}"],
-                textposition="top center",
+                text=[f"  {name}{' (shipped)' if name == shipped else ''}"],
+                textposition="middle right",
                 cliponaxis=False,
                 marker={
                     "size": 15 if name == shipped else 11,
@@ -295,7 +301,7 @@ def _candidate_table(content: dict[str, Any]) -> str:
             (
                 c["name"],
                 f"{c['accuracy']['value']:.2%}",
-                "–" if index == 0 else f"{-drop['estimate']:+.2f}",
+                "–" if index == 0 else f"{_signed(-drop['estimate'])}",
                 _time(c["latency"][0]["p50_us"]),
                 "–" if index == 0 else f"{speed['estimate']:.2f} × ({speed['lower']:.2f})",
                 _bytes(c["size_bytes"]),
@@ -319,10 +325,9 @@ def _stage_notes(content: dict[str, Any]) -> list[str]:
             f"({pruning['requested']:.1%} were asked for); changed widths are multiples of "
             f"{pruning['rounding']}.</li>"
         )
-        if pruning["rewritten_shortcuts"]:
+        if rewritten := len(pruning["rewritten_shortcuts"]):
             notes.append(
-                f"<li>{len(pruning['rewritten_shortcuts'])} parameter-free shortcut(s) became equal "
-                "1×1 convolutions.</li>"
+                f"<li>{rewritten} parameter-free shortcut(s) became equal 1×1 convolutions.</li>"
             )
         for name, why in pruning["left_whole"].items():
             notes.append(f"<li>{html.escape(name)} kept its outputs: {html.escape(why)}.</li>")
@@ -407,7 +412,7 @@ def _layer_bars(content: dict[str, Any]) -> str:
 
 def _layer_table(content: dict[str, Any]) -> str:
     same = content["kind"] == "bundle"
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for layer in content["layers"]:
         before, after = layer["before"], layer["after"]
         if same:
@@ -476,8 +481,8 @@ def _confusion(content: dict[str, Any], side: str, title: str) -> str:
             figure.add_annotation(
                 x=label, y=label, text=str(matrix[i][i]), showarrow=False, font={"color": "#5c6875"}
             )
-    figure.update_xaxes(type="category", title="answer")
-    figure.update_yaxes(type="category", title="true class", autorange="reversed")
+    figure.update_xaxes(type="category", title="answer", showgrid=False, dtick=1)
+    figure.update_yaxes(type="category", title="true class", autorange="reversed", showgrid=False)
     figure.update_layout(title={"text": title, "font": {"size": 14}})
     return _plot(figure, 420)
 
@@ -503,7 +508,9 @@ def _panel(inner: str) -> str:
     return f"<div class='panel' style='margin-top:12px'>{inner}</div>"
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]], chosen: int | None = None) -> str:
+def _table(
+    heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], chosen: int | None = None
+) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "".join(
         f"<tr{' class=chosen' if index == chosen else ''}>"
@@ -526,6 +533,11 @@ def _plot(figure: go.Figure, height: int) -> str:
         full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
     )
     return drawn
+
+
+def _signed(points: float) -> str:
+    # Without the sign of a negative zero.
+    return f"{round(points, 2) + 0.0:+.2f}"
 
 
 def _time(us: float) -> str:

@@ -39,12 +39,10 @@ def rewrite_shortcuts(module: nn.Module, example: Tensor) -> list[str]:
     leaves = {
         name: leaf
         for name, leaf in module.named_modules()
-        if name
-        and not any(True for _ in leaf.children())
-        and not any(True for _ in leaf.parameters())
+        if name and not list(leaf.children()) and not list(leaf.parameters())
     }
     for name, leaf in leaves.items():
-        hooks.append(leaf.register_forward_hook(record(name)))  # type: ignore[arg-type]
+        hooks.append(leaf.register_forward_hook(record(name)))
     was_training = module.training
     module.eval()
     with torch.no_grad():

@@ -61,7 +61,7 @@ class DirectorySource:
     def __init__(self, root: Path) -> None:
         self.name = root.name or str(root)
         self.root = root
-        paths = []
+        paths: list[str] = []
         for directory, names, files in os.walk(root):
             names.sort()
             below = Path(directory).relative_to(root)

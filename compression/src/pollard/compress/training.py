@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
@@ -232,15 +232,15 @@ def _loss(
     config: FitConfig,
 ) -> Tensor:
     logits = module(inputs)
-    hard = F.cross_entropy(logits, labels)
+    hard = functional.cross_entropy(logits, labels)
     if teacher is None or config.distill_weight == 0:
         return hard
     with torch.no_grad():
         wanted = teacher(inputs)
     t = config.distill_temperature
-    soft = F.kl_div(
-        F.log_softmax(logits / t, 1),
-        F.log_softmax(wanted / t, 1),
+    soft = functional.kl_div(
+        functional.log_softmax(logits / t, 1),
+        functional.log_softmax(wanted / t, 1),
         reduction="batchmean",
         log_target=True,
     )

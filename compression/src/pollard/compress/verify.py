@@ -216,7 +216,10 @@ def explain_dropped(
 
     def why(rival: Measured) -> str:
         if rival.drop.points > max_drop + 1e-9:
-            return f"{rival.candidate.name} lost {rival.drop.points:.2f} points, {max_drop:g} are allowed"
+            return (
+                f"{rival.candidate.name} lost {rival.drop.points:.2f} points, "
+                f"{max_drop:g} are allowed"
+            )
         return (
             f"{rival.candidate.name} takes {rival.latency_us:.1f} µs, "
             f"{chosen.candidate.name} {chosen.latency_us:.1f} µs"

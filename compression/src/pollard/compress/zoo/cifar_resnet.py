@@ -7,8 +7,8 @@ bn1, layerN.M.convK, layerN.M.bnK, linear; shortcuts have no parameters.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class OptionAShortcut(nn.Module):
@@ -19,7 +19,7 @@ class OptionAShortcut(nn.Module):
         self.border = planes // 4
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.border, self.border))
+        return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.border, self.border))
 
 
 class BasicBlock(nn.Module):
@@ -36,9 +36,9 @@ class BasicBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return functional.relu(out + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -62,10 +62,10 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         # Not adaptive pooling: that exports as ReduceMean, which no quantizer fuses.
-        out = F.avg_pool2d(out, out.shape[3])
+        out = functional.avg_pool2d(out, out.shape[3])
         logits: Tensor = self.linear(torch.flatten(out, 1))
         return logits
 

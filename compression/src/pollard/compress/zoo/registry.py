@@ -67,6 +67,12 @@ ENTRIES: dict[str, Entry] = {
             # Plain scaling to 0-1, as in the tutorials; it folds into the first
             # convolution without a trace.
             InputSpec(28, 28, 1, (0.0,), (1.0,), augmentation="shift"),
+            training=TrainDefaults(
+                batch_size=32,
+                weight_decay=1e-2,
+                recover_epochs=14,
+                recover_learning_rate=3e-3,
+            ),
         ),
         Entry(
             "small-cnn-224",
