@@ -173,8 +173,28 @@ def _cgroup_limit() -> int:
 
 
 def _cgroup_usage() -> int:
-    for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
-        number = _read_number(path)
+    for usage, stat, key in (
+        ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+        (
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "/sys/fs/cgroup/memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        number = _read_number(usage)
         if number is not None:
-            return number
+            # The kernel gives cached files back before it refuses memory.
+            return max(0, number - _read_stat(stat, key))
+    return 0
+
+
+def _read_stat(path: str, key: str) -> int:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if name == key and value.isdigit():
+            return int(value)
     return 0

@@ -13,7 +13,8 @@
     ├── Unavailable          not now; trying again may help
     ├── DeadlineExceeded     no time is left for it
     ├── DataLoss             bytes were damaged
-    └── Unimplemented        this version does not do it
+    ├── Unimplemented        this version does not do it
+    └── Internal             something went wrong here that the caller cannot help
 
 :mod:`pollard.services.common.status` maps the tree to gRPC statuses.
 """
@@ -80,6 +81,10 @@ class DataLoss(ServiceError):
 
 class Unimplemented(ServiceError):
     """This version does not do it."""
+
+
+class Internal(ServiceError):
+    """Something went wrong here that the caller cannot help; the message may be told."""
 
 
 class StartupError(Exception):

@@ -93,7 +93,7 @@ class MemoryShort(errors.ResourceExhausted):
         super().__init__(message, reason="MEMORY_SHORT", **metadata)
 
 
-class ExecutionFailed(errors.ServiceError):
+class ExecutionFailed(errors.Internal):
     """onnxruntime failed on a request that looked valid."""
 
     def __init__(self, message: str, **metadata: object) -> None:
