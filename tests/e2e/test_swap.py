@@ -1,0 +1,118 @@
+"""Revisions are swapped across the suite while clients ask, and no request notices."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pollard.client import AsyncModelsClient
+from pollard.compress.demo.reference import Reference, Sample, telling
+from pollard.compress.demo.traffic import Load
+from pollard.runtime.bundle import Bundle
+
+BundleMaker = Callable[..., Bundle]
+
+
+def _samples(count: int) -> list[Sample]:
+    generator = np.random.default_rng(7)
+    samples = []
+    for _ in range(count):
+        pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        samples.append(Sample(buffer.getvalue(), pixels[None, :, :, None], 0))
+    return samples
+
+
+def _load(up: Any, model: str, samples: list[Sample], references: dict[int, Reference]) -> Load:
+    return Load(
+        model=model,
+        vision=up.address("preprocess"),
+        inference=up.address("inference"),
+        samples=samples,
+        references=references,
+        clients=4,
+    )
+
+
+async def test_no_request_fails_or_gets_another_revisions_answer(
+    up: Any, make_bundle: BundleMaker
+) -> None:
+    samples = _samples(32)
+    bundles = [make_bundle(seed=seed) for seed in (11, 12, 13)]
+    references = {number: Reference(bundle, samples) for number, bundle in enumerate(bundles, 1)}
+    assert telling(references[1], references[2]) > len(samples) // 2
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(bundles[0].path, "swapped", alias="production")
+        load = _load(up, "swapped", samples, references)
+        load.traffic.serving = 1
+        clients = asyncio.create_task(load.run())
+        try:
+            for bundle in bundles[1:]:
+                await models.push(bundle.path, "swapped")
+            for revision in (2, 3, 1, 2, 1, 3):
+                load.traffic.serving = 0
+                await models.set_alias("swapped", "production", revision)
+                load.traffic.serving = revision
+                await asyncio.sleep(0.2)
+        finally:
+            load.finish()
+            await clients
+    assert load.traffic.problems == []
+    assert {item.revision for item in load.traffic.answered} == {1, 2, 3}
+
+
+async def test_an_answer_that_is_another_revisions_would_be_found(
+    up: Any, make_bundle: BundleMaker
+) -> None:
+    samples = _samples(8)
+    served, other = make_bundle(seed=21), make_bundle(seed=22)
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(served.path, "told-apart", alias="production")
+    load = _load(up, "told-apart", samples, {1: Reference(other, samples)})
+    clients = asyncio.create_task(load.run())
+    await asyncio.sleep(0.5)
+    load.finish()
+    await clients
+    assert load.traffic.answered
+    assert load.traffic.wrong == len(load.traffic.answered)
+
+
+async def test_a_refused_revision_changes_nothing(up: Any, make_bundle: BundleMaker) -> None:
+    """The golden outputs of the second revision are not those of its model."""
+    import pytest
+
+    from pollard.client import AliasSwitchFailed
+
+    samples = _samples(8)
+    good, lying = make_bundle(seed=31), make_bundle(seed=32)
+    # Golden outputs of another model: everything is consistent but the numbers.
+    golden = (good.path / "cpu-fp32" / "golden.npz").read_bytes()
+    model = (lying.path / "cpu-fp32" / "model.onnx").read_bytes()
+    lying = make_bundle(
+        seed=31, files={"cpu-fp32/model.onnx": model, "cpu-fp32/golden.npz": golden}
+    )
+    references = {1: Reference(good, samples)}
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(good.path, "refused", alias="production")
+        load = _load(up, "refused", samples, references)
+        load.traffic.serving = 1
+        clients = asyncio.create_task(load.run())
+        try:
+            await models.push(lying.path, "refused")
+            with pytest.raises(AliasSwitchFailed, match="golden") as caught:
+                await models.set_alias("refused", "production", 2)
+            assert caught.value.serving == 1
+            assert caught.value.failures[0].server_id.startswith("inference-")
+            await asyncio.sleep(0.2)
+        finally:
+            load.finish()
+            await clients
+        alias = await models.alias("refused")
+    assert (alias.revision, alias.state) == (1, "FAILED")
+    assert load.traffic.problems == []
