@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,8 +184,10 @@ class Client:
         return {path: bytes(content) for path, content in found.items()}
 
     async def server(self, server_id: str) -> fleet_pb.Server:
+        """The server; an empty message when it is unknown."""
         answer = await self.fleet.ListServers(fleet_pb.ListServersRequest(), timeout=TIMEOUT)
-        return next(s for s in answer.servers if s.name == f"servers/{server_id}")
+        found = (s for s in answer.servers if s.name == f"servers/{server_id}")
+        return next(found, fleet_pb.Server())
 
     async def close(self) -> None:
         await self.channel.close()
@@ -382,12 +386,37 @@ def bundles(tmp_path: Path) -> Bundles:
     return Bundles(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with three revisions of `m`, the first of them in production; made once."""
+    root = tmp_path_factory.mktemp("stock")
+
+    async def fill() -> None:
+        suite = Suite(ModelsSettings(store=root / "store", port=0), AsyncExitStack())
+        await suite.start()
+        for seed in (1, 2, 3):
+            await suite.client.push(Bundles(root / str(seed)).tar(seed))
+        await suite.client.set_alias(1)
+        await suite.client.alias_when(lambda alias: alias.state == pb.Alias.STATE_ACTIVE)
+        await suite.stop()
+
+    # In a thread, because the tests' own loop may be running.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, fill()).result()
+    return root / "store"
+
+
 @pytest.fixture
-def suite_with(tmp_path: Path) -> Callable[..., Any]:
-    """An async context manager that starts a manager with the settings given."""
+def suite_with(tmp_path: Path, stock: Path) -> Callable[..., Any]:
+    """An async context manager that starts a manager with the settings given.
+
+    `stocked`: its store already holds what `stock` does.
+    """
 
     @asynccontextmanager
-    async def make(**more: Any) -> AsyncIterator[Suite]:
+    async def make(*, stocked: bool = False, **more: Any) -> AsyncIterator[Suite]:
+        if stocked:
+            shutil.copytree(stock, tmp_path / "store")
         how: dict[str, Any] = {
             "store": tmp_path / "store",
             "port": 0,

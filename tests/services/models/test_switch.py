@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -20,17 +20,10 @@ ACTIVE = pb.Alias.STATE_ACTIVE
 
 
 @pytest.fixture
-async def loaded(suite: Any, bundles: Any) -> Any:
+async def loaded(suite_with: Callable[..., Any]) -> AsyncIterator[Any]:
     """A manager with three revisions of `m`, the first of them in production, and no server."""
-    await stock(suite, bundles)
-    return suite
-
-
-async def stock(suite: Any, bundles: Any) -> None:
-    for seed in (1, 2, 3):
-        await suite.client.push(bundles.tar(seed))
-    await suite.client.set_alias(1)
-    await suite.client.alias_when(lambda a: a.state == ACTIVE)
+    async with suite_with(stocked=True) as suite:
+        yield suite
 
 
 async def settle(server: Any) -> fleet_pb.DesiredState:
@@ -99,10 +92,9 @@ async def test_make_before_break(loaded: Any, helpers: Any) -> None:
 
 
 async def test_the_old_revision_stays_for_the_drain_time(
-    suite_with: Callable[..., Any], bundles: Any, helpers: Any
+    suite_with: Callable[..., Any], helpers: Any
 ) -> None:
-    async with suite_with(drain_seconds=3600) as suite:
-        await stock(suite, bundles)
+    async with suite_with(stocked=True, drain_seconds=3600) as suite:
         server = await suite.join("i")
         await suite.client.set_alias(2)
         await suite.client.alias_when(lambda a: a.state == ACTIVE)
@@ -268,10 +260,9 @@ async def test_old_news_of_an_earlier_load_are_not_believed(loaded: Any, helpers
 
 
 async def test_a_switch_waits_for_a_crashed_server_up_to_its_lease(
-    suite_with: Callable[..., Any], bundles: Any, helpers: Any
+    suite_with: Callable[..., Any], helpers: Any
 ) -> None:
-    async with suite_with(server_lease_seconds=1.0) as suite:
-        await stock(suite, bundles)
+    async with suite_with(stocked=True, server_lease_seconds=1.0) as suite:
         alive, crashed = await suite.join("alive"), await suite.join("crashed")
         await crashed.close()
         await helpers.eventually(lambda: suite.client.server("crashed"), lambda s: not s.connected)
@@ -284,10 +275,9 @@ async def test_a_switch_waits_for_a_crashed_server_up_to_its_lease(
 
 
 async def test_a_server_that_returns_within_its_lease_is_waited_for(
-    suite_with: Callable[..., Any], bundles: Any, helpers: Any
+    suite_with: Callable[..., Any], helpers: Any
 ) -> None:
-    async with suite_with(server_lease_seconds=3600) as suite:
-        await stock(suite, bundles)
+    async with suite_with(stocked=True, server_lease_seconds=3600) as suite:
         crashed = await suite.join("crashed")
         await crashed.close()
         await suite.client.set_alias(2)
@@ -298,10 +288,9 @@ async def test_a_server_that_returns_within_its_lease_is_waited_for(
 
 
 async def test_a_restarted_manager_waits_for_the_servers_it_knew_and_goes_on(
-    suite_with: Callable[..., Any], bundles: Any, helpers: Any
+    suite_with: Callable[..., Any], helpers: Any
 ) -> None:
-    async with suite_with(server_lease_seconds=3600) as suite:
-        await stock(suite, bundles)
+    async with suite_with(stocked=True, server_lease_seconds=3600) as suite:
         server = await suite.join("i", automatic=False)
         await settle(server)
         await suite.client.set_alias(2)
@@ -327,11 +316,8 @@ async def test_a_restarted_manager_waits_for_the_servers_it_knew_and_goes_on(
         await last.state_when(lambda s: helpers.revisions_of(s) == [2])
 
 
-async def test_a_load_that_never_ends_fails_the_switch(
-    suite_with: Callable[..., Any], bundles: Any
-) -> None:
-    async with suite_with(load_timeout_seconds=0.5) as suite:
-        await stock(suite, bundles)
+async def test_a_load_that_never_ends_fails_the_switch(suite_with: Callable[..., Any]) -> None:
+    async with suite_with(stocked=True, load_timeout_seconds=0.5) as suite:
         server = await suite.join("silent", automatic=False)
         await settle(server)
         await suite.client.set_alias(2)

@@ -93,9 +93,7 @@ class ModelsService:
         """
         await asyncio.to_thread(self.store.open)
         try:
-            # Before anything is answered: with the store locked, what is in the
-            # staging directory belongs to nobody.
-            await asyncio.to_thread(self.uploads.clean)
+            await asyncio.to_thread(self.uploads.clean, starting=True)
             await self.fleet.start()
             await self.grpc.start()
         except BaseException as error:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -301,13 +302,17 @@ class Uploads:
                 )
             )
 
-    def clean(self) -> None:
+    def clean(self, *, starting: bool = False) -> None:
         """Delete what was abandoned: uploads and staging a day old, blobs without reference.
 
         Safe beside running uploads.
+
+        Args:
+            starting: No upload can be running, because the store was only just
+                locked; then what is being checked belongs to nobody, however young.
         """
         day_ago = time.time() - _DAY_SECONDS
-        remove_leftovers(self._store.staging, day_ago)
+        remove_leftovers(self._store.staging, math.inf if starting else day_ago)
         # A running upload changes its file all the time, so its file is never so old.
         remove_leftovers(self._store.uploads, day_ago)
 

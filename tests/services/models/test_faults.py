@@ -1,0 +1,411 @@
+"""What dies, fills up or is damaged: nothing acknowledged is lost, and the words say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.errors import StartupError
+from pollard.services.models.main import build_server
+from pollard.services.models.settings import ModelsSettings
+from pollard.services.models.store import DATABASE, Store
+
+CODE = grpc.StatusCode
+
+PROGRAM = """
+import json, sys
+from pollard.services.models.main import run
+from pollard.services.models.settings import ModelsSettings
+sys.exit(run(ModelsSettings.load(json.loads(sys.argv[1]))))
+"""
+
+
+class Manager:
+    """A manager in a process of its own, which can be killed."""
+
+    def __init__(self, store: Path, helpers: Any) -> None:
+        self.store = store
+        self._helpers = helpers
+        self.process: asyncio.subprocess.Process | None = None
+        self.client: Any = None
+
+    async def spawn(self, **more: Any) -> asyncio.subprocess.Process:
+        settings = {"store": str(self.store), "port": 0, "log_format": "json"} | more
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-c", PROGRAM, json.dumps(settings), stderr=subprocess.PIPE
+        )
+
+    async def start(self, **more: Any) -> None:
+        how = {"drain_seconds": 0.1, "server_lease_seconds": 5.0} | more
+        self.process = await self.spawn(**how)
+        assert self.process.stderr is not None
+        async with asyncio.timeout(60):
+            async for line in self.process.stderr:
+                entry = json.loads(line)
+                if entry["event"] == "serving":
+                    self.client = self._helpers.Client(entry["address"])
+                    self._reading = asyncio.create_task(self._drain_log(self.process.stderr))
+                    return
+        raise AssertionError("the manager did not start")
+
+    @staticmethod
+    async def _drain_log(log: asyncio.StreamReader) -> None:
+        async for _ in log:
+            pass
+
+    async def end(self, number: int = signal.SIGKILL) -> int:
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        code = await process.wait()
+        await self._reading
+        await self.client.close()
+        return code
+
+
+@pytest.fixture
+async def manager(tmp_path: Path, stock: Path, helpers: Any) -> AsyncIterator[Manager]:
+    """Not started; its store has three revisions of `m`, the first in production."""
+    shutil.copytree(stock, tmp_path / "store")
+    made = Manager(tmp_path / "store", helpers)
+    yield made
+    await made.end()
+
+
+async def test_an_upload_survives_kills_at_any_moment(
+    manager: Manager, bundles: Any, helpers: Any
+) -> None:
+    """Whatever the moment, the upload goes on from the committed size and ends well."""
+    chance = random.Random(7)
+    bundle = bundles.make(9, **{"ballast.bin": chance.randbytes(2_000_000)})
+    tar = helpers.packed(bundle)
+    await manager.start()
+    header = manager.client.header(tar, "new")
+    asking = pb.GetUploadRequest(parent="models/new", upload_id=header.upload_id)
+
+    async def attempt(until: float | None) -> Any:
+        try:
+            header.write_offset = (await manager.client.models.GetUpload(asking)).committed_bytes
+        except grpc.aio.AioRpcError as error:
+            if error.code() != CODE.NOT_FOUND:
+                raise
+            header.write_offset = 0
+        sending = asyncio.ensure_future(manager.client.send(header, tar, chunk=20_000))
+        await asyncio.wait({sending}, timeout=until)
+        if until is not None:
+            await manager.end()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await sending
+            return None
+        return await sending
+
+    seen = 0
+    acknowledged = None
+    for _ in range(5):
+        answer = await attempt(chance.uniform(0.0, 0.6))
+        acknowledged = acknowledged or answer
+        await manager.start()
+        assert header.write_offset >= seen
+        seen = header.write_offset
+        listed = await manager.client.models.ListModels(pb.ListModelsRequest())
+        names = [model.name for model in listed.models]
+        assert acknowledged is None or "models/new" in names
+    answer = await attempt(None)
+    assert answer.revision.revision == 1
+    got = await manager.client.download(name="models/new/revisions/1")
+    assert got["ballast.bin"] == (bundle.path / "ballast.bin").read_bytes()
+    events = await manager.client.models.ListEvents(pb.ListEventsRequest(model="models/new"))
+    assert [event.action for event in events.events].count("REVISION_UPLOADED") == 1
+    assert not list((manager.store / "uploads").iterdir())
+
+
+async def test_an_acknowledged_alias_survives_a_kill(manager: Manager) -> None:
+    await manager.start()
+    for target in (2, 3, 1):
+        await manager.client.set_alias(target)
+        await manager.end()
+        await manager.start()
+        alias = await manager.client.alias()
+        assert target in (alias.revision, alias.pending_revision)
+        assert alias.state != pb.Alias.STATE_FAILED
+
+
+class Follower:
+    """A server that comes back to whatever manager there is, and checks each state."""
+
+    def __init__(self, server_id: str, kind: Any, helpers: Any) -> None:
+        self.server_id, self.kind, self._helpers = server_id, kind, helpers
+        self.version = 0
+        self.loaded: set[int] = set()
+        self.routes: list[int] = []
+        self.problems: list[str] = []
+
+    async def follow(self, client: Any) -> None:
+        outbox: asyncio.Queue[fleet_pb.SyncRequest] = asyncio.Queue()
+        hello = fleet_pb.Hello(
+            server_id=self.server_id,
+            kind=self.kind,
+            address=f"{self.server_id}:1",
+            applied_version=self.version,
+        )
+        outbox.put_nowait(fleet_pb.SyncRequest(hello=hello))
+
+        async def messages() -> AsyncIterator[fleet_pb.SyncRequest]:
+            while True:
+                yield await outbox.get()
+
+        async for response in client.fleet.Sync(messages()):
+            state = response.desired_state
+            if state.version < self.version:
+                self.problems.append(f"version {state.version} after {self.version}")
+            wanted = set(self._helpers.revisions_of(state))
+            route = self._helpers.route_of(state)
+            if route not in wanted:
+                self.problems.append(f"route to {route}, which is not in {wanted}")
+            if self.version and route not in self.loaded:
+                self.problems.append(f"route to {route}, of which only {self.loaded} are loaded")
+            await asyncio.sleep(0.02)
+            self.version, self.loaded = state.version, wanted
+            self.routes.append(int(route or 0))
+            entries = [
+                fleet_pb.RevisionStatus(
+                    model="m", revision=number, state=fleet_pb.REVISION_STATE_READY
+                )
+                for number in wanted
+            ]
+            outbox.put_nowait(fleet_pb.SyncRequest(report=fleet_pb.Report(revisions=entries)))
+            ack = fleet_pb.Ack(version=state.version, nonce=state.nonce)
+            outbox.put_nowait(fleet_pb.SyncRequest(ack=ack))
+
+
+async def test_switches_survive_kills_of_the_manager_at_any_moment(
+    manager: Manager, helpers: Any
+) -> None:
+    """Servers never see versions go back, nor a route to what they have not loaded."""
+    chance = random.Random(11)
+    followers = [
+        Follower("i1", fleet_pb.SERVER_KIND_INFERENCE, helpers),
+        Follower("i2", fleet_pb.SERVER_KIND_INFERENCE, helpers),
+        Follower("p1", fleet_pb.SERVER_KIND_PREPROCESS, helpers),
+    ]
+    await manager.start()
+    target = 1
+    for kill in (True, True, True, True, True, True, False):
+        tasks = [asyncio.create_task(f.follow(manager.client)) for f in followers]
+        for follower in followers:
+            await helpers.eventually(
+                lambda follower=follower: manager.client.server(follower.server_id),
+                lambda server: server.connected and server.acked_version > 0,
+            )
+        target = chance.choice([number for number in (1, 2, 3) if number != target])
+        await manager.client.set_alias(target)
+        if kill:
+            await asyncio.sleep(chance.uniform(0, 0.4))
+            await manager.end()
+        else:
+            alias = await manager.client.alias_when(lambda a: a.state == pb.Alias.STATE_ACTIVE)
+            assert alias.revision == target
+            for follower in followers:
+                await helpers.eventually(
+                    lambda follower=follower: asyncio.sleep(0, follower.loaded),
+                    lambda loaded, target=target: loaded == {target},
+                )
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if kill:
+            await manager.start()
+            alias = await manager.client.alias()
+            assert target in (alias.revision, alias.pending_revision)
+    assert [follower.problems for follower in followers] == [[], [], []]
+
+
+async def test_a_second_manager_on_one_store_is_turned_away(manager: Manager) -> None:
+    await manager.start()
+    second = await manager.spawn()
+    _, log = await second.communicate()
+    assert second.returncode == 1
+    assert b"another manager" in log
+    assert str(manager.process.pid if manager.process else "?").encode() in log
+    assert (await manager.client.alias()).revision == 1
+
+
+async def test_a_port_in_use_is_said_and_the_store_is_free_again(
+    tmp_path: Path, manager: Manager
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = await manager.spawn(port=port)
+        _, log = await process.communicate()
+        assert process.returncode == 1
+        assert b"port is in use" in log
+        service = build_server(ModelsSettings(store=manager.store, port=port))
+        with pytest.raises(StartupError, match="port is in use"):
+            await service.start()
+    service = build_server(ModelsSettings(store=manager.store, port=0))
+    await service.start()
+    await service.stop(0)
+
+
+async def test_sigterm_stops_it_cleanly(manager: Manager) -> None:
+    await manager.start()
+    assert await manager.end(signal.SIGTERM) == 0
+
+
+def test_a_damaged_registry_is_found_and_left_as_it_is(tmp_path: Path, stock: Path) -> None:
+    shutil.copytree(stock, tmp_path / "store")
+    path = tmp_path / "store" / DATABASE
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    page = int.from_bytes(content[16:18], "big")
+    # The root page of a table: everything after the first three pages is rubbish.
+    for start in range(3 * page, len(content), page):
+        content[start : start + 64] = b"\xa5" * 64
+    path.write_bytes(content)
+    with pytest.raises(StartupError, match="backup"):
+        Store(tmp_path / "store").open()
+    assert path.read_bytes() == bytes(content)
+    path.write_bytes(b"this is no database, but quite long" * 1000)
+    with pytest.raises(StartupError, match="backup"):
+        Store(tmp_path / "store").open()
+
+
+def test_a_registry_of_a_newer_version_is_refused(tmp_path: Path, stock: Path) -> None:
+    shutil.copytree(stock, tmp_path / "store")
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / DATABASE)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.commit()
+    with pytest.raises(StartupError, match="newer version"):
+        Store(tmp_path / "store").open()
+
+
+def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StartupError, match="cannot be used"):
+        Store(tmp_path / "file" / "store").open()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for 12 MB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mounting = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounting.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounting.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path: Path) -> Path:
+    """Leave no byte free."""
+    filler = path / "filler"
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    return filler
+
+
+async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
+    suite_with: Callable[..., Any], small_disk: Path, bundles: Any, helpers: Any
+) -> None:
+    async def reason_of(call: Any) -> str:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == CODE.RESOURCE_EXHAUSTED, caught.value.details()
+        return str(helpers.info_of(caught.value).reason)
+
+    async with suite_with(store=small_disk / "store") as suite:
+        store = suite.settings.store
+        await suite.client.push(bundles.tar(1), alias="production")
+        await suite.client.alias_when(lambda a: a.state == pb.Alias.STATE_ACTIVE)
+
+        def files() -> set[Path]:
+            return {p for p in store.rglob("*") if p.is_file() and DATABASE not in p.name}
+
+        before = files()
+        large = bundles.tar(2, **{"ballast.bin": random.Random(1).randbytes(3_000_000)})
+        # It says so before any byte is taken.
+        huge = suite.client.header(b"", total_bytes=8_000_000, sha256="0" * 64)
+        assert await reason_of(suite.client.send(huge, b"")) == "DISK_FULL"
+
+        # The disk fills up while the bytes arrive.
+        header = suite.client.header(large)
+        half, go_on = asyncio.Event(), asyncio.Event()
+
+        async def messages() -> AsyncIterator[pb.UploadBundleRequest]:
+            yield pb.UploadBundleRequest(header=header)
+            yield pb.UploadBundleRequest(data=large[:1_000_000])
+            half.set()
+            await go_on.wait()
+            for start in range(1_000_000, len(large), 1_000_000):
+                yield pb.UploadBundleRequest(data=large[start : start + 1_000_000])
+
+        call = suite.client.models.UploadBundle(messages())
+        await half.wait()
+        await helpers.eventually(
+            lambda: asyncio.sleep(0, list((store / "uploads").iterdir())), bool
+        )
+        filler = await asyncio.to_thread(fill, small_disk)
+        go_on.set()
+        assert await reason_of(call) == "DISK_FULL"
+        assert files() == before
+
+        # It fills up while the files are unpacked: the pre-check is passed with nothing to spare.
+        filler.unlink()
+        spare = small_disk / "spare"
+        free = shutil.disk_usage(small_disk).free
+        spare.write_bytes(b"x" * (free - 2 * len(large) - 100_000))
+        half.clear()
+        go_on.clear()
+        header = suite.client.header(large)
+        call = suite.client.models.UploadBundle(messages())
+        await half.wait()
+        await helpers.eventually(
+            lambda: asyncio.sleep(0, list((store / "uploads").iterdir())), bool
+        )
+        (small_disk / "more").write_bytes(b"x" * 1_000_000)
+        go_on.set()
+        assert await reason_of(call) == "DISK_FULL"
+        assert files() == before
+        spare.unlink()
+
+        # With no byte left, changes are refused, and everything can be read.
+        await asyncio.to_thread(fill, small_disk)
+        update = pb.UpdateModelRequest(model=pb.Model(name="models/m", description="d" * 60_000))
+        assert await reason_of(suite.client.models.UpdateModel(update)) == "DISK_FULL"
+        model = await suite.client.models.GetModel(pb.GetModelRequest(name="models/m"))
+        assert model.model.description == ""
+        assert (await suite.client.alias()).revision == 1
+        assert await suite.client.download(name="models/m/revisions/1")
+
+        filler.unlink()
+        (small_disk / "more").unlink()
+        await suite.client.models.UpdateModel(update)
+        assert (await suite.client.push(large)).revision.revision == 2
