@@ -33,7 +33,7 @@ def demo(
     clients: Annotated[int, typer.Option(min=1, max=256, help="Concurrent clients.")] = 8,
     prune: Annotated[
         float, typer.Option(min=0.0, max=0.95, help="Share of the MACs to remove.")
-    ] = 0.5,
+    ] = 0.8,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs of training; default by model.")
     ] = None,

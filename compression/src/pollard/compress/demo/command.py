@@ -45,7 +45,7 @@ class DemoOptions:
     """How often the served revision is swapped."""
     clients: int = 8
     """Concurrent clients."""
-    prune: float = 0.5
+    prune: float = 0.8
     """Share of the MACs to remove."""
     epochs: int | None = None
     """Epochs of training; None for the model's default."""

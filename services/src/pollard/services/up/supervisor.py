@@ -24,6 +24,8 @@ _LAST_BACKOFF_SECONDS = 10.0
 _QUICK_DEATH_SECONDS = 10.0
 _QUICK_DEATHS = 5
 _HEALTH_POLL_SECONDS = 0.1
+# A service keeps to the grace by itself; only one that does not is killed, this much later.
+_KILL_AFTER_GRACE_SECONDS = 5.0
 _LONGEST_LINE_BYTES = 1 << 20
 
 Notice = Callable[[str], None]
@@ -268,9 +270,10 @@ class Supervisor:
             child.signal(signal.SIGTERM)
             ended = asyncio.create_task(child.wait())
             hurry = asyncio.create_task(self._hurry.wait())
-            # The service itself keeps to the grace; this waits a little longer before it kills.
             await asyncio.wait(
-                {ended, hurry}, timeout=self._grace + 5.0, return_when=asyncio.FIRST_COMPLETED
+                {ended, hurry},
+                timeout=self._grace + _KILL_AFTER_GRACE_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
             )
             hurry.cancel()
             if not ended.done():

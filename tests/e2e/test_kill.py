@@ -1,0 +1,127 @@
+"""Kill -9 of any service at a bad moment: after its restart everything is consistent, and nothing
+that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pollard.client import (
+    AliasSwitchFailed,
+    AsyncModelsClient,
+    AsyncVisionClient,
+    InferenceClient,
+    ModelsClient,
+    PollardError,
+    Progress,
+    VisionClient,
+)
+from pollard.runtime.bundle import Bundle
+from pollard.runtime.sessions import open_session
+
+BundleMaker = Callable[..., Bundle]
+PIXELS = (np.arange(64, dtype=np.uint8) * 3).reshape(8, 8)
+
+
+def _best(bundle: Bundle) -> int:
+    session = open_session(bundle.model_path("cpu-fp32"))
+    return int(session.run({"image": PIXELS[None, :, :, None]})["scores"].argmax())
+
+
+def _until_answered(up: Any, model: str) -> tuple[int, int]:
+    """Ask until the suite answers again; return revision and class."""
+    give_up = time.monotonic() + 60
+    while True:
+        try:
+            with VisionClient(up.address("preprocess"), timeout=5) as vision:
+                answer = vision.predict(PIXELS, model)
+                return answer.revision, answer.labels[0].index
+        except PollardError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
+
+
+def test_an_upload_survives_the_death_of_the_manager(
+    up: Any, make_bundle: BundleMaker, tmp_path: Any
+) -> None:
+    filler = np.random.default_rng(0).bytes(48 << 20)
+    bundle = make_bundle(seed=1, files={"filler.bin": filler})
+    killed: dict[str, int] = {}
+    moments = threading.Event()
+
+    def kill_once(progress: Progress) -> None:
+        if progress.done_bytes > progress.total_bytes // 3 and not moments.is_set():
+            moments.set()
+            killed.update(up.kill("models"))
+
+    with ModelsClient(up.address("models")) as models:
+        pushed = models.push(bundle.path, "uploaded", alias="production", progress=kill_once)
+        assert moments.is_set()
+        up.wait_ready(after=killed)
+        assert (pushed.revision.revision, pushed.revision.bundle_sha256) == (1, bundle.digest)
+        assert [item.revision for item in models.revisions("uploaded")] == [1]
+        models.pull("uploaded", tmp_path / "pulled")
+    assert Bundle.open(tmp_path / "pulled", verify=True).digest == bundle.digest
+    assert _until_answered(up, "uploaded") == (1, _best(bundle))
+
+
+@pytest.mark.parametrize("service", ["models", "inference", "preprocess"])
+def test_a_swap_survives_the_death_of_a_service(
+    up: Any, make_bundle: BundleMaker, service: str
+) -> None:
+    model = f"swapped-{service}"
+    bundles = {1: make_bundle(seed=41), 2: make_bundle(seed=42)}
+    with ModelsClient(up.address("models")) as models:
+        models.push(bundles[1].path, model, alias="production")
+        models.push(bundles[2].path, model)
+        models.set_alias(model, "production", 2, wait=False)
+        killed = up.kill(service)
+        up.wait_ready(after=killed)
+        # The intention was acknowledged, so the switch ends: there, or back with a reason.
+        try:
+            reached = models.wait_alias(model, "production", 2, wait_timeout=60).revision
+        except AliasSwitchFailed as error:
+            reached = error.serving
+        revision, best = _until_answered(up, model)
+        assert (revision, best) == (reached, _best(bundles[reached]))
+        with InferenceClient(up.address("inference"), timeout=10) as inference:
+            found = inference.infer(model, {"image": PIXELS[None, :, :, None]})
+            assert (found.version, int(found.outputs["scores"].argmax())) == (revision, best)
+        # And the next one goes through.
+        other = 3 - reached
+        assert models.set_alias(model, "production", other, wait_timeout=60).revision == other
+    assert _until_answered(up, model) == (other, _best(bundles[other]))
+
+
+async def test_requests_go_on_while_the_manager_is_dead(up: Any, make_bundle: BundleMaker) -> None:
+    bundle = make_bundle(seed=51)
+    async with (
+        AsyncModelsClient(up.address("models")) as models,
+        AsyncVisionClient(up.address("preprocess"), timeout=10) as vision,
+    ):
+        await models.push(bundle.path, "unmanaged", alias="production")
+        killed = up.kill("models")
+        best = _best(bundle)
+        for _ in range(100):
+            answer = await vision.predict(PIXELS, "unmanaged")
+            assert answer.labels[0].index == best
+        await asyncio.to_thread(up.wait_ready, after=killed)
+
+
+def test_everything_dead_at_once_comes_back(up: Any, make_bundle: BundleMaker) -> None:
+    bundle = make_bundle(seed=61)
+    with ModelsClient(up.address("models")) as models:
+        models.push(bundle.path, "phoenix", alias="production")
+        killed = {}
+        for service in ("models", "inference", "preprocess"):
+            killed.update(up.kill(service))
+        up.wait_ready(after=killed)
+        assert _until_answered(up, "phoenix") == (1, _best(bundle))
+        assert models.alias("phoenix").state == "ACTIVE"

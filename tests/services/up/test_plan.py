@@ -1,0 +1,80 @@
+"""Ports, directories and command lines."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from pollard.services.common.errors import StartupError
+from pollard.services.up.plan import UpOptions, default_data_dir, make_plan
+
+
+def _ports(options: UpOptions) -> dict[str, int]:
+    return {plan.name: plan.port for plan in make_plan(options)[1]}
+
+
+def test_free_ports_differ_and_can_be_had(tmp_path: Path) -> None:
+    ports = _ports(UpOptions(data_dir=tmp_path, port_base=0))
+    assert len(set(ports.values())) == 3
+    for port in ports.values():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+
+
+def test_ports_follow_their_base_unless_they_are_named(tmp_path: Path) -> None:
+    free = _ports(UpOptions(data_dir=tmp_path, port_base=0))
+    ports = _ports(
+        UpOptions(
+            data_dir=tmp_path, port_base=20100, inference_port=free["inference"], models_port=0
+        )
+    )
+    assert ports["preprocess"] == 20111
+    assert ports["inference"] == free["inference"]
+    assert ports["models"] not in (0, 20121)
+
+
+def test_a_port_in_use_names_service_port_and_way_out(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=rf"port {port} .* for models, is in use.*--models-"):
+            make_plan(UpOptions(data_dir=tmp_path, port_base=0, models_port=port))
+
+
+def test_an_address_of_another_machine_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"192\.0\.2\.1"):
+        make_plan(UpOptions(data_dir=tmp_path, host="192.0.2.1"))
+
+
+def test_each_service_knows_the_manager_and_its_own_folder(tmp_path: Path) -> None:
+    data_dir, plans = make_plan(UpOptions(data_dir=tmp_path / "new", port_base=0, insecure=True))
+    models, inference, preprocess = plans
+    assert data_dir.is_dir()
+    assert str(data_dir / "models") in models.arguments
+    for plan in (inference, preprocess):
+        assert models.address in plan.arguments
+        assert str(data_dir / plan.name) in plan.arguments
+    for plan in plans:
+        assert "--insecure" in plan.arguments
+        assert str(os.getpid()) in plan.command()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("localhost", "localhost")]
+)
+def test_addresses_can_be_dialled(tmp_path: Path, host: str, address: str) -> None:
+    from pollard.services.up.plan import ServicePlan
+
+    assert ServicePlan("models", host, 5, ()).address == f"{address}:5"
+
+
+def test_data_lies_in_the_users_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/somewhere")
+    assert default_data_dir() == Path("/somewhere/pollard")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert default_data_dir() == Path("/home/me/.local/state/pollard")
