@@ -110,7 +110,7 @@ async def test_an_image_whose_worker_is_killed_is_tried_again_and_served(start_p
     # Stopped, it takes the image and cannot answer before it is killed.
     os.kill(victim, signal.SIGSTOP)
     request = asyncio.create_task(pool.transform(STEPS, make_picture()))
-    await asyncio.sleep(0.05)
+    await until(lambda: pool.in_work)
     os.kill(victim, signal.SIGKILL)
     result = await request
     expected = Pipeline([decode(), resize(16, 12)]).apply(make_picture())
@@ -122,9 +122,9 @@ async def test_an_image_that_ends_two_workers_is_refused(start_pool, slow_pictur
     pool = await start_pool()
     (first,) = pool.pids
     request = asyncio.create_task(pool.transform(STEPS, slow_picture))
-    await asyncio.sleep(0.05)
+    await until(lambda: pool.in_work)
     os.kill(first, signal.SIGKILL)
-    await until(lambda: pool.pids and pool.pids != [first])
+    await until(lambda: pool.in_work and pool.pids and pool.pids != [first])
     (second,) = pool.pids
     os.kill(second, signal.SIGKILL)
     with pytest.raises(DecoderCrashed):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 
 import grpc
 import numpy as np
@@ -224,9 +225,15 @@ async def test_a_worker_killed_in_the_middle_costs_no_request(suite, make_pictur
     (pid,) = suite.server.pool.pids
     os.kill(pid, signal.SIGSTOP)
     request = asyncio.create_task(_predict(suite, make_picture(5)))
-    await asyncio.sleep(0.1)
+    await _in_work(suite)
     os.kill(pid, signal.SIGKILL)
     assert labels(await request)[0][0] == offline(suite.bundle, make_picture(5))[0].class_index
+
+
+async def _in_work(suite) -> None:
+    async with asyncio.timeout(20):
+        while not suite.server.pool.in_work:
+            await asyncio.sleep(0.01)
 
 
 async def _predict(suite, content):
@@ -290,9 +297,7 @@ async def test_a_port_in_use_is_a_clear_error(start_preprocess):
         await start_preprocess("preprocess-2", port=port)
 
 
-async def test_images_are_neither_logged_nor_written(
-    suite, make_picture, tmp_path, capfd, slow_picture
-):
+async def test_images_are_neither_logged_nor_written(suite, make_picture, tmp_path, capfd):
     marker = b"a marked picture that nobody may keep"
     picture = make_picture(3) + marker
     await suite.vision.Predict(question(picture))
@@ -300,7 +305,7 @@ async def test_images_are_neither_logged_nor_written(
     (pid,) = suite.server.pool.pids
     os.kill(pid, signal.SIGSTOP)
     request = asyncio.create_task(_predict(suite, picture))
-    await asyncio.sleep(0.1)
+    await _in_work(suite)
     os.kill(pid, signal.SIGKILL)
     await request
     out, err = capfd.readouterr()
@@ -321,8 +326,6 @@ async def test_the_service_and_its_workers_are_small(manager, make_bundle, tmp_p
         f"    cache_dir={str(tmp_path / 'own')!r}, server_id='own', decode_workers=2))\n"
         "raise SystemExit(run(settings))\n"
     )
-    import sys
-
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
     try:
         await manager.acknowledged(version, "own")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 
 import grpc
 import pytest
@@ -52,6 +55,12 @@ class Fleet:
             {"production": {production: 1}},
             endpoints=(self.inference.address,),
         )
+
+    async def freed(self, number: int) -> None:
+        """Wait until the inference server has let a revision go."""
+        async with asyncio.timeout(20):
+            while number in {status.revision for status in self.inference.member.statuses()}:
+                await asyncio.sleep(0.01)
 
     async def swap(self, old: int, new: int, drain: float) -> None:
         """Make before break."""
@@ -129,35 +138,47 @@ async def test_every_answer_during_swaps_is_right_for_the_revision_that_it_names
     assert min(answered.values()) >= 10
 
 
+@contextlib.asynccontextmanager
+async def slow_decoding(replica, content: bytes):
+    """A question whose image is being decoded for as long as the block lasts."""
+    (worker,) = replica.server.pool.pids
+    os.kill(worker, signal.SIGSTOP)
+    request = asyncio.create_task(predict(replica, content))
+    async with asyncio.timeout(20):
+        while not replica.server.pool.in_work:
+            await asyncio.sleep(0.01)
+    yield request
+    assert not request.done()
+    os.kill(worker, signal.SIGCONT)
+    await request
+
+
 async def test_a_request_that_a_swap_overtakes_is_answered_by_the_revision_that_it_chose(
-    fleet, slow_picture, offline
+    fleet, make_picture, offline
 ):
     await fleet.load(1, 2, production=1)
     await fleet.route(1, 2, production=1)
-    request = asyncio.create_task(predict(fleet.replicas[0], slow_picture))
-    await asyncio.sleep(0.1)
-    await fleet.route(2, production=2)
-    assert not request.done()
-    response = await request
+    async with slow_decoding(fleet.replicas[0], make_picture()) as request:
+        await fleet.route(2, production=2)
+    response = request.result()
     assert response.revision == 1
-    best = offline(fleet.bundles[1], slow_picture)
+    best = offline(fleet.bundles[1], make_picture())
     assert answer(response)[0] == (best[0].class_index, pytest.approx(best[0].score, abs=1e-5))
 
 
 async def test_a_revision_that_is_gone_when_the_tensor_arrives_is_chosen_and_transformed_again(
-    fleet, slow_picture, offline
+    fleet, make_picture, offline
 ):
     await fleet.load(1, 2, production=1)
     await fleet.route(1, 2, production=1)
-    request = asyncio.create_task(predict(fleet.replicas[0], slow_picture))
-    await asyncio.sleep(0.1)
-    # Not make before break: the old revision is freed while the image is being decoded.
-    await fleet.route(1, 2, production=2)
-    await fleet.load(2, production=2)
-    assert not request.done()
-    response = await request
+    async with slow_decoding(fleet.replicas[0], make_picture()) as request:
+        # Not make before break: the old revision is freed while the image is being decoded.
+        await fleet.route(1, 2, production=2)
+        await fleet.load(2, production=2)
+        await fleet.freed(1)
+    response = request.result()
     assert response.revision == 2
-    best = offline(fleet.bundles[2], slow_picture)
+    best = offline(fleet.bundles[2], make_picture())
     assert answer(response)[0] == (best[0].class_index, pytest.approx(best[0].score, abs=1e-5))
 
 

@@ -72,6 +72,7 @@ class DecodePool:
         self.limits = limits or WorkerLimits()
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
+        self._in_work = 0
         self._starting: set[_Worker] = set()
         self._alive: set[_Worker] = set()
         # Last in, first out: with little to do, few workers stay warm in the caches.
@@ -83,6 +84,11 @@ class DecodePool:
     def pids(self) -> list[int]:
         """Process ids of the workers that are alive."""
         return [worker.process.pid for worker in self._alive]
+
+    @property
+    def in_work(self) -> int:
+        """Number of images that workers have in hand."""
+        return self._in_work
 
     async def start(self) -> None:
         """Start every worker and wait until they are ready.
@@ -163,6 +169,7 @@ class DecodePool:
 
     async def _work(self, worker: _Worker, steps: bytes, content: bytes) -> Transformed | Exception:
         # Errors are returned: nobody may be there any more to take a raised one.
+        self._in_work += 1
         try:
             head, tensor = await worker.call(steps, content, self.limits.timeout_seconds)
         except TimeoutError:
@@ -174,6 +181,8 @@ class DecodePool:
             )
         except WorkerLost as lost:
             return lost
+        finally:
+            self._in_work -= 1
         if worker in self._alive:
             self._idle.put_nowait(worker)
         try:
