@@ -1,6 +1,7 @@
 """Images over gRPC: right answers, and words for everything that is wrong."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -255,6 +256,61 @@ async def test_a_model_that_takes_no_images(suite, manager, make_bundle, make_pi
     )
     assert info.reason == "MODEL_TAKES_NO_IMAGES"
     await suite.vision.Predict(question(make_picture()))
+
+
+async def serve(suite, manager, bundle, model: str) -> None:
+    """Serve one more model on both servers of the suite."""
+    version = manager.set(1, {1: bundle}, {"production": {1: 1}}, model=model)
+    await manager.acknowledged(version, "inference-1")
+    version = manager.set(2, {1: bundle}, {"production": {1: 1}}, model=model)
+    await manager.acknowledged(version, "preprocess-1")
+
+
+async def test_an_embedding_comes_along_when_asked_for(suite, manager, make_bundle, make_picture):
+    def embed(manifest: bundle_pb2.Manifest) -> None:
+        manifest.postprocess.classification.embedding_output = "scores"
+
+    await serve(suite, manager, make_bundle(channels=3, edit=embed), "embedding")
+    request = question(make_picture(), selector("embedding"), embedding=True, top_k=1)
+    answer = (await suite.vision.Predict(request)).classification
+    best = max(answer.embedding.values)
+    assert len(answer.embedding.values) == 3
+    assert list(answer.embedding.values).index(best) == answer.labels[0].index
+    request.options.embedding = False
+    answer = (await suite.vision.Predict(request)).classification
+    assert not answer.HasField("embedding")
+
+
+async def test_a_task_that_is_not_offered_yet(suite, manager, make_bundle, make_picture):
+    def detect(manifest: bundle_pb2.Manifest) -> None:
+        manifest.task = bundle_pb2.TASK_DETECTION
+        manifest.postprocess.detection.scores_output = "scores"
+
+    await serve(suite, manager, make_bundle(channels=3, edit=detect), "detector")
+    info = await refused(
+        suite.vision.Predict(question(make_picture(), selector("detector"))),
+        grpc.StatusCode.UNIMPLEMENTED,
+    )
+    assert "is for detection" in info.metadata["message"]
+
+
+async def test_a_caller_that_hangs_up_leaves_nothing_behind(suite, make_picture):
+    (pid,) = suite.server.pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    call = suite.vision.Predict(question(make_picture()))
+    request = asyncio.create_task(_settled(call))
+    await _in_work(suite)
+    call.cancel()
+    await request
+    os.kill(pid, signal.SIGCONT)
+    await suite.vision.Predict(question(make_picture()))
+    assert suite.server.pool.pids == [pid]
+    assert suite.server.pool.in_work == 0
+
+
+async def _settled(call) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        await call
 
 
 async def test_no_inference_server_is_unavailable(
