@@ -9,6 +9,7 @@
     Unavailable
     ├── ModelNotReady      known, but not loaded yet, or refused
     ├── QueueFull          more requests wait than may wait
+    ├── QueueTimeout       it waited longer than it may
     └── ServerStopping     the server, or the revision, takes no new requests
     DeadlineExceeded
     └── RequestExpired     its deadline passed before it was run
@@ -56,6 +57,13 @@ class QueueFull(errors.Unavailable):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="QUEUE_FULL", **metadata)
+
+
+class QueueTimeout(errors.Unavailable):
+    """The request waited longer than it, or the queue's policy, allows."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="QUEUE_TIMEOUT", **metadata)
 
 
 class ServerStopping(errors.Unavailable):

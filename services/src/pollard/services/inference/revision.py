@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
-from pollard.services.inference.errors import RequestExpired
+from pollard.services.inference.errors import QueueTimeout, RequestExpired
+from pollard.services.inference.scheduling import Scheduling
+from pollard.services.inference.statistics import RevisionStatistics, Timing
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.workers import Outputs, Work, Workers
 
@@ -52,6 +54,7 @@ class LoadedRevision:
         joined_batch: int,
         max_queue: int,
         inline_rows: int = 0,
+        scheduling: Scheduling | None = None,
     ) -> None:
         """Start the workers; the session must be checked and warm.
 
@@ -63,9 +66,13 @@ class LoadedRevision:
             max_queue: Most requests that wait.
             inline_rows: Requests of up to so many rows are run where they are: handing them to
                 a worker and back would take longer than they do.
+            scheduling: Priorities, queue limits and how long a batch may form; without it there
+                are no priorities and the only limit is `max_queue`.
         """
         self.info = info
         self.counters = RequestCounters()
+        self.statistics = RevisionStatistics()
+        self._scheduling = scheduling or Scheduling()
         self.in_flight = 0
         self._inline_rows = inline_rows
         self._loop = asyncio.get_running_loop()
@@ -81,10 +88,17 @@ class LoadedRevision:
             max_queue=max_queue,
             name=f"{info.model}-{info.revision}",
             on_closed=self._on_workers_closed,
+            scheduling=self._scheduling,
         )
 
     async def infer(
-        self, feeds: dict[str, Array], outputs: Sequence[TensorInfo], deadline: float
+        self,
+        feeds: dict[str, Array],
+        outputs: Sequence[TensorInfo],
+        deadline: float,
+        *,
+        wait_seconds: float = 0.0,
+        priority: int = 0,
     ) -> Outputs:
         """Run one request and return its outputs by name.
 
@@ -92,42 +106,65 @@ class LoadedRevision:
             feeds: Checked inputs by name.
             outputs: Outputs wanted.
             deadline: When to give up, on the clock of `time.monotonic`.
+            wait_seconds: Longest that it may wait for a worker; 0 leaves that to the policy.
+            priority: 1 is the highest; 0 leaves it to the model.
 
         Raises:
             QueueFull: too many requests wait.
+            QueueTimeout: it waited longer than it may.
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
         """
         batch = next(iter(feeds.values())).shape[0] if self.info.batches else 1
         names = tuple(output.name for output in outputs)
-        started = time.perf_counter()
+        arrived = time.perf_counter_ns()
         self._enter()
         try:
             if batch <= self._inline_rows:
                 result = self._workers.run_now(feeds, names)
+                ended = time.perf_counter_ns()
+                timing: Timing | None = Timing(batch, arrived, arrived, ended, ended)
             else:
-                result = await self._submit(feeds, names, batch, deadline)
-        except (RequestExpired, asyncio.CancelledError):
+                work = self._submit(feeds, names, batch, deadline, wait_seconds, priority)
+                result = await work.done
+                timing = work.timing
+        except asyncio.CancelledError:
             self.counters.reject()
+            raise
+        except (RequestExpired, QueueTimeout):
+            self.counters.reject()
+            self.statistics.fail(arrived)
             raise
         except Exception:
             self.counters.fail()
+            self.statistics.fail(arrived)
             raise
         else:
-            self.counters.succeed(time.perf_counter() - started)
+            self.counters.succeed((time.perf_counter_ns() - arrived) * 1e-9)
+            if timing is not None:
+                self.statistics.succeed(batch, arrived, timing)
             return result
         finally:
             self._leave()
 
     def _submit(
-        self, feeds: dict[str, Array], names: tuple[str, ...], batch: int, deadline: float
-    ) -> asyncio.Future[Outputs]:
+        self,
+        feeds: dict[str, Array],
+        names: tuple[str, ...],
+        batch: int,
+        deadline: float,
+        wait_seconds: float,
+        priority: int,
+    ) -> Work:
         joins_with: object = None
         if self._workers.joins:
             joins_with = (names, *(feeds[info.name].shape[1:] for info in self.info.inputs))
         work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
+        work.level = self._scheduling.level(priority)
+        wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
+        work.queue_until = work.queued_at + wait
         self._workers.submit(work)
-        return work.done
+        return work
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.

@@ -8,6 +8,7 @@ requests at a time; it never waits for more to come.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -19,10 +20,12 @@ import numpy as np
 from pollard.runtime.sessions import Array, Session
 from pollard.services.inference.errors import (
     ExecutionFailed,
-    QueueFull,
+    QueueTimeout,
     RequestExpired,
     ServerStopping,
 )
+from pollard.services.inference.scheduling import PriorityQueue, Scheduling, queue_full
+from pollard.services.inference.statistics import Timing
 
 Outputs = dict[str, Array]
 
@@ -40,10 +43,19 @@ class Work:
     done: asyncio.Future[Outputs]
     joins_with: object = None
     """Requests with equal values may run as one batch; None runs alone."""
+    level: int = 1
+    """Its priority; 1 is the highest."""
+    queue_until: float = math.inf
+    """When it has waited too long, on the clock of `time.monotonic`."""
     loop: asyncio.AbstractEventLoop = field(init=False)
+    queued_at: float = field(init=False)
+    """On the clock of `time.monotonic`."""
+    timing: Timing | None = field(init=False, default=None)
+    """Of the run that it was part of; set before `done`."""
 
     def __post_init__(self) -> None:
         self.loop = self.done.get_loop()
+        self.queued_at = time.monotonic()
 
 
 class Workers:
@@ -58,6 +70,7 @@ class Workers:
         max_queue: int,
         name: str,
         on_closed: Callable[[], None] | None = None,
+        scheduling: Scheduling | None = None,
     ) -> None:
         """Start the threads.
 
@@ -68,12 +81,19 @@ class Workers:
             max_queue: Most requests that wait.
             name: For the threads' names.
             on_closed: Called by the last thread, after the session has been let go.
+            scheduling: Priorities, and how long a batch may form; its queue limits go before
+                `max_queue` where it has priorities.
         """
         self._session: Session | None = session
         self._count = count
         self._joined_batch = joined_batch
         self._max_queue = max_queue
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        scheduling = scheduling or Scheduling()
+        self._delay = scheduling.delay_seconds
+        self._queue: queue.SimpleQueue[Work | None] | PriorityQueue = queue.SimpleQueue()
+        if not scheduling.plain:
+            self._queue = PriorityQueue(scheduling)
+            self._max_queue = 0  # The queue has limits of its own.
         self._closed = False
         self._alive = count
         self._lock = threading.Lock()
@@ -96,11 +116,8 @@ class Workers:
         """
         if self._closed:
             raise ServerStopping("the revision is being unloaded; send the request again")
-        if self._queue.qsize() >= self._max_queue:
-            raise QueueFull(
-                f"Exceeds maximum queue size: {self._max_queue} requests wait already",
-                max_queue=self._max_queue,
-            )
+        if self._max_queue and self._queue.qsize() >= self._max_queue:
+            raise queue_full(self._max_queue)
         self._queue.put(work)
 
     def run_now(self, feeds: dict[str, Array], outputs: tuple[str, ...]) -> Outputs:
@@ -152,10 +169,20 @@ class Workers:
         """
         batch, size = [first], first.batch
         share = -(-self._queue.qsize() // self._count)
-        for _ in range(share):
+        until = first.queued_at + self._delay
+        while size < self._joined_batch:
             try:
-                work = self._queue.get_nowait()
+                if share > 0:
+                    share -= 1
+                    work = self._queue.get_nowait()
+                elif self._delay:
+                    work = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+                else:
+                    break
             except queue.Empty:
+                if share > 0:
+                    share = 0
+                    continue
                 break
             if work is None:
                 return batch, None, True
@@ -172,13 +199,16 @@ class Workers:
         if len(batch) == 1:
             self._execute_one(batch[0])
             return
+        total = sum(work.batch for work in batch)
+        timing = Timing(total, time.perf_counter_ns())
         try:
             feeds = {
                 name: np.concatenate([work.feeds[name] for work in batch])
                 for name in batch[0].feeds
             }
+            timing.ready = time.perf_counter_ns()
             outputs = self._session.run(feeds, batch[0].outputs)
-            total = sum(work.batch for work in batch)
+            timing.run = time.perf_counter_ns()
             if any(array.shape[:1] != (total,) for array in outputs.values()):
                 raise ValueError("an output does not follow the batch")
         except Exception:
@@ -186,18 +216,27 @@ class Workers:
             for work in batch:
                 self._execute_one(work)
             return
-        start = 0
+        parts, start = [], 0
         for work in batch:
             end = start + work.batch
-            _resolve(work, {name: array[start:end] for name, array in outputs.items()})
+            parts.append({name: array[start:end] for name, array in outputs.items()})
             start = end
+        timing.split = time.perf_counter_ns()
+        for work, part in zip(batch, parts, strict=True):
+            work.timing = timing
+            _resolve(work, part)
 
     def _execute_one(self, work: Work) -> None:
         assert self._session is not None  # noqa: S101 - let go only after the last run
+        started = time.perf_counter_ns()
         try:
-            _resolve(work, self._session.run(work.feeds, work.outputs))
+            outputs = self._session.run(work.feeds, work.outputs)
         except Exception as error:
             _fail(work, _execution_failed(error))
+            return
+        ended = time.perf_counter_ns()
+        work.timing = Timing(work.batch, started, started, ended, ended)
+        _resolve(work, outputs)
 
     def _end(self) -> None:
         with self._lock:
@@ -213,8 +252,12 @@ def _still_wanted(work: Work) -> bool:
     """Drop work whose caller has gone or whose deadline has passed, before it costs any time."""
     if work.done.cancelled():
         return False
-    if time.monotonic() >= work.deadline:
+    now = time.monotonic()
+    if now >= work.deadline:
         _fail(work, RequestExpired("Request timeout expired: its deadline passed in the queue"))
+        return False
+    if now >= work.queue_until:
+        _fail(work, QueueTimeout("Request timeout expired: it waited longer than it may"))
         return False
     return True
 

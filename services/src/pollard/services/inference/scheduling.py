@@ -1,0 +1,157 @@
+"""How requests wait: priorities, limits and timeouts, and how long a batch may form."""
+
+from __future__ import annotations
+
+import collections
+import math
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pollard.services.inference.errors import QueueFull
+
+if TYPE_CHECKING:
+    from pollard.services.inference.workers import Work
+
+
+@dataclass(frozen=True)
+class QueuePolicy:
+    """What happens to the requests of one priority that wait."""
+
+    max_size: int = 1024
+    """Most requests that wait; 0 means no limit."""
+    timeout_seconds: float = 0.0
+    """Longest wait; 0 means no limit."""
+    allow_override: bool = True
+    """Whether a request may ask for a shorter wait."""
+    delay: bool = False
+    """Whether a request that has waited too long waits on behind all others, and does not fail."""
+
+    def wait_seconds(self, asked: float) -> float:
+        """Return the longest wait of a request that asks for `asked`; 0 asks for none."""
+        limit = self.timeout_seconds or math.inf
+        return min(limit, asked) if asked > 0 and self.allow_override else limit
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How the requests of one model are put in order and joined."""
+
+    policy: QueuePolicy = QueuePolicy()
+    """Of every priority that has none of its own."""
+    levels: int = 0
+    """Number of priorities, 1 being the highest; 0 means that there are none."""
+    default_level: int = 0
+    """Priority of requests that name none, or one that there is not; 0 means the middle one."""
+    level_policies: tuple[tuple[int, QueuePolicy], ...] = ()
+    """Pairs of priority and policy."""
+    delay_seconds: float = 0.0
+    """How long a request may be held back so that a batch fills."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether requests leave the queue as they came."""
+        return self.levels <= 1 and not self.policy.delay and not self.level_policies
+
+    def level(self, asked: int) -> int:
+        """Return the priority of a request that asks for `asked`; 0 asks for none."""
+        if self.levels <= 0:
+            return 1
+        if 1 <= asked <= self.levels:
+            return asked
+        return self.default_level or (self.levels + 1) // 2
+
+    def policy_of(self, level: int) -> QueuePolicy:
+        """Return the policy of one priority."""
+        if not self.level_policies:
+            return self.policy
+        return dict(self.level_policies).get(level, self.policy)
+
+
+class PriorityQueue:
+    """As `queue.SimpleQueue`, but the highest priority leaves first and those too late last.
+
+    None, the sign to end, leaves after everything else.
+    """
+
+    def __init__(self, scheduling: Scheduling) -> None:
+        """Make an empty queue."""
+        self._scheduling = scheduling
+        self._waiting: list[collections.deque[Work]] = [
+            collections.deque() for _ in range(max(1, scheduling.levels))
+        ]
+        self._late: collections.deque[Work] = collections.deque()
+        self._ends = 0
+        self._changed = threading.Condition()
+
+    def qsize(self) -> int:
+        """Return how many requests wait."""
+        return sum(map(len, self._waiting)) + len(self._late)
+
+    def put(self, work: Work | None) -> None:
+        """Add a request, or a sign to end.
+
+        Raises:
+            QueueFull: too many of its priority wait.
+        """
+        with self._changed:
+            if work is None:
+                self._ends += 1
+            else:
+                level = self._waiting[work.level - 1]
+                limit = self._scheduling.policy_of(work.level).max_size
+                if limit and len(level) >= limit:
+                    raise queue_full(limit)
+                level.append(work)
+            self._changed.notify()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Work | None:
+        """Take what comes next.
+
+        Raises:
+            queue.Empty: nothing came in time.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while True:
+                found, work = self._next()
+                if found:
+                    return work
+                left = None if until is None else until - time.monotonic()
+                if not block or (left is not None and left <= 0):
+                    raise queue.Empty
+                self._changed.wait(left)
+
+    def get_nowait(self) -> Work | None:
+        """Take what comes next.
+
+        Raises:
+            queue.Empty: nothing waits.
+        """
+        return self.get(block=False)
+
+    def _next(self) -> tuple[bool, Work | None]:
+        now = time.monotonic()
+        for level, waiting in enumerate(self._waiting, start=1):
+            delay = self._scheduling.policy_of(level).delay
+            while waiting:
+                work = waiting.popleft()
+                if delay and now >= work.queue_until:
+                    # From now on only its own deadline ends it.
+                    work.queue_until = math.inf
+                    self._late.append(work)
+                    continue
+                return True, work
+        if self._late:
+            return True, self._late.popleft()
+        if self._ends:
+            self._ends -= 1
+            return True, None
+        return False, None
+
+
+def queue_full(limit: int) -> QueueFull:
+    """Return the error of a request for which the queue has no place."""
+    return QueueFull(f"Exceeds maximum queue size: {limit} requests wait already", max_queue=limit)

@@ -1,0 +1,119 @@
+"""What the requests of one loaded revision cost, in the form in which the protocol reports it.
+
+Workers note on each request when its run began and ended; the event loop's thread adds the notes
+up, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from pollard.inference import grpc_service_pb2 as pb
+
+
+@dataclass(slots=True)
+class Timing:
+    """One run of the model, on the clock of `time.perf_counter_ns`; shared by its requests."""
+
+    batch: int
+    """Size of the batch that was run; 1 if the model does not batch."""
+    started: int
+    """When a worker took it up."""
+    ready: int = 0
+    """When its inputs were joined."""
+    run: int = 0
+    """When the model had run."""
+    split: int = 0
+    """When its outputs were split."""
+    counted: bool = False
+
+
+@dataclass(slots=True)
+class _Duration:
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int, count: int = 1) -> None:
+        self.count += count
+        self.ns += ns
+
+    def to_proto(self) -> pb.StatisticDuration:
+        return pb.StatisticDuration(count=self.count, ns=self.ns)
+
+
+@dataclass(slots=True)
+class _Compute:
+    input: _Duration = field(default_factory=_Duration)
+    infer: _Duration = field(default_factory=_Duration)
+    output: _Duration = field(default_factory=_Duration)
+
+    def add(self, timing: Timing) -> None:
+        self.input.add(timing.ready - timing.started)
+        self.infer.add(timing.run - timing.ready)
+        self.output.add(timing.split - timing.run)
+
+
+class RevisionStatistics:
+    """Counts and durations since the revision was loaded. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.inferences = 0
+        self.executions = 0
+        self.last_inference_ms = 0
+        self._success = _Duration()
+        self._fail = _Duration()
+        self._queue = _Duration()
+        self._compute = _Compute()
+        self._batches: dict[int, _Compute] = {}
+
+    def succeed(self, rows: int, arrived: int, timing: Timing) -> None:
+        """Count a request that was answered.
+
+        Args:
+            rows: Its batch size; 1 if the model does not batch.
+            arrived: When it reached the engine, on the clock of `time.perf_counter_ns`.
+            timing: Of the run that it was part of.
+        """
+        self.inferences += rows
+        self._success.add(time.perf_counter_ns() - arrived)
+        self._queue.add(max(0, timing.started - arrived))
+        self._compute.add(timing)
+        if not timing.counted:
+            timing.counted = True
+            self.executions += 1
+            self.last_inference_ms = time.time_ns() // 1_000_000
+            self._batches.setdefault(timing.batch, _Compute()).add(timing)
+
+    def fail(self, arrived: int) -> None:
+        """Count a request that fitted the model and failed all the same."""
+        self._fail.add(time.perf_counter_ns() - arrived)
+
+    def to_proto(self, model: str, version: str) -> pb.ModelStatistics:
+        """Return the statistics as they stand."""
+        return pb.ModelStatistics(
+            name=model,
+            version=version,
+            last_inference=self.last_inference_ms,
+            inference_count=self.inferences,
+            execution_count=self.executions,
+            inference_stats=pb.InferStatistics(
+                success=self._success.to_proto(),
+                fail=self._fail.to_proto(),
+                queue=self._queue.to_proto(),
+                compute_input=self._compute.input.to_proto(),
+                compute_infer=self._compute.infer.to_proto(),
+                compute_output=self._compute.output.to_proto(),
+                cache_hit=pb.StatisticDuration(),
+                cache_miss=pb.StatisticDuration(),
+            ),
+            batch_stats=[
+                pb.InferBatchStatistics(
+                    batch_size=size,
+                    compute_input=compute.input.to_proto(),
+                    compute_infer=compute.infer.to_proto(),
+                    compute_output=compute.output.to_proto(),
+                )
+                for size, compute in sorted(self._batches.items())
+            ],
+        )
