@@ -1,0 +1,1 @@
+"""Other servers, and the load generator that both sides are measured with."""

@@ -1,0 +1,101 @@
+"""Pollard's inference server on bundles laid into its cache, as after a restart without manager."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from bench.models import BuiltModel
+from bench.peers.fetch import BUILD
+from bench.process import ServerProcess, free_port
+from pollard.bundle.v1 import bundle_pb2
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.runtime.bundle import Bundle, write_bundle
+
+
+def make_bundle(model: BuiltModel) -> Bundle:
+    """Return the model as a bundle, without figures: the server measures for itself."""
+    folder = BUILD / "bundles" / model.name
+    shutil.rmtree(folder, ignore_errors=True)
+    file = f"{model.target}/model.onnx"
+    manifest = bundle_pb2.Manifest(
+        schema_version=1,
+        name=model.name,
+        task=bundle_pb2.TASK_RAW,
+        variants=[
+            bundle_pb2.Variant(
+                name=model.target,
+                target=model.target,
+                model_file=file,
+                max_batch_size=model.max_batch,
+            )
+        ],
+        inputs=[tensor(model.input, model.input_shape)],
+        outputs=[tensor(model.output, model.output_shape)],
+    )
+    return write_bundle(folder, manifest, {file: model.onnx})
+
+
+def tensor(name: str, shape: Sequence[int]) -> bundle_pb2.TensorSpec:
+    """Return the declaration of a float32 tensor with a batch before `shape`."""
+    return bundle_pb2.TensorSpec(name=name, data_type=bundle_pb2.DATA_TYPE_FP32, shape=[-1, *shape])
+
+
+def desired_state(bundles: Mapping[str, Bundle]) -> fleet_pb.DesiredState:
+    """Return the state in which each bundle is revision 1 and production of its model."""
+    return fleet_pb.DesiredState(
+        version=1,
+        models=[
+            fleet_pb.DesiredModel(
+                model=name,
+                revisions=[
+                    fleet_pb.DesiredRevision(
+                        revision=1, bundle_sha256=bundle.digest, size_bytes=bundle.size_bytes
+                    )
+                ],
+                routes=[
+                    fleet_pb.Route(
+                        alias="production",
+                        targets=[fleet_pb.WeightedRevision(revision=1, weight=1)],
+                    )
+                ],
+            )
+            for name, bundle in bundles.items()
+        ],
+    )
+
+
+def start_pollard(
+    models: Sequence[BuiltModel], *flags: str, name: str = "Pollard", command: str = "pollard"
+) -> ServerProcess:
+    """Start the inference server with `models` and wait until it is ready.
+
+    Args:
+        models: What it serves.
+        flags: Further options of `pollard serve inference`.
+        name: For tables and for the names of its folders.
+        command: The program, beside this interpreter.
+
+    Raises:
+        RuntimeError: it ended or did not become ready; the message has the end of its log.
+    """
+    label = "".join(character if character.isalnum() else "-" for character in name.lower())
+    cache = BUILD / f"cache-{label}"
+    bundles = {model.name: make_bundle(model) for model in models}
+    for bundle in bundles.values():
+        place = cache / "bundles" / bundle.digest
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(bundle.path, place)
+    state = json_format.MessageToJson(desired_state(bundles), preserving_proto_field_name=True)
+    (cache / "state.json").write_text(state)
+    port = free_port()
+    line = [
+        *(str(Path(sys.executable).with_name(command)), "serve", "inference"),
+        *("--port", str(port), "--manager", "", "--cache-dir", str(cache)),
+        *flags,
+    ]
+    return ServerProcess.start(name, line, port, BUILD / f"{label}.log")
