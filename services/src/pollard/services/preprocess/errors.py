@@ -124,7 +124,7 @@ class NotOffered(errors.Unimplemented):
         super().__init__(message, reason="NOT_OFFERED", **metadata)
 
 
-class InferenceFailed(errors.ServiceError):
+class InferenceFailed(errors.Internal):
     """An inference server failed, or its answer makes no sense."""
 
     def __init__(self, message: str, **metadata: object) -> None:

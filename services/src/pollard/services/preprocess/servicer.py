@@ -185,12 +185,15 @@ def _content(image: preprocess_pb.Image, index: int) -> bytes:
 
 
 def _geometry(geometry: Geometry) -> preprocess_pb.Geometry:
-    message = preprocess_pb.Geometry(width=geometry.width, height=geometry.height)
-    if not geometry.transposed:
-        # After a quarter turn the message's formula cannot hold: better none than a wrong one.
-        message.scale_x, message.scale_y = geometry.scale_x, geometry.scale_y
-        message.offset_x, message.offset_y = geometry.offset_x, geometry.offset_y
-    return message
+    return preprocess_pb.Geometry(
+        width=geometry.width,
+        height=geometry.height,
+        scale_x=geometry.scale_x,
+        scale_y=geometry.scale_y,
+        offset_x=geometry.offset_x,
+        offset_y=geometry.offset_y,
+        transposed=geometry.transposed,
+    )
 
 
 def _response(prediction: Prediction) -> vision_pb.PredictResponse:

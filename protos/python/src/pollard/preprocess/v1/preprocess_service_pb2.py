@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.pollard/preprocess/v1/preprocess_service.proto\x12\x15pollard.preprocess.v1\x1a\x1fgoogle/api/field_behavior.proto\"g\n\rModelSelector\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x12\n\x08revision\x18\x02 \x01(\x03H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x12\n\nsticky_key\x18\x04 \x01(\tB\x08\n\x06\x63hoice\"3\n\x05Image\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\x81\x01\n\x10TransformRequest\x12\x39\n\x05model\x18\x01 \x01(\x0b\x32$.pollard.preprocess.v1.ModelSelectorB\x04\xe2\x41\x01\x02\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\x1c.pollard.preprocess.v1.ImageB\x04\xe2\x41\x01\x02\"\x98\x01\n\x11TransformResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12-\n\x06tensor\x18\x03 \x01(\x0b\x32\x1d.pollard.preprocess.v1.Tensor\x12\x33\n\ngeometries\x18\x04 \x03(\x0b\x32\x1f.pollard.preprocess.v1.Geometry\"H\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\"o\n\x08Geometry\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07scale_x\x18\x03 \x01(\x01\x12\x0f\n\x07scale_y\x18\x04 \x01(\x01\x12\x10\n\x08offset_x\x18\x05 \x01(\x01\x12\x10\n\x08offset_y\x18\x06 \x01(\x01\"\x8c\x01\n\x16TransformStreamRequest\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32$.pollard.preprocess.v1.ModelSelector\x12\x31\n\x05image\x18\x02 \x01(\x0b\x32\x1c.pollard.preprocess.v1.ImageB\x04\xe2\x41\x01\x02\x12\n\n\x02id\x18\x03 \x01(\t\"\xa2\x01\n\x17TransformStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12<\n\x08response\x18\x02 \x01(\x0b\x32(.pollard.preprocess.v1.TransformResponseH\x00\x12\x33\n\x05\x65rror\x18\x03 \x01(\x0b\x32\".pollard.preprocess.v1.StreamErrorH\x00\x42\x08\n\x06result\"<\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2\xe9\x01\n\x11PreprocessService\x12^\n\tTransform\x12\'.pollard.preprocess.v1.TransformRequest\x1a(.pollard.preprocess.v1.TransformResponse\x12t\n\x0fTransformStream\x12-.pollard.preprocess.v1.TransformStreamRequest\x1a..pollard.preprocess.v1.TransformStreamResponse(\x01\x30\x01\x42m\n\x18\x61i.pollard.preprocess.v1P\x01ZOgithub.com/pollard-ai/pollard/clients/go/gen/pollard/preprocess/v1;preprocessv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.pollard/preprocess/v1/preprocess_service.proto\x12\x15pollard.preprocess.v1\x1a\x1fgoogle/api/field_behavior.proto\"g\n\rModelSelector\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x12\n\x08revision\x18\x02 \x01(\x03H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x12\n\nsticky_key\x18\x04 \x01(\tB\x08\n\x06\x63hoice\"3\n\x05Image\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\x81\x01\n\x10TransformRequest\x12\x39\n\x05model\x18\x01 \x01(\x0b\x32$.pollard.preprocess.v1.ModelSelectorB\x04\xe2\x41\x01\x02\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\x1c.pollard.preprocess.v1.ImageB\x04\xe2\x41\x01\x02\"\x98\x01\n\x11TransformResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12-\n\x06tensor\x18\x03 \x01(\x0b\x32\x1d.pollard.preprocess.v1.Tensor\x12\x33\n\ngeometries\x18\x04 \x03(\x0b\x32\x1f.pollard.preprocess.v1.Geometry\"H\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\"\x83\x01\n\x08Geometry\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07scale_x\x18\x03 \x01(\x01\x12\x0f\n\x07scale_y\x18\x04 \x01(\x01\x12\x10\n\x08offset_x\x18\x05 \x01(\x01\x12\x10\n\x08offset_y\x18\x06 \x01(\x01\x12\x12\n\ntransposed\x18\x07 \x01(\x08\"\x8c\x01\n\x16TransformStreamRequest\x12\x33\n\x05model\x18\x01 \x01(\x0b\x32$.pollard.preprocess.v1.ModelSelector\x12\x31\n\x05image\x18\x02 \x01(\x0b\x32\x1c.pollard.preprocess.v1.ImageB\x04\xe2\x41\x01\x02\x12\n\n\x02id\x18\x03 \x01(\t\"\xa2\x01\n\x17TransformStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12<\n\x08response\x18\x02 \x01(\x0b\x32(.pollard.preprocess.v1.TransformResponseH\x00\x12\x33\n\x05\x65rror\x18\x03 \x01(\x0b\x32\".pollard.preprocess.v1.StreamErrorH\x00\x42\x08\n\x06result\"<\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t2\xe9\x01\n\x11PreprocessService\x12^\n\tTransform\x12\'.pollard.preprocess.v1.TransformRequest\x1a(.pollard.preprocess.v1.TransformResponse\x12t\n\x0fTransformStream\x12-.pollard.preprocess.v1.TransformStreamRequest\x1a..pollard.preprocess.v1.TransformStreamResponse(\x01\x30\x01\x42m\n\x18\x61i.pollard.preprocess.v1P\x01ZOgithub.com/pollard-ai/pollard/clients/go/gen/pollard/preprocess/v1;preprocessv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,14 +51,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFORMRESPONSE']._serialized_end=549
   _globals['_TENSOR']._serialized_start=551
   _globals['_TENSOR']._serialized_end=623
-  _globals['_GEOMETRY']._serialized_start=625
-  _globals['_GEOMETRY']._serialized_end=736
-  _globals['_TRANSFORMSTREAMREQUEST']._serialized_start=739
-  _globals['_TRANSFORMSTREAMREQUEST']._serialized_end=879
-  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_start=882
-  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_end=1044
-  _globals['_STREAMERROR']._serialized_start=1046
-  _globals['_STREAMERROR']._serialized_end=1106
-  _globals['_PREPROCESSSERVICE']._serialized_start=1109
-  _globals['_PREPROCESSSERVICE']._serialized_end=1342
+  _globals['_GEOMETRY']._serialized_start=626
+  _globals['_GEOMETRY']._serialized_end=757
+  _globals['_TRANSFORMSTREAMREQUEST']._serialized_start=760
+  _globals['_TRANSFORMSTREAMREQUEST']._serialized_end=900
+  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_start=903
+  _globals['_TRANSFORMSTREAMRESPONSE']._serialized_end=1065
+  _globals['_STREAMERROR']._serialized_start=1067
+  _globals['_STREAMERROR']._serialized_end=1127
+  _globals['_PREPROCESSSERVICE']._serialized_start=1130
+  _globals['_PREPROCESSSERVICE']._serialized_end=1363
 # @@protoc_insertion_point(module_scope)

@@ -194,7 +194,9 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 class Geometry(_message.Message):
     """Geometry maps points of the tensor back to the image: a point (x, y) of the
     tensor, in pixels, lies at ((x - offset_x) / scale_x, (y - offset_y) / scale_y)
-    of the upright image.
+    of the upright image. A mirrored axis has a negative scale. When `transposed`
+    is set, a quarter turn has exchanged the axes: the point lies at
+    ((y - offset_y) / scale_y, (x - offset_x) / scale_x).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -205,6 +207,7 @@ class Geometry(_message.Message):
     SCALE_Y_FIELD_NUMBER: _builtins.int
     OFFSET_X_FIELD_NUMBER: _builtins.int
     OFFSET_Y_FIELD_NUMBER: _builtins.int
+    TRANSPOSED_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """Width of the upright image in pixels."""
     height: _builtins.int
@@ -217,6 +220,8 @@ class Geometry(_message.Message):
     """Horizontal offset in pixels of the tensor."""
     offset_y: _builtins.float
     """Vertical offset in pixels of the tensor."""
+    transposed: _builtins.bool
+    """Whether a quarter turn has exchanged the axes."""
     def __init__(
         self,
         *,
@@ -226,10 +231,11 @@ class Geometry(_message.Message):
         scale_y: _builtins.float = ...,
         offset_x: _builtins.float = ...,
         offset_y: _builtins.float = ...,
+        transposed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "offset_x", b"offset_x", "offset_y", b"offset_y", "scale_x", b"scale_x", "scale_y", b"scale_y", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "offset_x", b"offset_x", "offset_y", b"offset_y", "scale_x", b"scale_x", "scale_y", b"scale_y", "transposed", b"transposed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
