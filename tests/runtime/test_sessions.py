@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.errors import BundleCorrupt, GoldenMismatch, ModelLoadFailed, SignatureMismatch
@@ -107,3 +108,36 @@ def test_a_golden_file_with_pickled_objects_is_refused(make_bundle):
     bundle = make_bundle(files={"cpu-fp32/golden.npz": hostile})
     with pytest.raises(BundleCorrupt):
         bundle.golden("cpu-fp32")
+
+
+def test_bf16_is_carried_as_its_bits() -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["wide", "z"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "bf16",
+        [
+            helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["n", 2]),
+            helper.make_tensor_value_info("z", TensorProto.FLOAT, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n", 2]),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["n", 2]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = open_session(model.SerializeToString())
+    assert [info.datatype for info in (*session.inputs, *session.outputs)] == [
+        "BF16",
+        "FP32",
+        "BF16",
+        "FP32",
+    ]
+    bits = np.frombuffer(b"\x80\x3f\x00\x40", np.uint16).reshape(1, 2)  # 1 and 2
+    outputs = session.run({"x": bits, "z": np.float32([1])})
+    assert outputs["y"].dtype == np.uint16
+    assert outputs["y"].tolist() == [[0x4000, 0x4040]]  # 2 and 3
+    assert outputs["sum"].tolist() == [[2, 3]]

@@ -123,7 +123,6 @@ def lying_outputs() -> list[bundle_pb2.TensorSpec]:
         ("lie", "SIGNATURE_MISMATCH", "the manifest declares output 'y' as INT64[-1,4]"),
         ("memory", "MEMORY_SHORT", "loading it beside what runs takes"),
         ("machine", "REQUIREMENTS_NOT_MET", "processor features no_such_flag"),
-        ("bf16", "LOAD_REFUSED", "BF16, which this server cannot carry"),
     ],
 )
 async def test_a_revision_that_cannot_be_loaded_leaves_the_old_one_serving(
@@ -143,12 +142,6 @@ async def test_a_revision_that_cannot_be_loaded_leaves_the_old_one_serving(
         monkeypatch.setattr(loader, "available_memory_bytes", lambda: 100 << 20)
     elif what == "machine":
         parts = {"cpu_features": ("no_such_flag",)}
-    elif what == "bf16":
-        parts = {
-            "outputs": [
-                bundle_pb2.TensorSpec(name="y", data_type=bundle_pb2.DATA_TYPE_BF16, shape=[-1, 4])
-            ]
-        }
     bad = make_bundle(2.0, **parts)
     good = manager.bundles[next(iter(manager.bundles))]
     manager.want("adder", {1: good, 2: bad}, {"production": {2: 1}})

@@ -6,6 +6,8 @@ both come through :func:`open_session`.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from pollard.runtime.machine import PROVIDERS
 from pollard.runtime.tensors import FROM_ONNXRUNTIME, describe, protocol_name
 
 Array = NDArray[np.generic]
+
+_ONNX_BF16 = 16
+"""`onnx.TensorProto.BFLOAT16`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,13 @@ class Session:
         self.inputs = tuple(_info(node) for node in raw.get_inputs())
         self.outputs = tuple(_info(node) for node in raw.get_outputs())
         self._output_names = [info.name for info in self.outputs]
+        self._types = {info.name: info.datatype for info in (*self.inputs, *self.outputs)}
+        self._by_value = "BF16" in self._types.values()
+        if self._by_value and "BYTES" in self._types.values():
+            raise ModelLoadFailed(
+                "the model has tensors of BF16 and of BYTES; onnxruntime's Python interface can "
+                "carry only one of the two in one run. Let the graph cast BF16 from or to FP32"
+            )
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -51,12 +63,42 @@ class Session:
         """Run one batch and return the outputs by name; releases the GIL.
 
         Args:
-            feeds: Arrays by input name, of the declared types.
+            feeds: Arrays by input name, of the declared types; BF16 as its bits in uint16.
             outputs: Names of the outputs wanted; all when None.
         """
         names = self._output_names if outputs is None else list(outputs)
+        if self._by_value:
+            return self._run_by_value(feeds, names)
         values = self.raw.run(names, dict(feeds))
         return dict(zip(names, values, strict=True))
+
+    def _run_by_value(self, feeds: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
+        """Run with onnxruntime's own values, which can hold types that NumPy lacks."""
+        import onnxruntime
+
+        wrap = onnxruntime.OrtValue
+        # The values do not own the arrays' memory, so those are kept until the run is over.
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        values = {
+            name: (
+                wrap.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BF16)
+                if self._types[name] == "BF16"
+                else wrap.ortvalue_from_numpy(array)
+            )
+            for name, array in arrays.items()
+        }
+        results = self.raw.run_with_ort_values(names, values)
+        return {
+            name: _bits(value) if self._types[name] == "BF16" else value.numpy()
+            for name, value in zip(names, results, strict=True)
+        }
+
+
+def _bits(value: Any) -> Array:
+    """Copy the 16-bit elements of one of onnxruntime's values."""
+    shape = tuple(value.shape())
+    size = 2 * math.prod(shape)
+    return np.frombuffer(ctypes.string_at(value.data_ptr(), size), np.uint16).reshape(shape)
 
 
 def open_session(

@@ -18,20 +18,20 @@ from typing import Literal
 
 import structlog
 
-from pollard.bundle.v1 import bundle_pb2
-from pollard.runtime.bundle import Bundle
-from pollard.runtime.machine import Machine, available_memory_bytes, select_variant
-from pollard.runtime.sessions import (
-    Array,
-    Session,
-    TensorInfo,
-    check_golden,
-    check_signature,
-    open_session,
+from pollard.runtime.machine import Machine, available_memory_bytes
+from pollard.runtime.sessions import Array, Session, open_session
+from pollard.services.inference.description import (
+    BundleModel,
+    ModelDescription,
+    ModelSource,
+    Outline,
+    best_joined_batch,
 )
 from pollard.services.inference.errors import LoadRefused, MemoryShort
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
-from pollard.services.inference.tensors import batches, declared, zeros
+from pollard.services.inference.tensors import batches, zeros
+
+__all__ = ["EngineOptions", "Loader", "best_joined_batch"]
 
 _log = structlog.get_logger("pollard.inference.loader")
 
@@ -40,9 +40,6 @@ _NICENESS = 10
 _MEBIBYTE = 1 << 20
 
 _TIMED_RUNS = 5
-
-_JOINING_GAIN = 1.10
-"""Joining requests must make an image at least this much faster to be worth its latency."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +89,7 @@ class Loader:
     async def load(
         self, model: str, revision: int, digest: str, size_bytes: int, path: Path
     ) -> LoadedRevision:
-        """Load the bundle at `path` and return it ready to run.
-
-        Cancelling the call abandons the load at its next step.
+        """Load the bundle at `path` and return it ready to run; see `load_source`.
 
         Args:
             model: Name of the model.
@@ -102,54 +97,69 @@ class Loader:
             digest: SHA-256 that the bundle's manifest must have.
             size_bytes: Size of the bundle's files.
             path: The bundle's directory.
+        """
+        return await self.load_source(BundleModel(model, revision, digest, size_bytes, path))
+
+    async def load_source(self, source: ModelSource) -> LoadedRevision:
+        """Load one version of a model and return it ready to run.
+
+        Cancelling the call abandons the load at its next step.
 
         Raises:
             MemoryShort: there is not enough memory beside what runs.
-            LoadRefused: the server cannot carry the model's tensors, or it fails on zeros.
-            RuntimeFault: the bundle is damaged, needs another machine, does not load, has other
+            LoadRefused: the server cannot carry the model's tensors, it fails on zeros, or its
+                configuration does not fit it.
+            RuntimeFault: its files are damaged, it needs another machine, does not load, has other
                 inputs or outputs than it says, or gives other golden outputs.
         """
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
-        running = loop.run_in_executor(self._executor, self._prepare, path, digest, abandoned)
+        running = loop.run_in_executor(self._executor, self._prepare, source, abandoned)
         try:
-            bundle, variant, session, row_seconds = await running
+            outline, description, session, row_seconds = await running
         except asyncio.CancelledError:
             abandoned.set()
             raise
-        seconds = time.perf_counter() - started
-        inputs, outputs = _signature(session, bundle.manifest)
         info = RevisionInfo(
-            model=model,
-            revision=revision,
-            digest=digest,
-            size_bytes=size_bytes,
-            variant=variant.name,
-            target=variant.target,
-            inputs=inputs,
-            outputs=outputs,
-            max_batch_size=_max_batch(variant),
-            load_seconds=seconds,
+            model=outline.model,
+            revision=outline.version,
+            digest=outline.digest,
+            size_bytes=outline.size_bytes,
+            variant=outline.variant,
+            target=outline.target,
+            inputs=description.inputs,
+            outputs=description.outputs,
+            max_batch_size=description.max_batch_size,
+            load_seconds=time.perf_counter() - started,
+            labels=description.labels,
+            config=description.config,
         )
-        joined = self._options.joined_batch or best_joined_batch(variant)
+        joined = self._options.joined_batch or description.joined_batch or 1
+        workers = outline.workers or self._workers
+        scheduling = description.scheduling
+        inline_rows = int(self._options.inline_seconds / row_seconds)
+        if scheduling is not None and (scheduling.delay_seconds or not scheduling.plain):
+            # What is run where it is neither waits for others nor lets others go first.
+            inline_rows = 0
         _log.info(
             "loaded",
-            model=model,
-            revision=revision,
-            variant=variant.name,
-            seconds=round(seconds, 3),
-            workers=self._workers,
+            model=info.model,
+            revision=info.revision,
+            variant=info.variant,
+            seconds=round(info.load_seconds, 3),
+            workers=workers,
             threads=self._threads,
             joined_batch=joined,
         )
         return LoadedRevision(
             info,
             session,
-            workers=self._workers,
-            joined_batch=min(joined, info.max_batch_size),
-            max_queue=self._options.max_queue,
-            inline_rows=int(self._options.inline_seconds / row_seconds),
+            workers=workers,
+            joined_batch=min(joined, max(1, info.max_batch_size)),
+            max_queue=scheduling.policy.max_size if scheduling else self._options.max_queue,
+            inline_rows=inline_rows,
+            scheduling=scheduling,
         )
 
     def close(self) -> None:
@@ -157,36 +167,35 @@ class Loader:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(
-        self, path: Path, digest: str, abandoned: threading.Event
-    ) -> tuple[Bundle, bundle_pb2.Variant, Session, float]:
+        self, source: ModelSource, abandoned: threading.Event
+    ) -> tuple[Outline, ModelDescription, Session, float]:
         """Do the work of a load on the loader's thread; the last is the time of one row."""
-        bundle = Bundle.open(path, verify=False, expect=digest)
-        variant = select_variant(bundle.manifest, self._machine)
-        for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
-            declared(spec)
+        outline = source.outline(self._machine)
         # Before anything is loaded: running out of memory would take down what runs.
-        self._check_memory(bundle, variant)
+        self._check_memory(outline)
         _continue(abandoned)
-        bundle.verify()
+        source.verify()
         _continue(abandoned)
         session = open_session(
-            bundle.model_path(variant),
-            target=variant.target,
+            outline.model_file,
+            target=outline.target,
             intra_op_threads=self._threads,
             spinning=False,
         )
-        check_signature(session, bundle.manifest)
+        description = source.describe(session)
         _continue(abandoned)
-        check_golden(session, bundle, variant)
+        source.check(session)
         _continue(abandoned)
-        row_seconds = _warm(session, bundle.manifest, _max_batch(variant), abandoned)
-        return bundle, variant, session, row_seconds
+        row_seconds = _warm(session, description, abandoned)
+        return outline, description, session, row_seconds
 
-    def _check_memory(self, bundle: Bundle, variant: bundle_pb2.Variant) -> None:
-        needed = variant.requirements.memory_bytes
+    def _check_memory(self, outline: Outline) -> None:
+        needed = outline.needed_bytes
         if not needed:
             # No figure: the file once as read, once as laid out for the processor.
-            needed = 2 * bundle.model_path(variant).stat().st_size + 16 * _MEBIBYTE
+            file = outline.model_file
+            size = len(file) if isinstance(file, bytes) else file.stat().st_size
+            needed = 2 * size + 16 * _MEBIBYTE
         available = available_memory_bytes() - self._options.memory_headroom_bytes
         if needed > available:
             raise MemoryShort(
@@ -213,47 +222,35 @@ def _continue(abandoned: threading.Event) -> None:
         raise _Abandoned
 
 
-def _signature(
-    session: Session, manifest: bundle_pb2.Manifest
-) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
-    """Return inputs and outputs in the graph's order with the manifest's shapes."""
-    inputs = {spec.name: declared(spec) for spec in manifest.inputs}
-    outputs = {spec.name: declared(spec) for spec in manifest.outputs}
-    return (
-        tuple(inputs[info.name] for info in session.inputs),
-        tuple(outputs[info.name] for info in session.outputs),
-    )
-
-
-def _max_batch(variant: bundle_pb2.Variant) -> int:
-    return max(1, variant.max_batch_size)
-
-
-def _warm(
-    session: Session, manifest: bundle_pb2.Manifest, max_batch: int, abandoned: threading.Event
-) -> float:
+def _warm(session: Session, description: ModelDescription, abandoned: threading.Event) -> float:
     """Run batch 1 and the largest, so that no request pays for what only the first run does.
 
     Returns:
         The time of a batch of 1 in seconds; infinite if it could not be run.
     """
-    inputs = [declared(spec) for spec in manifest.inputs]
-    sizes = {1, max_batch} if all(batches(info) for info in inputs) else {1}
+    inputs = description.inputs
+    batching = description.max_batch_size > 0 and all(batches(info) for info in inputs)
+    for warmup in description.warmups:
+        _continue(abandoned)
+        try:
+            session.run(warmup)
+        except Exception as error:
+            raise LoadRefused(f"the model fails on its warm-up: {_first_line(error)}") from error
+    sizes = {1, description.max_batch_size} if batching else {1}
     for size in sorted(sizes, reverse=True):
         _continue(abandoned)
         feeds = {info.name: zeros(info, size) for info in inputs}
         try:
             session.run(feeds)
         except Exception as error:
-            if any(-1 in info.shape[1:] for info in inputs):
+            if _free(description):
                 # Zeros with free dimensions of 1 need not be a valid input.
                 _log.warning("cannot be warmed", batch=size, error=str(error))
                 return math.inf
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoadRefused(
-                f"the model fails on a batch of {size} zeros: {first_line}", batch=size
+                f"the model fails on a batch of {size} zeros: {_first_line(error)}", batch=size
             ) from error
-    if any(-1 in info.shape[1:] for info in inputs):
+    if _free(description):
         # Larger inputs take longer; there is no telling how long.
         return math.inf
     # The best of a few: on a busy machine the others measure something else.
@@ -266,18 +263,11 @@ def _seconds(session: Session, feeds: dict[str, Array]) -> float:
     return max(time.perf_counter() - started, 1e-7)
 
 
-def best_joined_batch(variant: bundle_pb2.Variant) -> int:
-    """Return the batch to which waiting requests should be joined, by the bundle's own figures.
+def _free(description: ModelDescription) -> bool:
+    """Tell whether requests choose more than the batch: zeros of size 1 then need not be valid."""
+    first = 1 if description.max_batch_size else 0
+    return any(-1 in info.shape[first:] for info in description.inputs)
 
-    On a processor a batch often makes an image no faster and the first of its requests slower, so
-    without figures that speak for it nothing is joined.
-    """
-    per_image: dict[int, float] = {}
-    for latency in variant.measurement.latencies:
-        if latency.intra_op_threads <= 1 and latency.p50_us > 0:
-            per_image[max(1, latency.batch_size)] = latency.p50_us / max(1, latency.batch_size)
-    single = per_image.get(1)
-    if single is None:
-        return 1
-    paying = [size for size, each in per_image.items() if single / each >= _JOINING_GAIN]
-    return min(paying, key=lambda size: per_image[size], default=1)
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

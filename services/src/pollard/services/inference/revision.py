@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired
@@ -33,13 +34,19 @@ class RevisionInfo:
     """In the order of the graph, with the manifest's shapes."""
     outputs: tuple[TensorInfo, ...]
     max_batch_size: int
-    """Largest first dimension of a request; 1 if the model does not batch."""
+    """Largest first dimension of a request; 0 if the first dimension is not a batch."""
     load_seconds: float = 0.0
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes, by output."""
+    config: model_config_pb2.ModelConfig | None = None
+    """The model's own configuration; None if it has none."""
 
     @property
     def batches(self) -> bool:
         """Whether every input and every output has the batch as its first dimension."""
-        return all(batches(info) for info in (*self.inputs, *self.outputs))
+        return self.max_batch_size > 0 and all(
+            batches(info) for info in (*self.inputs, *self.outputs)
+        )
 
 
 class LoadedRevision:

@@ -31,21 +31,19 @@ _CONTENTS: dict[str, str] = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-"""The field of InferTensorContents for each type; FP16 has none and travels raw only."""
+"""The field of InferTensorContents for each type; FP16 and BF16 have none and travel raw only."""
 
 
 def declared(spec: bundle_pb2.TensorSpec) -> TensorInfo:
     """Return the manifest's declaration of a tensor in the form that sessions use.
 
     Raises:
-        LoadRefused: this server cannot carry tensors of the type. BF16 is one: onnxruntime's
-            Python interface takes no such arrays.
+        LoadRefused: the protocol has no such type.
     """
     datatype = protocol_name(spec.data_type)
-    if datatype == "BF16" or datatype not in NUMPY:
+    if datatype not in NUMPY:
         raise LoadRefused(
-            f"tensor {spec.name!r} is of type {datatype}, which this server cannot carry; let the "
-            "graph cast it to or from FP32",
+            f"tensor {spec.name!r} is of type {datatype}, which this server cannot carry",
             tensor=spec.name,
             datatype=datatype,
         )
@@ -75,7 +73,7 @@ def decode_inputs(
     Args:
         request: The request.
         specs: The model's inputs.
-        max_batch_size: Largest first dimension, if the model batches.
+        max_batch_size: Largest first dimension; 0 if the model does not batch.
 
     Raises:
         RequestInvalid: an input is unknown, missing, given twice, of the wrong type, shape or
@@ -109,7 +107,7 @@ def decode_inputs(
                 input=tensor.name,
             )
         shape = _check_declaration(tensor, spec, model)
-        if batches(spec):
+        if max_batch_size and batches(spec):
             if shape[0] > max_batch_size:
                 raise RequestInvalid(
                     f"inference request batch-size must be <= {max_batch_size} for '{model}', "
