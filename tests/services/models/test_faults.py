@@ -111,9 +111,9 @@ async def test_an_upload_survives_kills_at_any_moment(
         await asyncio.wait({sending}, timeout=until)
         if until is not None:
             await manager.end()
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                return await sending
-            return None
+            await asyncio.wait({sending})
+            failed = sending.cancelled() or sending.exception() is not None
+            return None if failed else sending.result()
         return await sending
 
     seen = 0

@@ -121,8 +121,9 @@ def set_alias(
 def _check_signature(session: Session, row: Alias, number: int) -> None:
     current = registry.find_revision(session, row.model, row.revision, deleted=True)
     wanted = registry.find_revision(session, row.model, number)
-    before = registry.bundle_of(session, current).signature
-    after = registry.bundle_of(session, wanted).signature
+    bundles = registry.bundles_of(session, [current, wanted])
+    before = bundles[current.bundle_sha256].signature
+    after = bundles[wanted.bundle_sha256].signature
     if before != after:
         raise FailedPrecondition(
             f"the inputs of revision {number} differ from those of revision {row.revision}, which "

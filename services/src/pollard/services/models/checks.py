@@ -9,7 +9,6 @@ with the manifest.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
 import signal
@@ -18,8 +17,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from pollard.services.common.errors import InvalidRequest, ResourceExhausted, ServiceError
-from pollard.services.common.lifecycle import cancel
+
+_log = structlog.get_logger("pollard.checks")
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,22 @@ async def check_upload(tar: Path, directory: Path, limits: CheckLimits) -> None:
         "memory_bytes": limits.memory_bytes,
         "cpu_seconds": int(limits.timeout_seconds) + 1,
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",  # nothing is imported from the directory that the manager was started in
-        "-m",
-        "pollard.services.models.check_child",
-        json.dumps(arguments),
+    # Not asyncio's own: uvloop forks, and gRPC's threads, which its fork handlers
+    # start again in the child, were seen to crash there before the exec. This
+    # starts it without those handlers, in a few milliseconds.
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-P",  # nothing is imported from the directory that the manager was started in
+            "-m",
+            "pollard.services.models.check_child",
+            json.dumps(arguments),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    talking = asyncio.ensure_future(process.communicate())
+    talking = asyncio.ensure_future(asyncio.to_thread(process.communicate))
     try:
         await asyncio.wait({talking}, timeout=limits.timeout_seconds)
         if not talking.done():
@@ -80,11 +87,8 @@ async def check_upload(tar: Path, directory: Path, limits: CheckLimits) -> None:
         out, err = talking.result()
         _judge(process.returncode, out, err)
     except BaseException:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await asyncio.wait({talking}, timeout=10)
-        await cancel(talking)
+        process.kill()  # does nothing when it has ended
+        await asyncio.wait({talking})
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         raise
 
@@ -101,6 +105,7 @@ def _judge(code: int | None, out: bytes, err: bytes) -> None:
     if isinstance(verdict, dict) and "message" in verdict:
         raise InvalidRequest(verdict["message"], reason=verdict["reason"], **verdict["metadata"])
     if code is not None and code < 0:
+        _log.warning("a check crashed", code=code, stderr=err.decode("utf-8", "replace")[-4000:])
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
         raise InvalidRequest(
             f"checking the bundle crashed with {name}: the graph is malformed, or needs more "

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 
 from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
-from pollard.services.common.errors import StartupError
+from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.lifecycle import (
     GrpcServer,
     Listen,
@@ -99,7 +99,7 @@ class ModelsService:
         except BaseException as error:
             await self.fleet.stop()
             await asyncio.to_thread(self.store.close)
-            if isinstance(error, OSError):
+            if isinstance(error, (OSError, ServiceError)):
                 raise StartupError(
                     f"the store {self.settings.store} cannot be used: {error}"
                 ) from error
@@ -110,6 +110,7 @@ class ModelsService:
 
     async def stop(self, grace_seconds: float) -> None:
         """End the streams, finish the requests in flight, and close the store."""
+        await self.grpc.set_serving(False)
         await cancel(*self._tasks)
         # Sync streams never end by themselves.
         await self.fleet.stop()

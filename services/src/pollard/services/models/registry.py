@@ -509,9 +509,11 @@ def bundle_files(session: Session, bundle_sha256: str) -> list[BundleFile]:
     )
 
 
-def bundle_of(session: Session, revision: Revision) -> Bundle:
-    """Return the bundle of a revision."""
-    return session.get_one(Bundle, revision.bundle_sha256)
+def bundles_of(session: Session, revisions: Sequence[Revision]) -> dict[str, Bundle]:
+    """Return the bundles of the revisions, by digest."""
+    digests = {revision.bundle_sha256 for revision in revisions}
+    statement = select(Bundle).where(Bundle.sha256.in_(digests))
+    return {bundle.sha256: bundle for bundle in session.scalars(statement)}
 
 
 def aliases_of(session: Session, models: Sequence[str]) -> dict[str, list[Alias]]:

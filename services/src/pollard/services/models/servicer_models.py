@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
@@ -473,6 +473,7 @@ def _model(session: Session, row: Model) -> pb.Model:
     return encode.model(row, registry.aliases_of(session, [row.name])[row.name])
 
 
-def _encode_revisions(session: Session, model: str, rows: Iterable[Revision]) -> list[pb.Revision]:
+def _encode_revisions(session: Session, model: str, rows: Sequence[Revision]) -> list[pb.Revision]:
     of_model = registry.aliases_of(session, [model])[model]
-    return [encode.revision(row, registry.bundle_of(session, row), of_model) for row in rows]
+    bundles = registry.bundles_of(session, rows)
+    return [encode.revision(row, bundles[row.bundle_sha256], of_model) for row in rows]

@@ -237,7 +237,9 @@ class Uploads:
                 await writer.write(chunk)
             await writer.flush()
         finally:
-            await writer.close()
+            # A whole tar is unpacked right away, and its files reach the disk then;
+            # what broke off must itself be there for the rest.
+            await writer.close(sync=writer.size < request.total_bytes)
         if writer.size < request.total_bytes:
             raise InvalidRequest(
                 f"the stream ended after {writer.size} of {request.total_bytes} bytes; go on from "
@@ -394,19 +396,20 @@ class _Writer:
         assert self._writing is not None  # noqa: S101 - just set
         await asyncio.shield(self._writing)
 
-    async def close(self) -> None:
-        """Bring what was written to the disk and close; never raises."""
+    async def close(self, *, sync: bool) -> None:
+        """Close, after bringing what was written to the disk if ``sync``; never raises."""
         if self._writing is not None:
             await asyncio.wait({self._writing})
             if not self._writing.cancelled():
                 self._writing.exception()  # raised already where it matters
-        await asyncio.to_thread(self._close)
+        await asyncio.to_thread(self._close, sync)
 
-    def _close(self) -> None:
+    def _close(self, sync: bool) -> None:
         # What cannot be flushed was not acknowledged; the size on disk tells the truth.
         with contextlib.suppress(OSError):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if sync:
+                os.fsync(self._file.fileno())
         with contextlib.suppress(OSError):
             self._file.close()
 
