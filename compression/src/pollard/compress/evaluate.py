@@ -72,7 +72,9 @@ def wilson(right: int, samples: int, dataset: str = "") -> Accuracy:
         * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples * samples))
         / (1 + z2 / samples)
     )
-    return Accuracy(share, samples, max(0.0, centre - half), min(1.0, centre + half), dataset)
+    # At both ends an end of the interval is the share itself, but for rounding.
+    lower, upper = max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
+    return Accuracy(share, samples, lower, upper, dataset)
 
 
 def paired_drop(parent: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> Drop:

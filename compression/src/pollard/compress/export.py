@@ -45,7 +45,7 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
 
     Returns:
         A model from float32 [batch, channels, height, width] to float32
-        [batch, classes], batch norm folded, without any metadata.
+        [batch, classes], without batch norms and without any metadata.
 
     Raises:
         ExportFailed: the module cannot be traced or converted.
@@ -72,12 +72,47 @@ def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
     strip_metadata(model)
-    left = sorted(
-        {node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"}
-    )
-    if left:
-        raise ExportFailed("a batch normalisation is left in the exported graph; it must be folded")
+    _lower_batch_norms(model)
     return model
+
+
+def _lower_batch_norms(model: onnx.ModelProto) -> None:
+    """Turn what batch norms are left into one multiplication and one addition, in place.
+
+    The exporter folds those that follow a convolution. One in front of it, as
+    in networks with pre-activation, cannot go into weights whose padding is zero.
+    """
+    graph = model.graph
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.input)
+    }
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "BatchNormalization":
+            nodes.append(node)
+            continue
+        gamma, beta, mean, variance = (
+            numpy_helper.to_array(_initializer(model, name)).astype(np.float64)
+            for name in node.input[1:5]
+        )
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        factor = gamma / np.sqrt(variance + epsilon)
+        result = node.output[0]
+        shape = (1, -1, *[1] * (ranks.get(node.input[0], 4) - 2))
+        for suffix, values in (("factor", factor), ("offset", beta - mean * factor)):
+            constant = values.astype(np.float32).reshape(shape)
+            graph.initializer.append(numpy_helper.from_array(constant, f"{result}_{suffix}"))
+        nodes.append(
+            helper.make_node("Mul", [node.input[0], f"{result}_factor"], [f"{result}_scaled"])
+        )
+        nodes.append(helper.make_node("Add", [f"{result}_scaled", f"{result}_offset"], [result]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 @contextmanager

@@ -1,0 +1,79 @@
+"""Synthetic pictures and one small trained model that the tests share."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+Tree = Callable[..., Path]
+
+
+def _picture(
+    colour: tuple[int, int, int], generator: np.random.Generator, size: int
+) -> NDArray[np.uint8]:
+    noise = generator.integers(-25, 26, (size, size, 3))
+    return np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+
+
+def _encode(pixels: NDArray[np.uint8], form: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=form)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write_images(tmp_path: Path) -> Tree:
+    """Return a function that writes folders of one colour each, class by class."""
+
+    def write(
+        *parts: str,
+        per_class: int = 12,
+        classes: tuple[str, ...] = tuple(COLOURS),
+        name: str = "pictures",
+        size: int = 16,
+    ) -> Path:
+        root = tmp_path / name
+        generator = np.random.default_rng(3)
+        for part in parts or ("",):
+            for label in classes:
+                folder = root / part / label
+                folder.mkdir(parents=True)
+                for index in range(per_class):
+                    pixels = _picture(COLOURS[label], generator, size)
+                    (folder / f"{index:03d}.jpg").write_bytes(_encode(pixels))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def zip_folder() -> Callable[[Path, Path, str], Path]:
+    """Return a function that packs a folder, optionally wrapped in another one."""
+
+    def pack(folder: Path, target: Path, wrapper: str = "") -> Path:
+        with zipfile.ZipFile(target, "w") as archive:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    archive.write(path, Path(wrapper) / path.relative_to(folder))
+        return target
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def digits_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of small-cnn-28, trained on digits for a few epochs."""
+    from pollard.compress.train import train
+
+    out = tmp_path_factory.mktemp("parent") / "parent.safetensors"
+    train("small-cnn-28", "digits", out, epochs=5, batch_size=64, threads=2)
+    return out

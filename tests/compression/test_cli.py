@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from pollard.compress.cli import register
+
+Invoke = Callable[..., Result]
+Tree = Callable[..., Path]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    app = typer.Typer()
+    register(app)
+    runner = CliRunner()
+
+    def call(*arguments: object) -> Result:
+        return runner.invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def test_the_commands_are_light_until_they_run() -> None:
+    code = (
+        "import sys, typer\nfrom pollard.compress.cli import register\n"
+        "app = typer.Typer()\nregister(app)\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'plotly', 'sklearn', 'grpc'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_train_bundle_and_eval_agree(invoke: Invoke, write_images: Tree, tmp_path: Path) -> None:
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(392, 3))\n"
+    )
+    data, weights = write_images("train", "test", per_class=16), tmp_path / "w.safetensors"
+    shape = ["--input-size", "16x16x3", "--mean", "0.4,0.5,0.6", "--std", "0.25"]
+    common = ["own_net:net", "--data", data, *shape, "--threads", 2]
+    sys.path.insert(0, str(tmp_path))
+    try:
+        done = invoke(
+            "train", *common, "--out", weights, "--epochs", 6, "--json", tmp_path / "t.json"
+        )
+        assert done.exit_code == 0, done.output
+        done = invoke(
+            "bundle",
+            *common,
+            "--weights",
+            weights,
+            "--out",
+            tmp_path / "b",
+            "--json",
+            tmp_path / "b.json",
+        )
+        assert done.exit_code == 0, done.output
+        model = invoke("eval", *common, "--weights", weights, "--json", tmp_path / "e.json")
+        packed = invoke("eval", tmp_path / "b", "--data", data, "--json", tmp_path / "p.json")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert model.exit_code == packed.exit_code == 0, model.output + packed.output
+    files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in "tbep"}
+    assert files["t"]["accuracy"] == files["e"] == files["p"] == files["b"]["parent"]["accuracy"]
+    assert files["e"]["value"] > 0.9
+    assert "n = 24" in model.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "zoo:small-cnn-29"], "did you mean 'small-cnn-28'"),
+        (["compress", "zoo:small-cnn-28"], "train it first"),
+        (["compress", "zoo:small-cnn-28", "--prune", "1.5"], "at least 0 and below 1"),
+        (["compress", "zoo:small-cnn-28", "--target", "tpu"], "not one of cpu-int8, cpu-fp32"),
+        (["compress", "a.b:c"], "--input-size"),
+        (["compress", "a.b:c", "--input-size", "12"], "not HEIGHTxWIDTHxCHANNELS"),
+        (["train", "small-cnn-28"], "ends otherwise"),
+    ],
+)
+def test_usage_errors_end_with_code_2(
+    invoke: Invoke, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = invoke(*arguments, "--data", "digits", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data_and_weights_end_with_code_1(invoke: Invoke, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke("train", "small-cnn-28", "--data", tmp_path / "no", "--out", f"{out}.safetensors")
+    assert done.exit_code == 1
+    assert "there is no data at" in done.output
+    done = invoke(
+        "bundle", "small-cnn-28", "--data", "digits", "--weights", tmp_path / "no.pt", "--out", out
+    )
+    assert done.exit_code == 1
+    assert "there is no weights file" in done.output
+    assert not out.exists()
+
+
+def test_a_refusal_ends_with_code_3_and_the_numbers(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path
+) -> None:
+    done = invoke(
+        "compress", "zoo:small-cnn-28", "--data", "digits", "--weights", digits_parent,
+        "--target", "cpu-fp32", "--prune", 0.95, "--epochs", 0, "--max-drop", 0.1,
+        "--out", tmp_path / "out", "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    assert done.exit_code == 3, done.output
+    assert "pruned-fp32 lost" in done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["candidates"][1]["drop_points"]["estimate"] > 0.1
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_not_overwritten_unasked(invoke: Invoke, digits_parent: Path) -> None:
+    before = digits_parent.read_bytes()
+    done = invoke("train", "small-cnn-28", "--data", "digits", "--out", digits_parent)
+    assert done.exit_code == 2
+    assert digits_parent.read_bytes() == before

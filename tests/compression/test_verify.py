@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pollard.compress.candidates import Candidate
+from pollard.compress.errors import GateRefused
+from pollard.compress.evaluate import Drop, wilson
+from pollard.compress.verify import Measured, Timing, confirm, explain_dropped, select
+from pollard.compress.zoo import find
+from pollard.runtime.measure import Ratio
+
+
+def measured(
+    folder: Path,
+    name: str,
+    us: float,
+    drop: float = 0.0,
+    size: int = 1000,
+    lower: float | None = None,
+) -> Measured:
+    """Return a candidate with given figures; the parent takes 100 µs."""
+    path = folder / f"{name}.onnx"
+    path.write_bytes(bytes(size))
+    entry = find("small-cnn-28")
+    target = "cpu-int8" if name.endswith("int8") else "cpu-fp32"
+    candidate = Candidate(name, target, path, entry.build(10), entry.spec, 10, 10)
+    speed = 100.0 / us
+    return Measured(
+        candidate,
+        wilson(99, 100, "d/choose"),
+        Drop(drop, drop - 1, drop + 1),
+        [Timing(1, us, us, 20)],
+        Ratio(speed, lower or speed * 0.99, speed * 1.01),
+        1.0,
+        np.zeros((10, 10), np.int64),
+    )
+
+
+def test_the_fastest_that_holds_the_gate_is_taken(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "parent-int8", 60),
+        measured(tmp_path, "pruned-fp32", 30, drop=0.9),
+        measured(tmp_path, "pruned-int8", 20, drop=1.1),
+    ]
+    chosen = select(field, 1.0)
+    assert chosen.candidate.name == "pruned-fp32"
+    (dropped,) = explain_dropped(field, chosen, 1.0)
+    assert dropped == {"stage": "quantize", "why": "pruned-int8 lost 1.10 points, 1 are allowed"}
+
+
+def test_pruning_is_dropped_when_the_quantized_parent_is_faster(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "parent-int8", 30),
+        measured(tmp_path, "pruned-fp32", 50),
+        measured(tmp_path, "pruned-int8", 40),
+    ]
+    chosen = select(field, 1.0)
+    assert chosen.candidate.name == "parent-int8"
+    (dropped,) = explain_dropped(field, chosen, 1.0)
+    assert dropped["stage"] == "prune"
+    assert "40.0 µs" in dropped["why"]
+
+
+def test_of_two_equally_fast_the_smaller_file_is_taken(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "pruned-fp32", 30.0, size=4000),
+        measured(tmp_path, "pruned-int8", 30.5, size=1000),
+    ]
+    assert select(field, 1.0).candidate.name == "pruned-int8"
+
+
+def test_a_gate_that_nothing_holds_is_refused_with_all_numbers(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "parent-int8", 60, drop=0.4),
+        measured(tmp_path, "pruned-int8", 20, drop=2.5),
+    ]
+    with pytest.raises(GateRefused) as caught:
+        select(field, 0.2)
+    assert "parent-int8 lost 0.40 points at 60.0 µs" in str(caught.value)
+    assert "pruned-int8 lost 2.50 points at 20.0 µs" in str(caught.value)
+    assert len(caught.value.figures["candidates"]) == 3
+    assert caught.value.exit_code == 3
+
+
+def test_what_is_not_surely_faster_is_refused(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "pruned-fp32", 96, lower=1.02),
+    ]
+    with pytest.raises(GateRefused, match=r"lower bound 1\.02"):
+        select(field, 1.0)
+
+
+def test_a_choice_that_does_not_hold_on_held_out_data_is_refused(tmp_path: Path) -> None:
+    parent = measured(tmp_path, "parent-fp32", 100)
+    confirm(parent, measured(tmp_path, "pruned-fp32", 50, drop=1.0), 1.0)
+    with pytest.raises(GateRefused, match="not on the held-out data"):
+        confirm(parent, measured(tmp_path, "pruned-fp32", 50, drop=1.2), 1.0)
+    with pytest.raises(GateRefused, match="when timed again"):
+        confirm(parent, measured(tmp_path, "pruned-fp32", 99, lower=1.0), 1.0)
