@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pollard.client import (
     AliasSwitchFailed,
     AliasSwitchTimeout,
+    DeadlineExceeded,
     InvalidArgument,
     InvalidBundle,
     NotFound,
@@ -124,6 +126,56 @@ def test_an_upload_that_never_moves_is_given_up(
     with pytest.raises(Unavailable, match="broke"):
         runner.call("models", address, "push", bundle.path, "m", idle_timeout=0.5)
     assert len(made.headers) > 1
+
+
+def test_an_upload_that_stalls_goes_on_from_what_is_on_disk(
+    runner: Any,
+    address: str,
+    store: Callable[..., Store],
+    scripted: Any,
+    make_bundle: BundleMaker,
+) -> None:
+    bundle = make_bundle()
+    made = store(bundle)
+    release = threading.Event()
+
+    def upload(requests: Any, context: grpc.ServicerContext) -> Any:
+        if not made.headers:
+            made.headers.append(next(requests).header)
+            made.committed = next(requests).data[:1000]
+            release.wait(20)
+        return made.upload(requests, context)
+
+    scripted.on("UploadBundle", upload)
+    # The bytes of a small bundle all fit into gRPC's own buffers: what stalls is the answer.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pollard.client._upload._CHECK_SECONDS", 0.2)
+        try:
+            pushed = runner.call("models", address, "push", bundle.path, "m", idle_timeout=0.2)
+        finally:
+            release.set()
+    assert pushed.revision.revision == 1
+    assert [header.write_offset for header in made.headers] == [0, 1000]
+
+
+def test_an_upload_that_always_stalls_is_given_up(
+    runner: Any,
+    address: str,
+    store: Callable[..., Store],
+    scripted: Any,
+    make_bundle: BundleMaker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = make_bundle()
+    store(bundle)
+    release = threading.Event()
+    scripted.on("UploadBundle", lambda requests, context: release.wait(20) and None)
+    monkeypatch.setattr("pollard.client._upload._CHECK_SECONDS", 0.2)
+    try:
+        with pytest.raises(DeadlineExceeded, match="nothing of the upload moved"):
+            runner.call("models", address, "push", bundle.path, "m", idle_timeout=0.2)
+    finally:
+        release.set()
 
 
 def test_a_server_that_is_not_there_is_told_at_once(runner: Any, make_bundle: BundleMaker) -> None:

@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pollard.client._bundle import BundleTar
-from pollard.client.errors import Aborted, Cancelled, OutOfRange, RequestFailed, Unavailable
+from pollard.client.errors import (
+    Aborted,
+    DeadlineExceeded,
+    OutOfRange,
+    RequestFailed,
+    Unavailable,
+)
 from pollard.client.types import Progress
 from pollard.models.v1 import model_service_pb2
 
@@ -86,10 +92,20 @@ class Upload:
         self.stalled = time.monotonic() - self._moved > allowed
         return self.stalled
 
+    def failure(self, failure: RequestFailed) -> RequestFailed:
+        """Return what an attempt really failed of: one that stalled was only cancelled by us."""
+        if not self.stalled:
+            return failure
+        return DeadlineExceeded(
+            f"nothing of the upload moved for {self.idle_seconds:g} s; {self._sent} of "
+            f"{self.tar.total_bytes} bytes had been sent",
+            details=failure.details,
+            address=failure.address,
+            method=failure.method,
+        )
+
     def may_resume(self, failure: RequestFailed) -> bool:
         """Say whether a failed attempt can go on from what the server has on disk."""
-        if isinstance(failure, Cancelled):
-            return self.stalled
         # OUT_OF_RANGE and ABORTED: an earlier attempt of this upload wrote more than was known,
         # or had not ended on the server when the next one came.
-        return isinstance(failure, Unavailable | OutOfRange | Aborted)
+        return self.stalled or isinstance(failure, Unavailable | OutOfRange | Aborted)

@@ -415,8 +415,8 @@ class ModelsClient(BaseClient):
             try:
                 return _io.send_upload(self._stub.UploadBundle, upload, offset, timeout)
             except grpc.RpcError as error:
-                failure = from_rpc_error(
-                    error, address=self.address, method=f"{_SERVICE}/UploadBundle"
+                failure = upload.failure(
+                    from_rpc_error(error, address=self.address, method=f"{_SERVICE}/UploadBundle")
                 )
             if upload.error is not None:
                 raise upload.error
