@@ -87,7 +87,17 @@ class BundleTar:
         return tar, tar._verify(listed)
 
     def chunks(self, offset: int, size: int = _BLOCK) -> Iterator[bytes]:
-        """Yield the bytes of the tar from `offset` on, at most `size` at once."""
+        """Yield the bytes of the tar from `offset` on in pieces of `size`, but for the last."""
+        waiting = bytearray()
+        for piece in self._pieces(offset, size):
+            waiting += piece
+            while len(waiting) >= size:
+                yield bytes(waiting[:size])
+                del waiting[:size]
+        if waiting:
+            yield bytes(waiting)
+
+    def _pieces(self, offset: int, size: int) -> Iterator[bytes]:
         skip = offset
         for segment in self._segments:
             if skip >= segment.size:

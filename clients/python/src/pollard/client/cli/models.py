@@ -23,6 +23,7 @@ from pollard.client.cli._common import (
     WaitTimeoutOption,
     ago,
     checked_by,
+    fail,
     print_json,
     say,
     show_table,
@@ -238,8 +239,9 @@ def delete(
     if revision is not None and force:
         raise typer.BadParameter("--force is for a whole model; move the alias away first")
     what = f"revision {revision} of {model}" if revision else f"{model} with all its revisions"
-    if not yes:
-        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    if not yes and not _confirmed(f"Delete {what}?"):
+        fail("nothing was deleted; --yes deletes without asking")
+        raise typer.Exit(1)
     with ModelsClient(server, timeout=timeout) as client:
         client.delete(model, revision=revision, force=force)
     say(f"Deleted {what}.")
@@ -271,6 +273,13 @@ def events(
         ["WHEN", "WHO", "WHAT", "RESOURCE", "DETAIL"],
         [[ago(item.time), item.actor, item.action, item.resource, item.detail] for item in found],
     )
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # there is nobody to ask
+        return False
 
 
 def _is_first(client: ModelsClient, model: str) -> bool:
