@@ -22,7 +22,7 @@
     └── RequestExpired       the time for the request is over
     Unimplemented
     └── NotOffered           this version does not do it
-    ServiceError
+    Internal
     └── InferenceFailed      an inference server failed, or its answer makes no sense
 
 and, raised between the modules only: `WorkerLost`, `RevisionGone`.
