@@ -12,7 +12,7 @@ from PIL import Image
 
 from pollard.client import AsyncModelsClient
 from pollard.compress.demo.reference import Reference, Sample, telling
-from pollard.compress.demo.traffic import Load
+from pollard.compress.demo.traffic import IMAGE, TENSOR, Load
 from pollard.runtime.bundle import Bundle
 
 BundleMaker = Callable[..., Bundle]
@@ -29,8 +29,15 @@ def _samples(count: int) -> list[Sample]:
     return samples
 
 
-def _load(up: Any, model: str, samples: list[Sample], references: dict[int, Reference]) -> Load:
+def _load(
+    up: Any,
+    model: str,
+    samples: list[Sample],
+    references: dict[int, Reference],
+    kinds: tuple[str, ...] = (IMAGE, TENSOR),
+) -> Load:
     return Load(
+        kinds=kinds,
         model=model,
         vision=up.address("preprocess"),
         inference=up.address("inference"),
@@ -65,6 +72,32 @@ async def test_no_request_fails_or_gets_another_revisions_answer(
             await clients
     assert load.traffic.problems == []
     assert {item.revision for item in load.traffic.answered} == {1, 2, 3}
+
+
+async def test_preprocessing_travels_with_the_revision(up: Any, make_bundle: BundleMaker) -> None:
+    """Two revisions of different input size: no image meets the steps of the other one."""
+    samples = _samples(32)
+    bundles = [make_bundle(seed=14, size=8), make_bundle(seed=15, size=20)]
+    references = {number: Reference(bundle, samples) for number, bundle in enumerate(bundles, 1)}
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(bundles[0].path, "resized", alias="production")
+        await models.push(bundles[1].path, "resized")
+        load = _load(up, "resized", samples, references, kinds=(IMAGE,))
+        load.traffic.serving = 1
+        clients = asyncio.create_task(load.run())
+        try:
+            for revision in (2, 1, 2, 1, 2):
+                load.traffic.serving = 0
+                await models.set_alias(
+                    "resized", "production", revision, allow_signature_change=True
+                )
+                load.traffic.serving = revision
+                await asyncio.sleep(0.2)
+        finally:
+            load.finish()
+            await clients
+    assert load.traffic.problems == []
+    assert {item.revision for item in load.traffic.answered} == {1, 2}
 
 
 async def test_an_answer_that_is_another_revisions_would_be_found(

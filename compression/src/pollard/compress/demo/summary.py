@@ -190,7 +190,7 @@ def _traffic(found: dict[str, Any], run: Run, clients: int) -> Table:
     table.add_row("  answered", by_revision)
     table.add_row("  on their way during a swap", f"{found['requests_during_swap']}")
     table.add_row("failed or answered wrongly", f"{bad}", style="bold red" if bad else "bold green")
-    table.add_row("swaps took", ", ".join(f"{value:.0f}" for value in found["swap_ms"]) + " ms")
+    table.add_row("swaps took", _durations(found["swap_ms"]))
     table.add_row("latency p50", f"{found['p50_ms']:.2f} ms")
     table.add_row("latency p99", f"{found['p99_ms']:.2f} ms")
     table.add_row("latency p99 during swaps", f"{found['p99_during_swap_ms']:.2f} ms")
@@ -204,3 +204,9 @@ def _traffic(found: dict[str, Any], run: Run, clients: int) -> Table:
     )
     table.add_row("requests per second", f"{found['requests_per_second']:.0f}")
     return table
+
+
+def _durations(values: Sequence[float]) -> str:
+    if len(values) <= 6:
+        return ", ".join(f"{value:.0f}" for value in values) + " ms"
+    return f"{min(values):.0f} – {max(values):.0f} ms, median {np.median(values):.0f} ms"

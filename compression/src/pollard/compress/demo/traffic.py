@@ -67,7 +67,7 @@ class Traffic:
 
 
 class Load:
-    """A number of concurrent clients; each sends an image, then a tensor, and so on."""
+    """A number of concurrent clients; each sends one kind of request after the other."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Load:
         samples: Sequence[Sample],
         references: Mapping[int, Reference],
         clients: int,
+        kinds: Sequence[str] = (IMAGE, TENSOR),
     ) -> None:
         """Prepare the clients; `run` starts them.
 
@@ -88,6 +89,7 @@ class Load:
             samples: What is sent, in turn.
             references: The right answers, by revision.
             clients: How many ask at the same time.
+            kinds: What each client sends, in turn.
         """
         self.traffic = Traffic()
         self._model = model
@@ -96,6 +98,7 @@ class Load:
         self._samples = samples
         self._references = references
         self._clients = clients
+        self._kinds = kinds
         self._next = itertools.count()
         self._done = asyncio.Event()
 
@@ -122,7 +125,7 @@ class Load:
                 if self._done.is_set():
                     return
                 index = next(self._next) % len(self._samples)
-                if turn % 2:
+                if self._kinds[turn % len(self._kinds)] == TENSOR:
                     await self._ask_tensor(inference, index)
                 else:
                     await self._ask_image(vision, index)
