@@ -1,0 +1,59 @@
+"""Compression: from a trained PyTorch CNN to the fastest bundle that keeps its accuracy.
+
+What is exported here is imported when it is first used: the commands register
+themselves from this package whenever `pollard` starts, and PyTorch takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pollard.compress.data import Dataset, load_data
+    from pollard.compress.errors import CompressionError, GateRefused
+    from pollard.compress.models import LoadedModel, load_model
+    from pollard.compress.pipeline import (
+        BundleResult,
+        CompressionResult,
+        bundle_parent,
+        compress,
+    )
+    from pollard.compress.recipe import Recipe
+    from pollard.compress.spec import InputSpec
+
+__all__ = [
+    "BundleResult",
+    "CompressionError",
+    "CompressionResult",
+    "Dataset",
+    "GateRefused",
+    "InputSpec",
+    "LoadedModel",
+    "Recipe",
+    "bundle_parent",
+    "compress",
+    "load_data",
+    "load_model",
+]
+
+_HOMES = {
+    "BundleResult": "pipeline",
+    "CompressionError": "errors",
+    "CompressionResult": "pipeline",
+    "Dataset": "data",
+    "GateRefused": "errors",
+    "InputSpec": "spec",
+    "LoadedModel": "models",
+    "Recipe": "recipe",
+    "bundle_parent": "pipeline",
+    "compress": "pipeline",
+    "load_data": "data",
+    "load_model": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
