@@ -204,6 +204,34 @@ def test_killing_the_supervisor_kills_the_services(
     gone(processes)
 
 
+def test_it_serves_on_when_nobody_reads_its_log_any_more(tmp_path: Path, pollard: Pollard) -> None:
+    import sys
+    import time
+
+    ready = tmp_path / "ready.json"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pollard.client.cli", "up", "--port-base", "0"),
+            *("--data-dir", str(tmp_path / "data"), "--ready-file", str(ready)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.close()
+        while not ready.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        address = json.loads(ready.read_text())["services"]["models"]["address"]
+        assert pollard("models", "list", "--server", address).returncode == 0
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_port_in_use_is_told_and_nothing_is_left_running(
     start_up: Callable[..., Any], pollard: Pollard, tmp_path: Path
 ) -> None:

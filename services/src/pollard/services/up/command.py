@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +17,8 @@ from rich.table import Table
 from pollard.services.up.plan import INFERENCE, MODELS, PREPROCESS, UpOptions, make_plan
 from pollard.services.up.supervisor import Child, Supervisor, install_signals
 
-_COLORS = {INFERENCE: "cyan", PREPROCESS: "green", MODELS: "magenta"}
+# ANSI colours: cyan, green, magenta.
+_COLORS = {INFERENCE: "36", PREPROCESS: "32", MODELS: "35"}
 _WHAT = {
     INFERENCE: "tensors in, tensors out",
     PREPROCESS: "images in, answers out",
@@ -33,27 +36,23 @@ def run_up(options: UpOptions) -> int:
 
 
 async def _run(options: UpOptions) -> int:
-    out = Console(file=sys.stdout, highlight=False)
-    logs = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     data_dir, plans = make_plan(options)
     first = True
 
     def notice(line: str) -> None:
-        logs.print(f"{'[up]':<13}", style="bold", markup=False, end="")
-        logs.print(line, markup=False)
+        _write_log("up", line)
 
     def write_line(name: str, line: str) -> None:
         if options.quiet and not any(word in line for word in ("warning", "error", "critical")):
             return
-        logs.print(f"{f'[{name}]':<13}", style=_COLORS[name], markup=False, end="")
-        logs.print(line, markup=False)
+        _write_log(name, line)
 
     def changed() -> None:
         nonlocal first
         if options.ready_file is not None:
             write_ready_file(options.ready_file, data_dir, supervisor.children)
         if first and not options.quiet:
-            _show(out, data_dir, supervisor.children)
+            _show(data_dir, supervisor.children)
         first = False
 
     supervisor = Supervisor(
@@ -78,6 +77,24 @@ async def _run(options: UpOptions) -> int:
     return code
 
 
+def _write_log(name: str, line: str) -> None:
+    """Write a line to standard error, with who said it."""
+    tag = f"{f'[{name}]':<13}"
+    # Plain writes, not rich: thousands of lines a second may come through here.
+    if sys.stderr.isatty():
+        tag = f"\x1b[{_COLORS.get(name, '1')}m{tag}\x1b[0m"
+    _write(sys.stderr, f"{tag}{line}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write, or from now on write nowhere: a reader that has gone is no reason to stop serving."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) -> None:
     """Write addresses and pids as JSON, whole or not at all."""
     content = {
@@ -98,7 +115,9 @@ def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) 
     beside.replace(path)
 
 
-def _show(out: Console, data_dir: Path, children: Mapping[str, Child]) -> None:
+def _show(data_dir: Path, children: Mapping[str, Child]) -> None:
+    text = io.StringIO()
+    out = Console(file=text, highlight=False, width=120)
     table = Table("SERVICE", "ADDRESS", "PID", "WHAT", box=None)
     for name in (INFERENCE, PREPROCESS, MODELS):
         child = children[name]
@@ -114,3 +133,4 @@ def _show(out: Console, data_dir: Path, children: Mapping[str, Child]) -> None:
             markup=False,
             soft_wrap=True,
         )
+    _write(sys.stdout, text.getvalue())

@@ -137,7 +137,6 @@ class Supervisor:
         self._grace = grace_seconds
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._failure: str | None = None
 
     def request_stop(self) -> None:
         """Stop cleanly; asked a second time, at once."""
@@ -149,7 +148,8 @@ class Supervisor:
         """Start the services, keep them running, stop them; return the exit code.
 
         Raises:
-            StartupError: A service did not become healthy. Nothing is left running.
+            StartupError: A service did not become healthy, or keeps dying. Nothing is left
+                running.
         """
         clean = True
         keepers: list[asyncio.Task[None]] = []
@@ -160,12 +160,15 @@ class Supervisor:
                 keepers = [
                     asyncio.create_task(self._keep(child)) for child in self.children.values()
                 ]
-            await self._stopping.wait()
+            stop = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({stop, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+            stop.cancel()
+            for keeper in keepers:
+                if keeper.done():  # it gave up, or failed in a way that nobody expected
+                    keeper.result()
         finally:
             await cancel(*keepers)
             clean = await self._stop_all()
-        if self._failure is not None:
-            raise StartupError(self._failure)
         return 0 if clean else 1
 
     async def _start_all(self) -> None:
@@ -212,20 +215,22 @@ class Supervisor:
             await cancel(*tasks)
 
     async def _keep(self, child: Child) -> None:
-        """Start a service again whenever it dies."""
+        """Start a service again whenever it dies.
+
+        Raises:
+            StartupError: It has died too often in a row.
+        """
         name = child.plan.name
         while True:
             code = await child.wait()
             lived = time.monotonic() - child.started
             child.quick_deaths = child.quick_deaths + 1 if lived < _QUICK_DEATH_SECONDS else 1
             if child.quick_deaths > _QUICK_DEATHS:
-                self._failure = (
+                raise StartupError(
                     f"{name} died {child.quick_deaths} times, each time within "
                     f"{_QUICK_DEATH_SECONDS:g} s ({_how(code)}), so all services are stopped."
                     + _said(child)
                 )
-                self._stopping.set()
-                return
             pause = min(
                 _FIRST_BACKOFF_SECONDS * 2 ** (child.quick_deaths - 1), _LAST_BACKOFF_SECONDS
             )
