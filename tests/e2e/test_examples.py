@@ -1,0 +1,95 @@
+"""Every program in `examples/` runs as its docstring says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pollard.client import ModelsClient
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def picture(path: Path, color: tuple[int, int, int], seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(-40, 40, (32, 32, 3))
+    pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def served(up, make_bundle):
+    bundle = make_bundle(size=8, channels=3, classes=3)
+    with ModelsClient(up.address("models")) as models:
+        models.push(bundle.path, "example", alias="production")
+        models.wait_alias("example")
+    return up
+
+
+def test_classify_images(served, tmp_path: Path):
+    picture(tmp_path / "a.png", (200, 30, 30), 0)
+    out = run(
+        str(EXAMPLES / "classify_images.py"),
+        "example",
+        str(tmp_path / "a.png"),
+        POLLARD_VISION_ADDRESS=served.address("preprocess"),
+    )
+    assert "class" in out
+    assert "revision 1" in out
+
+
+@pytest.mark.parametrize("example", ["infer_many.py", "triton_client.py"])
+def test_tensors(served, example):
+    out = run(
+        str(EXAMPLES / example),
+        "example",
+        POLLARD_INFERENCE_ADDRESS=served.address("inference"),
+    )
+    assert "revision: {1: 100}" in out or "version 1: " in out
+
+
+def test_a_model_of_your_own_is_trained_compressed_and_bundled(tmp_path: Path):
+    colors = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+    images = tmp_path / "images"
+    for name, color in colors.items():
+        for index in range(60):
+            picture(images / name / f"{index}.png", color, index)
+    # The factory makes ten classes; the data decide what the head must be.
+    factory = (
+        EXAMPLES.joinpath("own_model.py")
+        .read_text()
+        .replace("classes: int = 10", "classes: int = 3")
+    )
+    (tmp_path / "own_model.py").write_text(factory)
+    pollard = ["-m", "pollard.client.cli"]
+    model = ["own_model:make", "--input-size", "32x32x3", "--mean", "0.5", "--std", "0.25"]
+    data = ["--data", str(images)]
+    run(*pollard, "train", *model, *data, "--epochs", "2", "--out", "own.safetensors", cwd=tmp_path)
+    run(
+        *pollard, "compress", *model, *data,
+        "--weights", "own.safetensors", "--epochs", "1", "--out", "bundle",
+        "--json", "figures.json", cwd=tmp_path,
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["inputs"][0]["shape"] == ["-1", "32", "32", "3"]
+    assert (tmp_path / "figures.json").exists()
