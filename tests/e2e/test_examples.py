@@ -41,8 +41,8 @@ def picture(path: Path, color: tuple[int, int, int], seed: int) -> None:
 def served(up, make_bundle):
     bundle = make_bundle(size=8, channels=3, classes=3)
     with ModelsClient(up.address("models")) as models:
-        models.push(bundle.path, "example", alias="production")
-        models.wait_alias("example")
+        pushed = models.push(bundle.path, "example")
+        models.set_alias("example", "production", pushed.revision.revision)
     return up
 
 

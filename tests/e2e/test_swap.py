@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from pollard.client import AsyncModelsClient
 from pollard.compress.demo.reference import Reference, Sample, telling
@@ -16,17 +12,6 @@ from pollard.compress.demo.traffic import IMAGE, TENSOR, Load
 from pollard.runtime.bundle import Bundle
 
 BundleMaker = Callable[..., Bundle]
-
-
-def _samples(count: int) -> list[Sample]:
-    generator = np.random.default_rng(7)
-    samples = []
-    for _ in range(count):
-        pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        samples.append(Sample(buffer.getvalue(), pixels[None, :, :, None], 0))
-    return samples
 
 
 def _load(
@@ -48,9 +33,9 @@ def _load(
 
 
 async def test_no_request_fails_or_gets_another_revisions_answer(
-    up: Any, make_bundle: BundleMaker
+    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
 ) -> None:
-    samples = _samples(32)
+    samples = make_samples(32)
     bundles = [make_bundle(seed=seed) for seed in (11, 12, 13)]
     references = {number: Reference(bundle, samples) for number, bundle in enumerate(bundles, 1)}
     assert telling(references[1], references[2]) > len(samples) // 2
@@ -74,9 +59,11 @@ async def test_no_request_fails_or_gets_another_revisions_answer(
     assert {item.revision for item in load.traffic.answered} == {1, 2, 3}
 
 
-async def test_preprocessing_travels_with_the_revision(up: Any, make_bundle: BundleMaker) -> None:
+async def test_preprocessing_travels_with_the_revision(
+    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+) -> None:
     """Two revisions of different input size: no image meets the steps of the other one."""
-    samples = _samples(32)
+    samples = make_samples(32)
     bundles = [make_bundle(seed=14, size=8), make_bundle(seed=15, size=20)]
     references = {number: Reference(bundle, samples) for number, bundle in enumerate(bundles, 1)}
     async with AsyncModelsClient(up.address("models")) as models:
@@ -101,9 +88,9 @@ async def test_preprocessing_travels_with_the_revision(up: Any, make_bundle: Bun
 
 
 async def test_an_answer_that_is_another_revisions_would_be_found(
-    up: Any, make_bundle: BundleMaker
+    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
 ) -> None:
-    samples = _samples(8)
+    samples = make_samples(8)
     served, other = make_bundle(seed=21), make_bundle(seed=22)
     async with AsyncModelsClient(up.address("models")) as models:
         await models.push(served.path, "told-apart", alias="production")
@@ -116,13 +103,15 @@ async def test_an_answer_that_is_another_revisions_would_be_found(
     assert load.traffic.wrong == len(load.traffic.answered)
 
 
-async def test_a_refused_revision_changes_nothing(up: Any, make_bundle: BundleMaker) -> None:
+async def test_a_refused_revision_changes_nothing(
+    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+) -> None:
     """The golden outputs of the second revision are not those of its model."""
     import pytest
 
     from pollard.client import AliasSwitchFailed
 
-    samples = _samples(8)
+    samples = make_samples(8)
     good, lying = make_bundle(seed=31), make_bundle(seed=32)
     # Golden outputs of another model: everything is consistent but the numbers.
     golden = (good.path / "cpu-fp32" / "golden.npz").read_bytes()
