@@ -204,18 +204,21 @@ async def test_bytes_that_are_no_request_are_invalid(server) -> None:
 async def test_shared_memory_is_refused_with_words(stub, tensor_request) -> None:
     request = tensor_request()
     request.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    request.inputs[0].parameters["shared_memory_byte_size"].int64_param = 16
+    del request.raw_input_contents[:]
     error = await refused(stub.ModelInfer(request, timeout=10))
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED
     assert "raw contents" in error.details()
 
 
-async def test_methods_not_offered_say_so(stub) -> None:
-    error = await refused(stub.ModelConfig(pb.ModelConfigRequest(name="adder"), timeout=10))
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert "ModelConfig is not offered" in error.details()
-    stream = stub.ModelStreamInfer(iter([pb.ModelInferRequest()]), timeout=10)
-    error = await refused(stream.read())
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+async def test_models_are_not_loaded_by_request_where_a_manager_says_what_runs(stub) -> None:
+    load = pb.RepositoryModelLoadRequest(model_name="adder")
+    error = await refused(stub.RepositoryModelLoad(load, timeout=10))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert "explicit model load / unload is not allowed" in error.details()
+    unload = pb.RepositoryModelUnloadRequest(model_name="adder")
+    error = await refused(stub.RepositoryModelUnload(unload, timeout=10))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_health_metadata_and_index(stub) -> None:

@@ -135,6 +135,9 @@ class Engine:
         feeds: dict[str, Array],
         outputs: Sequence[TensorInfo],
         seconds_left: float | None = None,
+        *,
+        wait_seconds: float = 0.0,
+        priority: int = 0,
     ) -> Outputs:
         """Run one request on a revision that `resolve` returned.
 
@@ -143,16 +146,22 @@ class Engine:
             feeds: Inputs by name, checked against the revision.
             outputs: Outputs wanted.
             seconds_left: Time until the caller's deadline; None if it has none.
+            wait_seconds: Longest that it may wait for a worker; 0 leaves that to the model.
+            priority: 1 is the highest; 0 leaves it to the model.
 
         Raises:
             QueueFull: too many requests wait.
+            QueueTimeout: it waited longer than it may.
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
         """
         limit = self._max_request_seconds
         if seconds_left is not None:
             limit = min(limit, seconds_left)
-        return await revision.infer(feeds, outputs, time.monotonic() + limit)
+        deadline = time.monotonic() + limit
+        return await revision.infer(
+            feeds, outputs, deadline, wait_seconds=wait_seconds, priority=priority
+        )
 
     def switch(self, model: ServedModel) -> None:
         """Replace a model by another state of it; free what is no longer in it once it is idle.
@@ -180,6 +189,11 @@ class Engine:
     def counters(self, model: str, revision: int) -> RequestCounters | None:
         """Return the counters of a revision; None if it was never loaded."""
         return self._counters.get((model, revision))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether new requests are refused."""
+        return self._stopping
 
     def stop_accepting(self) -> None:
         """Refuse new requests from now on."""

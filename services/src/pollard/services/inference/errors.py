@@ -5,12 +5,16 @@
     InvalidRequest
     └── RequestInvalid     the request does not fit the model
     NotFound
-    └── ModelUnknown       no such model, version or alias on this server
+    ├── ModelUnknown       no such model, version or alias on this server
+    └── RegionUnknown      no shared memory region of this name
+    AlreadyExists
+    └── RegionExists       a shared memory region of this name is registered
     Unavailable
     ├── ModelNotReady      known, but not loaded yet, or refused
     ├── QueueFull          more requests wait than may wait
     ├── QueueTimeout       it waited longer than it may
-    └── ServerStopping     the server, or the revision, takes no new requests
+    ├── ServerStopping     the server, or the revision, takes no new requests
+    └── ControlDisabled    models are not loaded and unloaded by request here
     DeadlineExceeded
     └── RequestExpired     its deadline passed before it was run
     Unimplemented
@@ -19,6 +23,9 @@
     └── LoadRefused        a revision cannot be loaded here
     ResourceExhausted
     └── MemoryShort        there is not enough memory for a revision beside what runs
+    Internal
+    ├── RegionFailed       a shared memory region cannot be had, or is too small
+    └── PollFailed         a model is not in the repository, or its configuration is unreadable
     ServiceError
     └── ExecutionFailed    onnxruntime failed on a request that looked valid
 
@@ -43,6 +50,41 @@ class ModelUnknown(errors.NotFound):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="MODEL_UNKNOWN", **metadata)
+
+
+class RegionUnknown(errors.NotFound):
+    """There is no shared memory region of this name."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="REGION_UNKNOWN", **metadata)
+
+
+class RegionExists(errors.AlreadyExists):
+    """A shared memory region of this name is registered already."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="REGION_EXISTS", **metadata)
+
+
+class RegionFailed(errors.Internal):
+    """A shared memory region cannot be opened, has shrunk, or is too small for an output."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="REGION_FAILED", **metadata)
+
+
+class PollFailed(errors.Internal):
+    """A model is not in the repository, or its configuration cannot be read."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="POLL_FAILED", **metadata)
+
+
+class ControlDisabled(errors.Unavailable):
+    """Models are not loaded and unloaded by request on this server."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="CONTROL_DISABLED", **metadata)
 
 
 class ModelNotReady(errors.Unavailable):

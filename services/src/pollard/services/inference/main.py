@@ -16,13 +16,10 @@ from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_se
 from pollard.services.common.logs import configure_logging
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.loader import Loader
-from pollard.services.inference.servicer import (
-    SERVICE_NAME,
-    InferenceServicer,
-    add_to_server,
-    software_version,
-)
+from pollard.services.inference.methods import ProtocolMethods, software_version
+from pollard.services.inference.servicer import SERVICE_NAME, InferenceServicer
 from pollard.services.inference.settings import InferenceSettings
+from pollard.services.inference.shared_memory import SharedMemory
 from pollard.services.inference.sync import InferenceMember
 
 _log = structlog.get_logger("pollard.inference")
@@ -37,6 +34,7 @@ class InferenceServer:
         member: InferenceMember,
         agent: FleetAgent,
         grpc_server: GrpcServer,
+        servicer: InferenceServicer,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
@@ -44,6 +42,7 @@ class InferenceServer:
         self.member = member
         self.agent = agent
         self.grpc = grpc_server
+        self._servicer = servicer
         self._advertise = advertise
         self._becoming_ready: asyncio.Task[Any] | None = None
 
@@ -70,6 +69,7 @@ class InferenceServer:
     async def stop(self, grace_seconds: float) -> None:
         """Say NOT_SERVING, finish the requests in flight, free everything."""
         await cancel(self._becoming_ready)
+        self._servicer.stop_streams()
         await self.grpc.stop(grace_seconds)
         await self.agent.stop()
         await self.member.close()
@@ -104,7 +104,9 @@ def build_server(settings: InferenceSettings) -> InferenceServer:
         ),
         [SERVICE_NAME],
     )
-    add_to_server(InferenceServicer(engine, member), grpc_server.server)
+    shared = SharedMemory(enabled=settings.shared_memory)
+    servicer = InferenceServicer(engine, ProtocolMethods(engine, member, shared), shared)
+    servicer.add_to(grpc_server.server)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -117,7 +119,7 @@ def build_server(settings: InferenceSettings) -> InferenceServer:
         ),
     )
     member.on_change = agent.report_soon
-    return InferenceServer(engine, member, agent, grpc_server, settings.advertise)
+    return InferenceServer(engine, member, agent, grpc_server, servicer, settings.advertise)
 
 
 def run(settings: InferenceSettings) -> int:

@@ -13,7 +13,7 @@ from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired
 from pollard.services.inference.scheduling import Scheduling
-from pollard.services.inference.statistics import RevisionStatistics, Timing
+from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.workers import Outputs, Work, Workers
 
@@ -71,8 +71,9 @@ class LoadedRevision:
             workers: Number of threads that run requests.
             joined_batch: Largest batch made of several requests; 1 joins none.
             max_queue: Most requests that wait.
-            inline_rows: Requests of up to so many rows are run where they are: handing them to
-                a worker and back would take longer than they do.
+            inline_rows: Requests of up to so many rows are run on the event loop's thread, joined
+                with those that came with them: handing them to a worker and back would take longer
+                than they do.
             scheduling: Priorities, queue limits and how long a batch may form; without it there
                 are no priorities and the only limit is `max_queue`.
         """
@@ -81,7 +82,12 @@ class LoadedRevision:
         self.statistics = RevisionStatistics()
         self._scheduling = scheduling or Scheduling()
         self.in_flight = 0
+        self.workers = workers
+        """Number of threads that run requests."""
+        self.joined_batch = joined_batch if info.batches else 1
+        """Largest batch made of several requests."""
         self._inline_rows = inline_rows
+        self._gathered: list[Work] = []
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,7 +97,7 @@ class LoadedRevision:
         self._workers = Workers(
             session,
             count=workers,
-            joined_batch=joined_batch if info.batches else 1,
+            joined_batch=self.joined_batch,
             max_queue=max_queue,
             name=f"{info.model}-{info.revision}",
             on_closed=self._on_workers_closed,
@@ -127,14 +133,15 @@ class LoadedRevision:
         arrived = time.perf_counter_ns()
         self._enter()
         try:
+            work = self._work(feeds, names, batch, deadline, wait_seconds, priority)
             if batch <= self._inline_rows:
-                result = self._workers.run_now(feeds, names)
-                ended = time.perf_counter_ns()
-                timing: Timing | None = Timing(batch, arrived, arrived, ended, ended)
+                if not self._gathered:
+                    self._loop.call_soon(self._run_gathered)
+                self._gathered.append(work)
             else:
-                work = self._submit(feeds, names, batch, deadline, wait_seconds, priority)
-                result = await work.done
-                timing = work.timing
+                self._workers.submit(work)
+            result = await work.done
+            timing = work.timing
         except asyncio.CancelledError:
             self.counters.reject()
             raise
@@ -154,7 +161,7 @@ class LoadedRevision:
         finally:
             self._leave()
 
-    def _submit(
+    def _work(
         self,
         feeds: dict[str, Array],
         names: tuple[str, ...],
@@ -170,8 +177,12 @@ class LoadedRevision:
         work.level = self._scheduling.level(priority)
         wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
         work.queue_until = work.queued_at + wait
-        self._workers.submit(work)
         return work
+
+    def _run_gathered(self) -> None:
+        """Run what has come since the event loop's last turn."""
+        gathered, self._gathered = self._gathered, []
+        self._workers.run_here(gathered)
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.

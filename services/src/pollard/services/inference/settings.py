@@ -61,6 +61,12 @@ class InferenceSettings(ServiceSettings):
         64 * 1024 * 1024, ge=0, description="Memory that must be left after loading a revision."
     )
 
+    shared_memory: bool = Field(
+        False,
+        description="Let clients on this machine pass tensors in shared memory; they name objects "
+        "that the server then reads and writes with its own rights.",
+    )
+
     @property
     def engine_options(self) -> EngineOptions:
         """The part that is about how revisions are run."""

@@ -7,7 +7,7 @@ routes where they were; every other model goes on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import structlog
@@ -19,7 +19,9 @@ from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.status import to_proto
+from pollard.services.inference.catalogue import IndexEntry, LoadParameter
 from pollard.services.inference.engine import Engine, Route, ServedModel
+from pollard.services.inference.errors import ControlDisabled
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.revision import LoadedRevision
 
@@ -27,6 +29,17 @@ _log = structlog.get_logger("pollard.inference.sync")
 
 _Key = tuple[str, int, str]
 """Model, revision and digest: what makes a load the same load."""
+
+
+_INDEX_STATES = {
+    fleet_pb.REVISION_STATE_PENDING: "LOADING",
+    fleet_pb.REVISION_STATE_FETCHING: "LOADING",
+    fleet_pb.REVISION_STATE_LOADING: "LOADING",
+    fleet_pb.REVISION_STATE_READY: "READY",
+    fleet_pb.REVISION_STATE_FAILED: "UNAVAILABLE",
+    fleet_pb.REVISION_STATE_DRAINING: "UNLOADING",
+}
+"""The protocol's name of each state."""
 
 
 class InferenceMember:
@@ -64,6 +77,33 @@ class InferenceMember:
                 copy.counters.CopyFrom(counters.to_proto())
             result.append(copy)
         return result
+
+    def index(self) -> list[IndexEntry]:
+        """Return the state of every revision that is wanted or still there."""
+        return [
+            IndexEntry(
+                status.model,
+                str(status.revision),
+                _INDEX_STATES.get(status.state, "UNAVAILABLE"),
+                status.error.message,
+            )
+            for _, status in sorted(self._statuses.items())
+        ]
+
+    async def load_model(self, model: str, parameters: Mapping[str, LoadParameter]) -> None:
+        """Refuse: the manager says what is loaded."""
+        raise self._control_disabled(model)
+
+    async def unload_model(self, model: str, parameters: Mapping[str, LoadParameter]) -> None:
+        """Refuse: the manager says what is loaded."""
+        raise self._control_disabled(model)
+
+    def _control_disabled(self, model: str) -> ControlDisabled:
+        return ControlDisabled(
+            "explicit model load / unload is not allowed: the manager says what this server runs. "
+            "Use ModelService, or a server with --repository and --model-control explicit",
+            model=model,
+        )
 
     async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
         """Bring the engine to `state` as far as possible; see `FleetMember.apply`."""

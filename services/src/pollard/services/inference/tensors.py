@@ -7,7 +7,8 @@ of the request's bytes and is read-only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.runtime.sessions import Array, TensorInfo
 from pollard.runtime.tensors import NUMPY, protocol_name
-from pollard.services.inference.errors import LoadRefused, RequestInvalid
+from pollard.services.inference.errors import FeatureNotOffered, LoadRefused, RequestInvalid
+from pollard.services.inference.parameters import Place, class_count, shared_place
 
 _CONTENTS: dict[str, str] = {
     "BOOL": "bool_contents",
@@ -66,7 +68,10 @@ def zeros(info: TensorInfo, batch: int) -> Array:
 
 
 def decode_inputs(
-    request: pb.ModelInferRequest, specs: Sequence[TensorInfo], max_batch_size: int
+    request: pb.ModelInferRequest,
+    specs: Sequence[TensorInfo],
+    max_batch_size: int,
+    read_shared: Callable[[Place], bytes] | None = None,
 ) -> dict[str, Array]:
     """Return the request's inputs as arrays by name, checked against the model.
 
@@ -74,24 +79,32 @@ def decode_inputs(
         request: The request.
         specs: The model's inputs.
         max_batch_size: Largest first dimension; 0 if the model does not batch.
+        read_shared: Gives the bytes of an input that lies in shared memory.
 
     Raises:
         RequestInvalid: an input is unknown, missing, given twice, of the wrong type, shape or
             number of bytes, or its elements are missing or given in two ways.
+        ServiceError: what `read_shared` raises.
     """
     model = request.model_name
     raw = request.raw_input_contents
     tensors = request.inputs
-    if raw and len(raw) != len(tensors):
+    places = [
+        shared_place(tensor.name, tensor.parameters) if tensor.parameters else None
+        for tensor in tensors
+    ]
+    direct = places.count(None)
+    if raw and len(raw) != direct:
         raise RequestInvalid(
-            f"expected {len(tensors)} raw input contents for model '{model}', one for each input, "
-            f"got {len(raw)}",
+            f"expected {direct} raw input contents for model '{model}', one for each input that "
+            f"is not in shared memory, got {len(raw)}",
             model=model,
         )
+    next_raw = iter(raw)
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, Array] = {}
     batch: int | None = None
-    for index, tensor in enumerate(tensors):
+    for tensor, place in zip(tensors, places, strict=True):
         spec = by_name.get(tensor.name)
         if spec is None:
             raise RequestInvalid(
@@ -123,7 +136,17 @@ def decode_inputs(
                     input=tensor.name,
                 )
             batch = shape[0]
-        if raw:
+        if place is not None:
+            if tensor.HasField("contents"):
+                raise RequestInvalid(
+                    "contents field must not be specified when using shared memory for "
+                    f"'{tensor.name}' for model '{model}'",
+                    model=model,
+                    input=tensor.name,
+                )
+            data = _read(place, read_shared, spec, shape, model)
+            arrays[tensor.name] = from_raw(data, spec.datatype, shape, tensor.name, model)
+        elif raw:
             if tensor.HasField("contents"):
                 raise RequestInvalid(
                     "contents field must not be specified when using raw_input_contents for "
@@ -131,7 +154,7 @@ def decode_inputs(
                     model=model,
                     input=tensor.name,
                 )
-            arrays[tensor.name] = from_raw(raw[index], spec.datatype, shape, tensor.name, model)
+            arrays[tensor.name] = from_raw(next(next_raw), spec.datatype, shape, tensor.name, model)
         else:
             arrays[tensor.name] = _from_contents(tensor, spec.datatype, shape, model)
     missing = [name for name in by_name if name not in arrays]
@@ -143,6 +166,21 @@ def decode_inputs(
             model=model,
         )
     return arrays
+
+
+def _read(
+    place: Place,
+    read_shared: Callable[[Place], bytes] | None,
+    spec: TensorInfo,
+    shape: tuple[int, ...],
+    model: str,
+) -> bytes:
+    if read_shared is None:
+        raise FeatureNotOffered("tensors in shared memory are not offered; send raw contents")
+    if spec.datatype != "BYTES":
+        # Before anything is read: the size is the client's word, and may be anything.
+        _check_size(place.byte_size, spec.datatype, shape, spec.name, model)
+    return read_shared(place)
 
 
 def _check_declaration(
@@ -182,21 +220,25 @@ def from_raw(data: bytes, datatype: str, shape: tuple[int, ...], name: str, mode
     count = math.prod(shape)
     if datatype == "BYTES":
         return _strings(_split_bytes(data, count, name, model), shape, name, model)
+    _check_size(len(data), datatype, shape, name, model)
     kind = NUMPY[datatype]
-    expected = count * kind.itemsize
-    if len(data) != expected:
-        raise RequestInvalid(
-            f"input byte size mismatch for input '{name}' for model '{model}'. "
-            f"Expected {expected}, got {len(data)}",
-            model=model,
-            input=name,
-            expected=expected,
-            actual=len(data),
-        )
     if datatype == "BOOL":
         # Any other byte than 0 and 1 is undefined as a boolean.
         return np.not_equal(np.frombuffer(data, np.uint8).reshape(shape), 0)
     return np.frombuffer(data, kind).reshape(shape)
+
+
+def _check_size(size: int, datatype: str, shape: tuple[int, ...], name: str, model: str) -> None:
+    expected = math.prod(shape) * NUMPY[datatype].itemsize
+    if size != expected:
+        raise RequestInvalid(
+            f"input byte size mismatch for input '{name}' for model '{model}'. "
+            f"Expected {expected}, got {size}",
+            model=model,
+            input=name,
+            expected=expected,
+            actual=size,
+        )
 
 
 def _split_bytes(data: bytes, count: int, name: str, model: str) -> list[bytes]:
@@ -281,16 +323,28 @@ def _strings(elements: Sequence[bytes], shape: tuple[int, ...], name: str, model
     return array.reshape(shape)
 
 
-def select_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorInfo]) -> list[TensorInfo]:
+class WantedOutput(NamedTuple):
+    """An output that a request asks for, and how."""
+
+    spec: TensorInfo
+    classes: int = 0
+    """How many of the best classes; 0 wants the tensor itself."""
+    place: Place | None = None
+    """Where in shared memory to put it; None puts it into the answer."""
+
+
+def select_outputs(
+    request: pb.ModelInferRequest, specs: Sequence[TensorInfo]
+) -> list[WantedOutput]:
     """Return the outputs that the request asks for, in its order; all if it names none.
 
     Raises:
-        RequestInvalid: an output is unknown or asked for twice.
+        RequestInvalid: an output is unknown, asked for twice, or in a way that it cannot be had.
     """
     if not request.outputs:
-        return list(specs)
+        return [WantedOutput(spec) for spec in specs]
     by_name = {spec.name: spec for spec in specs}
-    chosen: dict[str, TensorInfo] = {}
+    chosen: dict[str, WantedOutput] = {}
     for output in request.outputs:
         spec = by_name.get(output.name)
         if spec is None:
@@ -306,7 +360,16 @@ def select_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorInfo]) -
                 model=request.model_name,
                 output=output.name,
             )
-        chosen[output.name] = spec
+        classes, place = 0, None
+        if output.parameters:
+            classes = class_count(output.name, output.parameters)
+            place = shared_place(output.name, output.parameters)
+            if classes and place is not None:
+                raise RequestInvalid(
+                    f"shared memory can't be used with classification for output '{output.name}'",
+                    output=output.name,
+                )
+        chosen[output.name] = WantedOutput(spec, classes, place)
     return list(chosen.values())
 
 

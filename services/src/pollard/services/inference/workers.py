@@ -58,6 +58,10 @@ class Work:
         self.queued_at = time.monotonic()
 
 
+_Outcome = tuple[Work, Outputs | Exception]
+"""A request and what it gets."""
+
+
 class Workers:
     """A queue and the threads that empty it."""
 
@@ -120,20 +124,34 @@ class Workers:
             raise queue_full(self._max_queue)
         self._queue.put(work)
 
-    def run_now(self, feeds: dict[str, Array], outputs: tuple[str, ...]) -> Outputs:
-        """Run a request on the calling thread.
+    def run_here(self, works: Sequence[Work]) -> None:
+        """Run requests on the calling thread, which must be that of their event loop.
 
-        Raises:
-            ExecutionFailed: onnxruntime failed on it.
-            ServerStopping: the workers are closed.
+        They are joined as the workers join them, in the order in which they came. Requests that
+        cannot be joined run one after another; each gets its own outcome.
         """
         session = self._session
-        if session is None:
-            raise ServerStopping("the revision is being unloaded; send the request again")
-        try:
-            return session.run(feeds, outputs)
-        except Exception as error:
-            raise _execution_failed(error) from error
+        batch: list[Work] = []
+        size = 0
+        for work in works:
+            if session is None:
+                _settle(work, ServerStopping("the revision is being unloaded; send it again"))
+                continue
+            if not _still_wanted(work):
+                continue
+            fits = (
+                work.joins_with is not None
+                and size + work.batch <= self._joined_batch
+                and bool(batch)
+                and work.joins_with == batch[0].joins_with
+            )
+            if batch and not fits:
+                _settle_all(self._outcomes(session, batch))
+                batch, size = [], 0
+            batch.append(work)
+            size += work.batch
+        if batch and session is not None:
+            _settle_all(self._outcomes(session, batch))
 
     def close(self) -> None:
         """Let the threads finish what waits and end. Returns at once."""
@@ -196,9 +214,18 @@ class Workers:
 
     def _execute(self, batch: Sequence[Work]) -> None:
         assert self._session is not None  # noqa: S101 - let go only after the last run
-        if len(batch) == 1:
-            self._execute_one(batch[0])
+        outcomes = self._outcomes(self._session, batch)
+        try:
+            # Once for all of them: to wake the event loop costs more than to answer a request.
+            batch[0].loop.call_soon_threadsafe(_settle_all, outcomes)
+        except RuntimeError:
+            # The event loop is closed: nobody waits for the answers any more.
             return
+
+    def _outcomes(self, session: Session, batch: Sequence[Work]) -> list[_Outcome]:
+        """Run requests as one batch and return what each of them gets."""
+        if len(batch) == 1:
+            return [self._run_one(session, batch[0])]
         total = sum(work.batch for work in batch)
         timing = Timing(total, time.perf_counter_ns())
         try:
@@ -207,36 +234,33 @@ class Workers:
                 for name in batch[0].feeds
             }
             timing.ready = time.perf_counter_ns()
-            outputs = self._session.run(feeds, batch[0].outputs)
+            outputs = session.run(feeds, batch[0].outputs)
             timing.run = time.perf_counter_ns()
             if any(array.shape[:1] != (total,) for array in outputs.values()):
                 raise ValueError("an output does not follow the batch")
         except Exception:
             # One request's values must not fail the others: each runs alone and gets its own error.
-            for work in batch:
-                self._execute_one(work)
-            return
-        parts, start = [], 0
+            return [self._run_one(session, work) for work in batch]
+        outcomes: list[_Outcome] = []
+        start = 0
         for work in batch:
             end = start + work.batch
-            parts.append({name: array[start:end] for name, array in outputs.items()})
+            work.timing = timing
+            outcomes.append((work, {name: array[start:end] for name, array in outputs.items()}))
             start = end
         timing.split = time.perf_counter_ns()
-        for work, part in zip(batch, parts, strict=True):
-            work.timing = timing
-            _resolve(work, part)
+        return outcomes
 
-    def _execute_one(self, work: Work) -> None:
-        assert self._session is not None  # noqa: S101 - let go only after the last run
+    @staticmethod
+    def _run_one(session: Session, work: Work) -> _Outcome:
         started = time.perf_counter_ns()
         try:
-            outputs = self._session.run(work.feeds, work.outputs)
+            outputs = session.run(work.feeds, work.outputs)
         except Exception as error:
-            _fail(work, _execution_failed(error))
-            return
+            return work, _execution_failed(error)
         ended = time.perf_counter_ns()
         work.timing = Timing(work.batch, started, started, ended, ended)
-        _resolve(work, outputs)
+        return work, outputs
 
     def _end(self) -> None:
         with self._lock:
@@ -268,17 +292,24 @@ def _execution_failed(error: Exception) -> ExecutionFailed:
     return ExecutionFailed(f"onnxruntime could not run the request: {first_line}")
 
 
-def _resolve(work: Work, outputs: Outputs) -> None:
-    _call(work, lambda: None if work.done.done() else work.done.set_result(outputs))
-
-
 def _fail(work: Work, error: Exception) -> None:
-    _call(work, lambda: None if work.done.done() else work.done.set_exception(error))
-
-
-def _call(work: Work, callback: Callable[[], None]) -> None:
     try:
-        work.loop.call_soon_threadsafe(callback)
+        work.loop.call_soon_threadsafe(_settle, work, error)
     except RuntimeError:
         # The event loop is closed: nobody waits for the answer any more.
         return
+
+
+def _settle_all(outcomes: Sequence[_Outcome]) -> None:
+    for work, outcome in outcomes:
+        _settle(work, outcome)
+
+
+def _settle(work: Work, outcome: Outputs | Exception) -> None:
+    """Give a request its outcome, on its event loop's thread; its caller may have gone."""
+    if work.done.done():
+        return
+    if isinstance(outcome, Exception):
+        work.done.set_exception(outcome)
+    else:
+        work.done.set_result(outcome)
