@@ -137,6 +137,41 @@ async def test_requests_of_few_rows_may_run_where_they_are(watched) -> None:
     await revision.retire()
 
 
+async def test_requests_that_came_together_are_joined_where_they_are(watched) -> None:
+    worked, session = watched
+    revision = LoadedRevision(
+        worked.info, session, workers=1, joined_batch=4, max_queue=1, inline_rows=2
+    )
+    answers = await asyncio.gather(
+        *(ask(revision, value) for value in (0, 1, -1, 2, 3, 4)), return_exceptions=True
+    )
+    assert isinstance(answers[2], ExecutionFailed)
+    assert [answer[0, 0] for answer in answers if not isinstance(answer, Exception)] == [
+        *(1, 2, 3, 4, 5)
+    ]
+    # The first batch holds the bad request and is run again one by one, the second is good.
+    assert session.batches == [4, 1, 1, 1, 1, 2]
+    assert (revision.statistics.inferences, revision.statistics.executions) == (5, 4)
+    await revision.retire()
+
+
+async def test_a_caller_that_has_gone_costs_those_that_came_with_it_nothing(watched) -> None:
+    worked, session = watched
+    revision = LoadedRevision(
+        worked.info, session, workers=1, joined_batch=4, max_queue=1, inline_rows=2
+    )
+    gone = asyncio.create_task(ask(revision, 1))
+    stayed = asyncio.create_task(ask(revision, 2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    assert (await stayed == 3).all()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert (revision.counters.succeeded, revision.counters.rejected) == (1, 1)
+    assert revision.in_flight == 0
+    await revision.retire()
+
+
 async def test_a_full_queue_refuses(watched) -> None:
     revision, session = watched
     first = await held_up(session, revision)
