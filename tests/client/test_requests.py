@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
-from pollard.client import RetryPolicy, Unavailable
+from pollard.client import AsyncVisionClient, RetryPolicy, Unavailable, VisionClient
 from pollard.inference import grpc_service_pb2
 from pollard.models.v1 import fleet_service_pb2, model_service_pb2
 from pollard.preprocess.v1 import preprocess_service_pb2
@@ -229,3 +229,16 @@ def test_messages_larger_than_grpcs_own_limit_pass(
     scripted.on("ModelInfer", answer)
     found = runner.call("inference", address, "infer", "m", {"x": ARRAY})
     assert found.outputs["y"].nbytes == big.nbytes
+
+
+def test_an_asyncio_client_outside_a_coroutine_is_refused_in_words() -> None:
+    with pytest.raises(RuntimeError, match="inside a coroutine"):
+        AsyncVisionClient("127.0.0.1:1")
+
+
+def test_a_closed_client_says_so() -> None:
+    client = VisionClient("127.0.0.1:1")
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.predict(b"x", "m")

@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class AsyncBaseClient:
-    """One channel to one server. Use it as a context manager, or call `close()`."""
+    """One channel to one server. Use it as a context manager, or call `close()`.
+
+    Many requests may be in flight at once over one client.
+    """
 
     def __init__(
         self,

@@ -18,7 +18,18 @@ sleep = asyncio.sleep
 
 
 def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
-    """Open a channel; it connects with the first request."""
+    """Open a channel; it connects with the first request.
+
+    Raises:
+        RuntimeError: There is no running event loop.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # grpc would bind the channel to a loop that asyncio.run() does not use.
+        raise RuntimeError(
+            "asyncio clients are made inside a coroutine; elsewhere use the sync ones"
+        ) from None
     return grpc.aio.insecure_channel(address, options=options)
 
 

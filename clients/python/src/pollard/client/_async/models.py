@@ -20,9 +20,9 @@ from pollard.client._names import (
     model_name,
     revision_name,
 )
+from pollard.client._switch import has_moved
 from pollard.client._upload import ProgressCallback, Upload, transfer_timeout
 from pollard.client.errors import (
-    AliasSwitchFailed,
     AliasSwitchTimeout,
     DeadlineExceeded,
     InvalidAnswer,
@@ -325,7 +325,7 @@ class AsyncModelsClient(AsyncBaseClient):
                 if time.monotonic() >= give_up:
                     raise
             else:
-                if _has_moved(current, revision):
+                if has_moved(current, revision):
                     return current
                 if time.monotonic() >= give_up:
                     raise AliasSwitchTimeout(
@@ -455,37 +455,3 @@ class AsyncModelsClient(AsyncBaseClient):
         except NotFound:
             return 0
         return response.committed_bytes
-
-
-def _has_moved(alias: Alias, revision: int) -> bool:
-    """Say whether a switch has succeeded; raise when it can no longer."""
-    if alias.state == "ACTIVE" and alias.revision == revision:
-        return True
-    if alias.state in ("LOADING", "SWITCHING") and revision in (
-        alias.pending_revision,
-        alias.revision,
-    ):
-        return False
-    name = f"models/{alias.model}/aliases/{alias.name}"
-    serving = (
-        f"requests still go to revision {alias.revision}"
-        if alias.revision
-        else ("requests that name it are not answered yet")
-    )
-    if alias.state == "FAILED":
-        reasons = "; ".join(f"{item.server_id}: {item.message}" for item in alias.failures)
-        raise AliasSwitchFailed(
-            f"alias {alias.name!r} of {alias.model!r} did not move to revision {revision}, "
-            f"{serving}: {reasons or alias.error or 'no reason was given'}",
-            alias=name,
-            wanted=revision,
-            serving=alias.revision,
-            failures=alias.failures,
-        )
-    raise AliasSwitchFailed(
-        f"alias {alias.name!r} of {alias.model!r} was moved elsewhere before it reached revision "
-        f"{revision}; {serving}",
-        alias=name,
-        wanted=revision,
-        serving=alias.revision,
-    )
