@@ -32,7 +32,8 @@ th { color: #5c6875; font-weight: 600; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; }
 td.text, th.text { text-align: left; white-space: normal; }
 tr.chosen td { background: #eaf6ef; font-weight: 600; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr));
+  gap: 14px; }
 .two > * { min-width: 0; overflow-x: hidden; }
 pre { white-space: pre-wrap; word-break: break-word; font-size: 12.5px; margin: 0; }
 details { margin-top: 10px; } summary { cursor: pointer; color: #3266ad; }
@@ -106,7 +107,7 @@ def _heading(content: dict[str, Any]) -> str:
         f"<p>The shipped model (<b>{summary['shipped']}</b>) answers one image in "
         f"<b>{_time(summary['latency_compressed_ms'] * 1000)}</b> where its parent takes "
         f"{_time(summary['latency_parent_ms'] * 1000)}, and {_lost(drop['estimate'])} "
-        f"(at most {gate['max_drop_points']:g} points were allowed).</p>"
+        f"(at most {_points(gate['max_drop_points'])} may be lost).</p>"
         f"<p class='muted'>{html.escape(content['created'])} on "
         f"{html.escape(content['machine']['processor'])}, onnxruntime "
         f"{html.escape(content['machine']['onnxruntime'])}, one thread; "
@@ -137,7 +138,7 @@ def _cards(content: dict[str, Any]) -> str:
                     f"{speed['lower']:.2f} to {speed['upper']:.2f}",
                 ),
                 (
-                    "Accuracy, held out",
+                    f"Accuracy, {content['data']['held_out']} held-out images",
                     f"{interval['value']:.2%}",
                     f"parent {s['accuracy_parent']:.2%}, change {_signed(-drop['estimate'])}, "
                     f"95 % interval {_signed(-drop['upper'])} to {_signed(-drop['lower'])}",
@@ -166,7 +167,7 @@ def _parent_cards(content: dict[str, Any]) -> str:
             _card(*card)
             for card in (
                 (
-                    "Accuracy, held out",
+                    f"Accuracy, {content['data']['held_out']} held-out images",
                     f"{accuracy['value']:.2%}",
                     f"95 % interval {accuracy['lower']:.2%} to {accuracy['upper']:.2%}",
                 ),
@@ -240,7 +241,7 @@ def _candidate_text(content: dict[str, Any]) -> str:
     gate = content["gate"]
     return (
         "<p>Parent and pruned model compete in every form that the target allows. The fastest file "
-        f"that loses at most {gate['max_drop_points']:g} points on the {content['data']['choose']} "
+        f"that loses at most {_points(gate['max_drop_points'])} on the {content['data']['choose']} "
         "images kept for choosing is shipped; of two equally fast ones the smaller. The bars are "
         "95 % intervals of the drop.</p>"
     )
@@ -283,7 +284,7 @@ def _scatter(content: dict[str, Any]) -> str:
     figure.add_hline(
         y=-limit,
         line={"color": _RED, "dash": "dash"},
-        annotation_text=f"gate: at most {limit:g} points lost",
+        annotation_text=f"gate: at most {_points(limit)} lost",
         annotation_position="bottom right",
     )
     figure.update_xaxes(title="median latency of one image, µs", rangemode="tozero")
@@ -538,6 +539,10 @@ def _plot(figure: go.Figure, height: int) -> str:
 def _signed(points: float) -> str:
     # Without the sign of a negative zero.
     return f"{round(points, 2) + 0.0:+.2f}"
+
+
+def _points(value: float) -> str:
+    return f"{value:g} point{'' if value == 1 else 's'}"
 
 
 def _time(us: float) -> str:

@@ -104,13 +104,12 @@ def measure(
         rounds: Turns of the interleaved timing.
     """
     sessions = [open_session(c.path, target=c.target) for c in candidates]
-    image = np.ascontiguousarray(part.images[:1])
-    calls = [_call(session, image) for session in sessions]
-    medians = interleaved(calls, rounds=rounds)
+    timings, medians = _time_all(sessions, part, rounds)
     results: list[Measured] = []
     parent_right: NDArray[np.bool_] | None = None
     answers: dict[int, NDArray[np.int64]] = {}
-    for candidate, session, times in zip(candidates, sessions, medians, strict=True):
+    rows = zip(candidates, sessions, timings, medians, strict=True)
+    for candidate, session, timing, times in rows:
         logits = predict_part(session_predictor(session), part, MAX_BATCH)
         right = right_answers(logits, part)
         parent_right = right if parent_right is None else parent_right
@@ -121,7 +120,7 @@ def measure(
                 candidate,
                 accuracy(right, part),
                 paired_drop(parent_right, right),
-                _timings(session, times, part),
+                timing,
                 ratio(medians[0], times),
                 float((logits.argmax(axis=1) == answers[id(candidate.module)]).mean()),
                 confusion(logits, part.labels, len(data.classes)),
@@ -142,21 +141,25 @@ def _call(session: Session, images: NDArray[np.uint8]) -> Any:
     return lambda: run(None, feeds)
 
 
-def _timings(session: Session, medians: NDArray[np.float64], part: Part) -> list[Timing]:
-    timings: list[Timing] = []
+def _time_all(
+    sessions: Sequence[Session], part: Part, rounds: int
+) -> tuple[list[list[Timing]], list[NDArray[np.float64]]]:
+    """Time all sessions in turn; return their figures, and the turns with single images."""
+    timings: list[list[Timing]] = [[] for _ in sessions]
+    single: list[NDArray[np.float64]] = []
     for batch in BATCH_SIZES:
-        images = np.ascontiguousarray(
-            np.resize(part.images[:batch], (batch, *part.images.shape[1:]))
-        )
-        call = _call(session, images)
-        call()
-        once = float(np.median(time_calls(call, 3)))
-        count = int(np.clip(300_000 / max(once, 1.0), 20, 500))
-        durations = time_calls(call, count)
-        # The interleaved medians are comparable between files; only their tail is not in them.
-        p50 = float(np.median(medians)) if batch == 1 else float(np.median(durations))
-        timings.append(Timing(batch, p50, max(p50, float(np.quantile(durations, 0.99))), count))
-    return timings
+        shape = (batch, *part.images.shape[1:])
+        images = np.ascontiguousarray(np.resize(part.images[:batch], shape))
+        calls = [_call(session, images) for session in sessions]
+        # Larger batches are for information: fewer turns.
+        turns = interleaved(calls, rounds=rounds if batch == 1 else max(10, rounds // 4))
+        single = single or turns
+        for found, call, medians in zip(timings, calls, turns, strict=True):
+            p50 = float(np.median(medians))
+            count = int(np.clip(300_000 / p50, 20, 500))
+            tail = float(np.quantile(time_calls(call, count), 0.99))
+            found.append(Timing(batch, p50, max(p50, tail), count))
+    return timings, single
 
 
 def select(measured: Sequence[Measured], max_drop: float) -> Measured:
