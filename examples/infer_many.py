@@ -30,7 +30,7 @@ async def main(model: str) -> int:
                 for _ in range(100)
             )
         )
-    versions = Counter(answer.model_version for answer in answers)
+    versions = Counter(answer.version for answer in answers)
     print(f"{len(answers)} answers; by revision: {dict(versions)}")
     return 0
 

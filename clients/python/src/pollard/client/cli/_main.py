@@ -120,7 +120,28 @@ def _message(error: Exception) -> str:
         return f"{error.message}{reason}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    package = _missing_package(error)
+    if package:
+        return (
+            f"this command needs the package {package!r}, which is not installed here.\n"
+            f"Install it, or the distribution that asks for it: {_WHO_NEEDS.get(package, package)}"
+        )
     return str(error) or type(error).__name__
+
+
+_WHO_NEEDS = {
+    "onnxruntime": "pollard-runtime[cpu] or pollard-runtime[gpu], never both",
+    **dict.fromkeys(("onnx", "torch", "torch_pruning", "sklearn"), "pollard-compression"),
+}
+"""By module that may be missing: what brings it."""
+
+
+def _missing_package(error: Exception) -> str:
+    """Return the package whose absence is the error; empty if it is another error."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    package = error.name.split(".")[0]
+    return "" if package == "pollard" else package
 
 
 def _is_expected(error: Exception) -> bool:
@@ -132,6 +153,7 @@ def _is_expected(error: Exception) -> bool:
     return (
         hasattr(error, "format_message")
         or isinstance(error, PollardError | OSError)
+        or bool(_missing_package(error))
         or type(error).__module__.split(".")[0] == "pollard"
     )
 
