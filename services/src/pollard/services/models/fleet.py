@@ -264,7 +264,7 @@ class Fleet:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.report_interval_seconds = report_interval_seconds
-        self.silence_seconds = max(3 * report_interval_seconds, lease_seconds)
+        self.silence_seconds = max(6 * report_interval_seconds, lease_seconds)
         """A stream on which nothing was heard for so long is ended."""
         self.state = pb.DesiredState()
         """The desired state in force; version 0 before :meth:`start`."""
@@ -277,6 +277,7 @@ class Fleet:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._next_step: float | None = None
 
     async def start(self) -> None:
         """Remember the servers, take the first step and begin to move."""
@@ -426,8 +427,6 @@ class Fleet:
             raise
         self._next_step = result.next_deadline
         return result
-
-    _next_step: float | None = None
 
     def _apply(self, result: StepResult) -> None:
         if result.version == self.state.version:
