@@ -284,6 +284,7 @@ async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
             "manager": manager,
             "cache_dir": tmp_path / "cache",
             "memory_headroom_bytes": 0,
+            "measure": False,
             **settings,
         }
         server = build_server(InferenceSettings.load(given))

@@ -37,7 +37,7 @@ def parse_config(text: str, model: str) -> config_pb.ModelConfig:
     try:
         text_format.Parse(text, config)
     except text_format.ParseError as error:
-        raise _poll_failed(model, f"failed to read text proto from config.pbtxt: {error}") from None
+        raise poll_failed(model, f"failed to read text proto from config.pbtxt: {error}") from None
     return _named(config, model)
 
 
@@ -51,7 +51,7 @@ def parse_json_config(text: str, model: str) -> config_pb.ModelConfig:
     try:
         json_format.Parse(text, config)
     except json_format.ParseError as error:
-        raise _poll_failed(model, f"failed to parse 'config' override: {error}") from None
+        raise poll_failed(model, f"failed to parse 'config' override: {error}") from None
     return _named(config, model)
 
 
@@ -62,14 +62,15 @@ def says_batch_size(text: str) -> bool:
 
 def _named(config: config_pb.ModelConfig, model: str) -> config_pb.ModelConfig:
     if config.name and config.name != model:
-        raise _poll_failed(
+        raise poll_failed(
             model, f"unexpected directory name '{model}' for model '{config.name}' in its config"
         )
     config.name = model
     return config
 
 
-def _poll_failed(model: str, reason: str) -> PollFailed:
+def poll_failed(model: str, reason: str) -> PollFailed:
+    """Return the error of a model that is not in the repository or cannot be read."""
     return PollFailed(
         f"failed to load '{model}', failed to poll from model repository: {reason}", model=model
     )
@@ -119,12 +120,6 @@ def check_config(config: config_pb.ModelConfig) -> None:
                 model=config.name,
             )
     for group in config.instance_group:
-        if group.kind == config_pb.ModelInstanceGroup.KIND_GPU:
-            raise LoadRefused(
-                f"model '{config.name}' is configured for GPUs and this server runs it on the CPU; "
-                "leave out kind, or set KIND_CPU",
-                model=config.name,
-            )
         if group.count < 0:
             raise LoadRefused(
                 f"instance group of model '{config.name}' must have a count >= 0",

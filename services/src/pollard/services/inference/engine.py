@@ -25,6 +25,8 @@ from pollard.services.inference.errors import (
 from pollard.services.inference.revision import LoadedRevision
 from pollard.services.inference.workers import Outputs
 
+_MOMENT_SECONDS = 1.0
+
 Route = tuple[tuple[int, int], ...]
 """Pairs of revision and weight."""
 
@@ -194,6 +196,15 @@ class Engine:
     def stopping(self) -> bool:
         """Whether new requests are refused."""
         return self._stopping
+
+    def busy(self) -> bool:
+        """Tell whether requests are in flight or were a moment ago. May be called on any thread."""
+        since = time.monotonic() - _MOMENT_SECONDS
+        return any(
+            revision.in_flight > 0 or revision.last_request > since
+            for model in self.table.models.values()
+            for revision in model.revisions.values()
+        )
 
     def stop_accepting(self) -> None:
         """Refuse new requests from now on."""

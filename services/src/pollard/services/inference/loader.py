@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pollard.services.inference.description import (
 from pollard.services.inference.errors import LoadRefused, MemoryShort
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
 from pollard.services.inference.tensors import batches, zeros
+from pollard.services.inference.tuning import Tuning, Tunings, measure
 
 __all__ = ["EngineOptions", "Loader", "best_joined_batch"]
 
@@ -72,19 +74,34 @@ class EngineOptions:
 class Loader:
     """Loads revisions, one at a time."""
 
-    def __init__(self, machine: Machine, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        options: EngineOptions,
+        *,
+        tunings: Tunings | None = None,
+        busy: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Start the loader's thread.
 
         Args:
             machine: What this machine can run.
             options: How revisions are run.
+            tunings: What was measured so far; without it nothing is measured.
+            busy: Tells from any thread whether requests are being answered; a model is only
+                measured while they are not.
         """
         self._machine = machine
         self._options = options
+        self._tunings = tunings
+        self._busy = busy
         self._workers, self._threads = options.threads(machine.cores)
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="loader", initializer=self._lower_priority
         )
+        # Its thread starts now and here: threads inherit the priority of the one that starts them.
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
+        self._opener.submit(int)
 
     async def load(
         self, model: str, revision: int, digest: str, size_bytes: int, path: Path
@@ -117,7 +134,7 @@ class Loader:
         started = time.perf_counter()
         running = loop.run_in_executor(self._executor, self._prepare, source, abandoned)
         try:
-            outline, description, session, row_seconds = await running
+            outline, description, session, row_seconds, tuning = await running
         except asyncio.CancelledError:
             abandoned.set()
             raise
@@ -136,7 +153,13 @@ class Loader:
             config=description.config,
         )
         joined = self._options.joined_batch or description.joined_batch or 1
-        workers = outline.workers or self._workers
+        workers, threads = self._workers, self._threads
+        if tuning is not None:
+            threads = tuning.threads
+            workers = self._options.workers or tuning.workers
+            if not self._options.joined_batch and description.config is None:
+                joined = tuning.joined_batch
+        workers = outline.workers or workers
         scheduling = description.scheduling
         inline_rows = int(self._options.inline_seconds / row_seconds)
         if scheduling is not None and (scheduling.delay_seconds or not scheduling.plain):
@@ -149,8 +172,9 @@ class Loader:
             variant=info.variant,
             seconds=round(info.load_seconds, 3),
             workers=workers,
-            threads=self._threads,
+            threads=threads,
             joined_batch=joined,
+            measured=tuning is not None,
         )
         return LoadedRevision(
             info,
@@ -165,29 +189,75 @@ class Loader:
     def close(self) -> None:
         """Stop the thread; a load under way is abandoned."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._opener.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(
         self, source: ModelSource, abandoned: threading.Event
-    ) -> tuple[Outline, ModelDescription, Session, float]:
-        """Do the work of a load on the loader's thread; the last is the time of one row."""
+    ) -> tuple[Outline, ModelDescription, Session, float, Tuning | None]:
+        """Do the work of a load on the loader's thread; the fourth is the time of one row."""
         outline = source.outline(self._machine)
         # Before anything is loaded: running out of memory would take down what runs.
         self._check_memory(outline)
         _continue(abandoned)
         source.verify()
         _continue(abandoned)
-        session = open_session(
-            outline.model_file,
-            target=outline.target,
-            intra_op_threads=self._threads,
-            spinning=False,
-        )
+        tuning = self._find(outline)
+        session = self._open(outline, tuning.threads if tuning else self._threads)
         description = source.describe(session)
         _continue(abandoned)
         source.check(session)
         _continue(abandoned)
         row_seconds = _warm(session, description, abandoned)
-        return outline, description, session, row_seconds
+        if tuning is None and self._tunings is not None and math.isfinite(row_seconds):
+            tuning = self._measure(outline, description, abandoned)
+            _continue(abandoned)
+            if tuning is not None and tuning.threads != self._threads:
+                session = self._open(outline, tuning.threads)
+                source.check(session)
+                row_seconds = _warm(session, description, abandoned)
+        return outline, description, session, row_seconds, tuning
+
+    def _find(self, outline: Outline) -> Tuning | None:
+        if self._tunings is None or not outline.target.startswith("cpu"):
+            return None
+        found = self._tunings.find(outline.model_file, outline.digest, self._options.optimize)
+        settled = self._options.intra_op_threads
+        # A measurement with another number of threads than is asked for says nothing.
+        return None if found and settled and found.threads != settled else found
+
+    def _measure(
+        self, outline: Outline, description: ModelDescription, abandoned: threading.Event
+    ) -> Tuning | None:
+        if self._tunings is None or not outline.target.startswith("cpu"):
+            return None
+        inputs = description.inputs
+        batching = description.max_batch_size > 0 and all(
+            batches(info) for info in (*inputs, *description.outputs)
+        )
+        tuning = measure(
+            lambda threads: self._open(outline, threads),
+            lambda rows: {info.name: zeros(info, rows) for info in inputs},
+            aim=self._options.optimize,
+            cores=self._machine.cores,
+            max_batch=description.max_batch_size if batching else 1,
+            threads=self._options.intra_op_threads,
+            stop=lambda: abandoned.is_set() or self._busy(),
+        )
+        if tuning is not None:
+            self._tunings.keep(outline.model_file, outline.digest, self._options.optimize, tuning)
+        return tuning
+
+    def _open(self, outline: Outline, threads: int) -> Session:
+        def opened() -> Session:
+            return open_session(
+                outline.model_file, target=outline.target, intra_op_threads=threads, spinning=False
+            )
+
+        if threads == 1:
+            return opened()
+        # Threads that onnxruntime starts inherit the loader's low priority, which cannot be raised
+        # again.
+        return self._opener.submit(opened).result()
 
     def _check_memory(self, outline: Outline) -> None:
         needed = outline.needed_bytes
@@ -207,9 +277,8 @@ class Loader:
             )
 
     def _lower_priority(self) -> None:
-        # On Linux niceness belongs to the thread. Threads that onnxruntime starts inherit it and
-        # could not get it back, so a session with threads of its own is loaded at full priority.
-        if self._threads == 1 and hasattr(os, "setpriority"):
+        # On Linux niceness belongs to the thread.
+        if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 

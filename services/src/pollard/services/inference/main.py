@@ -14,13 +14,18 @@ from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
 from pollard.services.common.logs import configure_logging
+from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.loader import Loader
+from pollard.services.inference.memory import freeze_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
+from pollard.services.inference.repository import Limits, ModelRepository
 from pollard.services.inference.servicer import SERVICE_NAME, InferenceServicer
 from pollard.services.inference.settings import InferenceSettings
 from pollard.services.inference.shared_memory import SharedMemory
+from pollard.services.inference.standalone import StandaloneCatalogue
 from pollard.services.inference.sync import InferenceMember
+from pollard.services.inference.tuning import Tunings
 
 _log = structlog.get_logger("pollard.inference")
 
@@ -78,6 +83,7 @@ class InferenceServer:
     async def _become_ready(self) -> None:
         await self.agent.settled.wait()
         self.member.ready = True
+        freeze_heap()
         await self.grpc.set_serving(True)
 
 
@@ -88,25 +94,12 @@ def build_server(settings: InferenceSettings) -> InferenceServer:
         StartupError: the cache is in use or cannot be written, onnxruntime is missing, or the
             address would be open to everybody.
     """
-    try:
-        machine = Machine.detect()
-    except RuntimeFault as error:
-        raise StartupError(error.message) from error
+    machine = _detect()
     engine = Engine(max_request_seconds=settings.max_request_seconds)
-    member = InferenceMember(engine, Loader(machine, settings.engine_options))
-    grpc_server = GrpcServer(
-        Listen(
-            host=settings.host,
-            port=settings.port,
-            max_message_bytes=settings.max_message_bytes,
-            insecure=settings.insecure,
-            unix_socket=settings.unix_socket,
-        ),
-        [SERVICE_NAME],
-    )
-    shared = SharedMemory(enabled=settings.shared_memory)
-    servicer = InferenceServicer(engine, ProtocolMethods(engine, member, shared), shared)
-    servicer.add_to(grpc_server.server)
+    tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
+    loader = Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy)
+    member = InferenceMember(engine, loader)
+    grpc_server, servicer = _front(settings, engine, member)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -122,10 +115,110 @@ def build_server(settings: InferenceSettings) -> InferenceServer:
     return InferenceServer(engine, member, agent, grpc_server, servicer, settings.advertise)
 
 
+class StandaloneServer:
+    """An inference server over a repository, without a manager."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: StandaloneCatalogue,
+        grpc_server: GrpcServer,
+        servicer: InferenceServicer,
+    ) -> None:
+        """Take the parts; see `build_standalone_server`."""
+        self.engine = engine
+        self.models = models
+        self.grpc = grpc_server
+        self._servicer = servicer
+        self._becoming_ready: asyncio.Task[Any] | None = None
+
+    @property
+    def address(self) -> str:
+        """Target under which this machine reaches the server."""
+        return self.grpc.address
+
+    async def start(self) -> None:
+        """Listen and load the models; health says SERVING once that is done.
+
+        Raises:
+            StartupError: the address cannot be had.
+        """
+        await self.grpc.start()
+        self._becoming_ready = asyncio.create_task(self._become_ready())
+        _log.info("listening", address=self.grpc.address)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Say NOT_SERVING, finish the requests in flight, free everything."""
+        await cancel(self._becoming_ready)
+        self._servicer.stop_streams()
+        await self.grpc.stop(grace_seconds)
+        await self.models.close()
+        await self.engine.close()
+
+    async def _become_ready(self) -> None:
+        await self.models.start()
+        await self.grpc.set_serving(True)
+        _log.info("ready", models=sorted(self.engine.table.models))
+
+
+def build_standalone_server(settings: InferenceSettings) -> StandaloneServer:
+    """Wire a server over a repository; must be called with the event loop running.
+
+    Raises:
+        StartupError: there is no such folder, onnxruntime is missing, or the address would be open
+            to everybody.
+    """
+    assert settings.repository is not None  # noqa: S101 - whoever calls has looked
+    if not settings.repository.is_dir():
+        raise StartupError(f"there is no folder {settings.repository} to serve models from")
+    machine = _detect()
+    engine = Engine(max_request_seconds=settings.max_request_seconds)
+    models = StandaloneCatalogue(
+        engine,
+        Loader(machine, settings.engine_options),
+        ModelRepository(settings.repository),
+        control=settings.model_control,
+        load_at_start=settings.load_model,
+        poll_seconds=settings.poll_seconds,
+        limits=Limits(
+            default_batch_size=settings.default_max_batch_size, max_queue=settings.max_queue
+        ),
+    )
+    grpc_server, servicer = _front(settings, engine, models)
+    return StandaloneServer(engine, models, grpc_server, servicer)
+
+
+def _front(
+    settings: InferenceSettings, engine: Engine, catalogue: Catalogue
+) -> tuple[GrpcServer, InferenceServicer]:
+    grpc_server = GrpcServer(
+        Listen(
+            host=settings.host,
+            port=settings.port,
+            max_message_bytes=settings.max_message_bytes,
+            insecure=settings.insecure,
+            unix_socket=settings.unix_socket,
+        ),
+        [SERVICE_NAME],
+    )
+    shared = SharedMemory(enabled=settings.shared_memory)
+    servicer = InferenceServicer(engine, ProtocolMethods(engine, catalogue, shared), shared)
+    servicer.add_to(grpc_server.server)
+    return grpc_server, servicer
+
+
+def _detect() -> Machine:
+    try:
+        return Machine.detect()
+    except RuntimeFault as error:
+        raise StartupError(error.message) from error
+
+
 def run(settings: InferenceSettings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     configure_logging("inference", level=settings.log_level, form=settings.log_format)
-    return run_service(lambda: build_server(settings), grace_seconds=settings.grace_seconds)
+    build = build_server if settings.repository is None else build_standalone_server
+    return run_service(lambda: build(settings), grace_seconds=settings.grace_seconds)
 
 
 def _capabilities(machine: Machine) -> fleet_pb.Capabilities:

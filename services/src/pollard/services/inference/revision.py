@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired
+from pollard.services.inference.memory import return_memory
 from pollard.services.inference.scheduling import Scheduling
 from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
@@ -82,6 +83,8 @@ class LoadedRevision:
         self.statistics = RevisionStatistics()
         self._scheduling = scheduling or Scheduling()
         self.in_flight = 0
+        self.last_request = -math.inf
+        """When the last request came, on the clock of `time.monotonic`."""
         self.workers = workers
         """Number of threads that run requests."""
         self.joined_batch = joined_batch if info.batches else 1
@@ -174,6 +177,7 @@ class LoadedRevision:
         if self._workers.joins:
             joins_with = (names, *(feeds[info.name].shape[1:] for info in self.info.inputs))
         work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
+        self.last_request = work.queued_at
         work.level = self._scheduling.level(priority)
         wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
         work.queue_until = work.queued_at + wait
@@ -192,7 +196,7 @@ class LoadedRevision:
         await self._idle.wait()
         self._workers.close()
         await self._closed.wait()
-        await asyncio.to_thread(_return_memory)
+        await asyncio.to_thread(return_memory)
         self.freed.set()
 
     def _enter(self) -> None:
@@ -210,12 +214,3 @@ class LoadedRevision:
         except RuntimeError:
             # The event loop is closed, and with it everybody who could wait.
             return
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the operating system; glibc keeps much of it otherwise."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        # Another C library; it decides for itself.
-        return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.loader import EngineOptions
@@ -53,6 +53,10 @@ class InferenceSettings(ServiceSettings):
         ge=0,
         description="Requests that take no longer are run without a worker; 0 runs none so.",
     )
+    measure: bool = Field(
+        True,
+        description="While no requests come, measure at a model's first load what suits it best.",
+    )
     max_queue: int = Field(1024, ge=1, description="Most requests of a revision that wait.")
     max_request_seconds: float = Field(
         30.0, gt=0, description="Longest that a request may take, whatever its deadline."
@@ -66,6 +70,38 @@ class InferenceSettings(ServiceSettings):
         description="Let clients on this machine pass tensors in shared memory; they name objects "
         "that the server then reads and writes with its own rights.",
     )
+
+    repository: Path | None = Field(
+        None,
+        description="Serve this folder of models in Triton's layout, without a manager.",
+    )
+    model_control: Literal["none", "explicit", "poll"] = Field(
+        "none",
+        description="With --repository: load all models once (none), on request (explicit), or as "
+        "the folder changes (poll).",
+    )
+    load_model: tuple[str, ...] = Field(
+        (),
+        description="With --model-control explicit: load this model at the start; may be repeated, "
+        "and '*' loads all.",
+    )
+    poll_seconds: float = Field(
+        15.0, gt=0, description="With --model-control poll: time between two looks at the folder."
+    )
+    default_max_batch_size: int = Field(
+        4,
+        ge=0,
+        description="Largest batch of models in a repository that can batch and have no "
+        "configuration; 0 for none.",
+    )
+
+    @model_validator(mode="after")
+    def _check_repository(self) -> Self:
+        if self.repository is None and self.model_control != "none":
+            raise ValueError("model_control needs a repository; give --repository DIR")
+        if self.load_model and self.model_control != "explicit":
+            raise ValueError("load_model needs --model-control explicit")
+        return self
 
     @property
     def engine_options(self) -> EngineOptions:

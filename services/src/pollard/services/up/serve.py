@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -124,7 +124,7 @@ def _setting(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     default = field.get_default(call_default_factory=True, validated_data={})
     text = field.description or ""
-    if default not in (None, ""):
+    if default not in (None, "", ()):
         text = f"{text} Default: {default}."
     kinds = set(get_args(field.annotation) or [field.annotation])
     if kinds <= {bool, type(None)}:
@@ -134,6 +134,9 @@ def _setting(name: str, field: FieldInfo) -> inspect.Parameter:
         if kinds <= {kind, type(None)}:
             option = typer.Option(flag, help=text, show_default=False)
             return _parameter(name, kind | None, option, None)
+    if get_origin(field.annotation) in (list, tuple):
+        option = typer.Option(flag, metavar="TEXT", help=text, show_default=False)
+        return _parameter(name, list[str] | None, option, None)
     choices = [kind for kind in kinds if isinstance(kind, str)]
     metavar = "|".join(sorted(choices)) if choices else "TEXT"
     option = typer.Option(flag, metavar=metavar, help=text, show_default=False)
@@ -150,4 +153,5 @@ def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Param
 
 
 def _without_unset(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
+    # An option that may be repeated and was not given comes as an empty list.
+    return {name: value for name, value in flags.items() if value is not None and value != []}
