@@ -167,7 +167,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             row = registry.undelete_model(session, model, actor=actor)
             return pb.UndeleteModelResponse(model=_model(session, row))
 
-        return await self._store.write(work)
+        return await self._change("UndeleteModel", request, work, pb.UndeleteModelResponse)
 
     # Revisions
 
@@ -245,7 +245,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             row = registry.undelete_revision(session, model, number, actor=actor)
             return pb.UndeleteRevisionResponse(revision=_encode_revisions(session, model, [row])[0])
 
-        return await self._store.write(work)
+        return await self._change("UndeleteRevision", request, work, pb.UndeleteRevisionResponse)
 
     # Aliases
 

@@ -571,7 +571,7 @@ class DesiredRevision(_message.Message):
     the bundle in a server's cache.
     """
     size_bytes: _builtins.int
-    """Sum of the sizes of the bundle's files, in bytes."""
+    """Sum of the sizes of the bundle's files, in bytes, without manifest.json."""
     def __init__(
         self,
         *,

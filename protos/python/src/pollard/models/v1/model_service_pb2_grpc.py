@@ -220,7 +220,8 @@ class ModelServiceServicer(object):
 
     def GetUpload(self, request, context):
         """GetUpload tells how many bytes of an unfinished upload are on disk.
-        NOT_FOUND means to begin at 0. Unfinished uploads are kept for a day.
+        NOT_FOUND means to begin at 0. Of a finished upload it is the whole size.
+        Unfinished uploads are kept for a day.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -337,7 +338,9 @@ class ModelServiceServicer(object):
 
     def RollbackAlias(self, request, context):
         """RollbackAlias points an alias back at the revision that it pointed at
-        before. FAILED_PRECONDITION when there is none.
+        before. FAILED_PRECONDITION when there is none. While a switch is still in
+        STATE_LOADING, it gives that switch up instead. The input signature is not
+        compared: going back must always be possible.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

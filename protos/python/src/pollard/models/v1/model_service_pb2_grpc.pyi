@@ -64,7 +64,8 @@ class ModelServiceStub:
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetUploadRequest, _model_service_pb2.GetUploadResponse]
     """GetUpload tells how many bytes of an unfinished upload are on disk.
-    NOT_FOUND means to begin at 0. Unfinished uploads are kept for a day.
+    NOT_FOUND means to begin at 0. Of a finished upload it is the whole size.
+    Unfinished uploads are kept for a day.
     """
     DownloadBundle: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadBundleRequest, _model_service_pb2.DownloadBundleResponse]
     """DownloadBundle sends the files of a bundle, each in order from its first
@@ -111,7 +112,9 @@ class ModelServiceStub:
     """
     RollbackAlias: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RollbackAliasRequest, _model_service_pb2.RollbackAliasResponse]
     """RollbackAlias points an alias back at the revision that it pointed at
-    before. FAILED_PRECONDITION when there is none.
+    before. FAILED_PRECONDITION when there is none. While a switch is still in
+    STATE_LOADING, it gives that switch up instead. The input signature is not
+    compared: going back must always be possible.
     """
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteAliasRequest, _model_service_pb2.DeleteAliasResponse]
     """DeleteAlias removes an alias; requests that name it then get NOT_FOUND."""
@@ -171,7 +174,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetUploadRequest, _model_service_pb2.GetUploadResponse]  # type: ignore[assignment]
     """GetUpload tells how many bytes of an unfinished upload are on disk.
-    NOT_FOUND means to begin at 0. Unfinished uploads are kept for a day.
+    NOT_FOUND means to begin at 0. Of a finished upload it is the whole size.
+    Unfinished uploads are kept for a day.
     """
     DownloadBundle: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadBundleRequest, _model_service_pb2.DownloadBundleResponse]  # type: ignore[assignment]
     """DownloadBundle sends the files of a bundle, each in order from its first
@@ -218,7 +222,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     RollbackAlias: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RollbackAliasRequest, _model_service_pb2.RollbackAliasResponse]  # type: ignore[assignment]
     """RollbackAlias points an alias back at the revision that it pointed at
-    before. FAILED_PRECONDITION when there is none.
+    before. FAILED_PRECONDITION when there is none. While a switch is still in
+    STATE_LOADING, it gives that switch up instead. The input signature is not
+    compared: going back must always be possible.
     """
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteAliasRequest, _model_service_pb2.DeleteAliasResponse]  # type: ignore[assignment]
     """DeleteAlias removes an alias; requests that name it then get NOT_FOUND."""
@@ -287,7 +293,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetUploadResponse, _abc.Awaitable[_model_service_pb2.GetUploadResponse]]:
         """GetUpload tells how many bytes of an unfinished upload are on disk.
-        NOT_FOUND means to begin at 0. Unfinished uploads are kept for a day.
+        NOT_FOUND means to begin at 0. Of a finished upload it is the whole size.
+        Unfinished uploads are kept for a day.
         """
 
     @_abc_1.abstractmethod
@@ -424,7 +431,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.RollbackAliasResponse, _abc.Awaitable[_model_service_pb2.RollbackAliasResponse]]:
         """RollbackAlias points an alias back at the revision that it pointed at
-        before. FAILED_PRECONDITION when there is none.
+        before. FAILED_PRECONDITION when there is none. While a switch is still in
+        STATE_LOADING, it gives that switch up instead. The input signature is not
+        compared: going back must always be possible.
         """
 
     @_abc_1.abstractmethod
