@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import pollard.compress
 import pytest
+
+import pollard.compress
 
 
 def test_every_public_name_is_there() -> None:

@@ -75,9 +75,13 @@ def test_the_manifest_says_what_was_measured_and_how_it_came_to_be(
         assert all(0 < latency.p50_us <= latency.p99_us for latency in figures.latencies)
     assert variant.measurement.macs < 0.21 * manifest.parent.macs
     assert variant.requirements.opset == 20
+    assert 2**20 <= variant.requirements.memory_bytes <= 2**28
+    assert variant.requirements.memory_bytes % 2**20 == 0
     provenance = manifest.provenance
     assert provenance.source == "zoo:small-cnn-28"
-    assert json.loads(provenance.recipe_json)["prune"] == 0.8
+    told = json.loads(provenance.recipe_json)
+    assert told["prune"] == 0.8
+    assert [key for key, value in told.items() if value is None] == ["max_train_images"]
     assert str(digits_parent.parent) not in provenance.recipe_json
     assert len(provenance.parent_digest) == len(provenance.data_digest) == 64
     assert provenance.tool_versions["torch"].startswith("2.")

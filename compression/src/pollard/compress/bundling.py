@@ -20,6 +20,7 @@ from pollard.compress.data import Dataset
 from pollard.compress.errors import OutputExists
 from pollard.compress.export import INPUT, OPSET, OUTPUT
 from pollard.compress.golden import make_golden
+from pollard.compress.memory import measure_memory
 from pollard.compress.spec import InputSpec
 from pollard.compress.verify import MAX_BATCH, Measured
 from pollard.runtime.bundle import MANIFEST, Bundle, sync_directory, write_bundle, write_durably
@@ -201,6 +202,7 @@ def assemble(
                 execution_provider="CPUExecutionProvider",
                 min_onnxruntime=MIN_ONNXRUNTIME,
                 opset=_opset(raw),
+                memory_bytes=measure_memory(candidate.path, candidate.target, spec, MAX_BATCH),
             ),
             measurement=measurement(chosen, machine),
             max_batch_size=MAX_BATCH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,11 +100,12 @@ def compress(
     bundling.check_output(out, force=force)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
+    machine = Machine.detect()
+    recipe = _fill_in(recipe, source, machine)
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
-        machine = Machine.detect()
         pruned, history = _prune_and_recover(recipe, parent, data, reporter)
-        built = _build_all(recipe, parent, pruned, data, machine, stage, reporter)
+        built = _build_all(recipe, parent, pruned, data, stage, reporter)
         with reporter.step("Measuring candidates", 1):
             measured = verify.measure(built, data.choose, data, rounds=_ROUNDS_CHOOSE)
         picked = verify.select(measured, recipe.max_drop)
@@ -171,9 +173,10 @@ def bundle_parent(
     bundling.check_output(out, force=force)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
+    machine = Machine.detect()
+    recipe = _fill_in(recipe, source, machine)
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
-        machine = Machine.detect()
         work = _work_folder(stage)
         with reporter.step("Exporting", 1):
             built = build("parent", parent.module, source.spec, work)
@@ -218,6 +221,21 @@ def require_weights(weights: str, source: Source) -> None:
     raise UsageInvalid("give the trained parent's weights with --weights")
 
 
+def _fill_in(recipe: Recipe, source: Source, machine: Machine) -> Recipe:
+    """Replace every default that depends on the model or the machine by its value."""
+    defaults = source.training
+    return dataclasses.replace(
+        recipe,
+        model=source.reference,
+        epochs=defaults.recover_epochs if recipe.epochs is None else recipe.epochs,
+        batch_size=recipe.batch_size or defaults.batch_size,
+        learning_rate=recipe.learning_rate or defaults.recover_learning_rate,
+        vnni=machine.has_vnni if recipe.vnni is None else recipe.vnni,
+        threads=recipe.threads or torch.get_num_threads(),
+        spec=source.spec,
+    )
+
+
 def _load(recipe: Recipe, source: Source, reporter: Reporter) -> tuple[Dataset, LoadedModel]:
     data = load_data(
         recipe.data, source.spec, max_train_images=recipe.max_train_images, reporter=reporter
@@ -234,7 +252,7 @@ def _prune_and_recover(
     with reporter.step("Pruning", 1):
         pruned = prune(parent.module, spec, recipe.prune, keep_whole=recipe.keep_whole)
     config = FitConfig(
-        epochs=defaults.recover_epochs if recipe.epochs is None else recipe.epochs,
+        epochs=recipe.epochs or 0,
         batch_size=recipe.batch_size or defaults.batch_size,
         learning_rate=recipe.learning_rate or defaults.recover_learning_rate,
         weight_decay=defaults.weight_decay,
@@ -251,14 +269,12 @@ def _build_all(
     parent: LoadedModel,
     pruned: Pruned | None,
     data: Dataset,
-    machine: Machine,
     stage: Path,
     reporter: Reporter,
 ) -> list[Candidate]:
     config = None
     if recipe.target == "cpu-int8":
-        vnni = machine.has_vnni if recipe.vnni is None else recipe.vnni
-        config = QuantizeConfig(recipe.calibration_images, reduce_range=not vnni)
+        config = QuantizeConfig(recipe.calibration_images, reduce_range=not recipe.vnni)
     modules = {"parent": parent.module}
     if pruned is not None:
         modules["pruned"] = pruned.module

@@ -150,7 +150,9 @@ def _cards(content: dict[str, Any]) -> str:
                 ),
                 (
                     "Multiply-accumulates",
-                    f"{s['macs_parent'] / s['macs_compressed']:.1f} × fewer",
+                    "unchanged"
+                    if s["macs_parent"] == s["macs_compressed"]
+                    else f"{s['macs_parent'] / s['macs_compressed']:.1f} × fewer",
                     f"{_count(s['macs_parent'])} → {_count(s['macs_compressed'])} per image",
                 ),
             )
@@ -270,7 +272,7 @@ def _scatter(content: dict[str, Any]) -> str:
                 },
                 mode="markers+text",
                 text=[f"  {name}{' (shipped)' if name == shipped else ''}"],
-                textposition="middle right",
+                textposition="top right" if name.endswith("fp32") else "bottom right",
                 cliponaxis=False,
                 marker={
                     "size": 15 if name == shipped else 11,
@@ -396,7 +398,10 @@ def _layer_bars(content: dict[str, Any]) -> str:
     layers = content["layers"]
     names = [layer["name"] for layer in layers]
     figure = go.Figure()
-    for key, title, color in (("before", "parent", _GREY), ("after", "shipped", _BLUE)):
+    sides = [("before", "parent", _GREY), ("after", "shipped", _BLUE)]
+    if content["summary"]["shipped"].startswith("parent"):
+        sides = [("after", "parent and shipped", _BLUE)]
+    for key, title, color in sides:
         figure.add_trace(
             go.Bar(
                 x=names,
@@ -468,7 +473,10 @@ def _confusion(content: dict[str, Any], side: str, title: str) -> str:
             z=mistakes,
             x=classes,
             y=classes,
-            text=[[str(value) if value else "" for value in row] for row in matrix],
+            text=[
+                ["" if i == j or not value else str(value) for j, value in enumerate(row)]
+                for i, row in enumerate(matrix)
+            ],
             texttemplate="%{text}" if few else None,
             colorscale=[[0, "#ffffff"], [1, _RED]],
             zmin=0,
