@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from google.protobuf import json_format
 
 from bench.models import BuiltModel
 from bench.peers.fetch import BUILD
-from bench.process import ServerProcess, free_port
+from bench.process import ServerProcess, free_port, pollard_command
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.bundle import Bundle, write_bundle
@@ -70,7 +68,7 @@ def desired_state(bundles: Mapping[str, Bundle]) -> fleet_pb.DesiredState:
 
 
 def start_pollard(
-    models: Sequence[BuiltModel], *flags: str, name: str = "Pollard", command: str = "pollard"
+    models: Sequence[BuiltModel], *flags: str, name: str = "Pollard"
 ) -> ServerProcess:
     """Start the inference server with `models` and wait until it is ready.
 
@@ -78,7 +76,6 @@ def start_pollard(
         models: What it serves.
         flags: Further options of `pollard serve inference`.
         name: For tables and for the names of its folders.
-        command: The program, beside this interpreter.
 
     Raises:
         RuntimeError: it ended or did not become ready; the message has the end of its log.
@@ -94,7 +91,8 @@ def start_pollard(
     (cache / "state.json").write_text(state)
     port = free_port()
     line = [
-        *(str(Path(sys.executable).with_name(command)), "serve", "inference"),
+        *pollard_command(),
+        *("serve", "inference"),
         *("--port", str(port), "--manager", "", "--cache-dir", str(cache)),
         *flags,
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def pollard_command() -> list[str]:
+    """Return the `pollard` command of this environment."""
+    return [str(Path(sys.executable).with_name("pollard"))]
 
 
 @dataclass
