@@ -68,10 +68,10 @@ ENTRIES: dict[str, Entry] = {
             # convolution without a trace.
             InputSpec(28, 28, 1, (0.0,), (1.0,), augmentation="shift"),
             training=TrainDefaults(
-                batch_size=32,
+                learning_rate=4e-3,
                 weight_decay=1e-2,
                 recover_epochs=14,
-                recover_learning_rate=3e-3,
+                recover_learning_rate=4e-3,
             ),
         ),
         Entry(
