@@ -45,6 +45,10 @@ _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (runtime_errors.StepsInvalid, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
+_MAX_MESSAGE_BYTES = 1024
+_MAX_VALUE_BYTES = 256
+"""Statuses travel as headers, of which clients take 8 KiB; messages quote what requests name."""
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -76,7 +80,12 @@ def describe(error: BaseException) -> Outcome:
     if isinstance(error, (errors.ServiceError, runtime_errors.RuntimeFault)):
         for kind, code in _TABLE:
             if isinstance(error, kind):
-                return Outcome(code, error.message, error.reason, error.metadata)
+                return Outcome(
+                    code,
+                    _cut(error.message, _MAX_MESSAGE_BYTES),
+                    error.reason,
+                    {key: _cut(value, _MAX_VALUE_BYTES) for key, value in error.metadata.items()},
+                )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return Outcome(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -93,6 +102,11 @@ def describe(error: BaseException) -> Outcome:
         "INTERNAL",
         {"request_id": request_id},
     )
+
+
+def _cut(text: str, limit: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    return text if len(raw) <= limit else raw[: limit - 3].decode("utf-8", "ignore") + "…"
 
 
 def to_proto(error: BaseException) -> status_pb2.Status:

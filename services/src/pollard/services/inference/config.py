@@ -289,6 +289,7 @@ def scheduling_of(config: config_pb.ModelConfig, max_queue: int) -> Scheduling |
             (level, policy(message))
             for level, message in sorted(batching.priority_queue_policy.items())
         ),
+        exact=batching.default_queue_policy.max_queue_size > 0,
         delay_seconds=batching.max_queue_delay_microseconds / 1e6,
     )
 

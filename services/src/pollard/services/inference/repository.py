@@ -114,7 +114,11 @@ class ModelRepository:
         if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
             return None
         folder = self.root / name
-        return folder if folder.is_dir() else None
+        try:
+            return folder if folder.is_dir() else None
+        except OSError:
+            # Longer than any name can be, or not to be looked at.
+            return None
 
 
 def stamp_of(folder: Path) -> Stamp:

@@ -47,13 +47,17 @@ class Scheduling:
     """Priority of requests that name none, or one that there is not; 0 means the middle one."""
     level_policies: tuple[tuple[int, QueuePolicy], ...] = ()
     """Pairs of priority and policy."""
+    exact: bool = False
+    """Whether the queue's limit counts only requests that are still wanted. Costs a little for
+    each request."""
     delay_seconds: float = 0.0
     """How long a request may be held back so that a batch fills."""
 
     @property
     def plain(self) -> bool:
-        """Whether requests leave the queue as they came."""
-        return self.levels <= 1 and not self.policy.delay and not self.level_policies
+        """Whether requests leave the queue as they came, and are counted roughly."""
+        special = self.exact or self.policy.delay or self.level_policies
+        return self.levels <= 1 and not special
 
     def level(self, asked: int) -> int:
         """Return the priority of a request that asks for `asked`; 0 asks for none."""
@@ -103,7 +107,12 @@ class PriorityQueue:
                 level = self._waiting[work.level - 1]
                 limit = self._scheduling.policy_of(work.level).max_size
                 if limit and len(level) >= limit:
-                    raise queue_full(limit)
+                    # Those whose callers have gone take no places.
+                    wanted = [each for each in level if not each.done.cancelled()]
+                    if len(wanted) >= limit:
+                        raise queue_full(limit)
+                    level.clear()
+                    level.extend(wanted)
                 level.append(work)
             self._changed.notify()
 

@@ -22,6 +22,7 @@ from pollard.services.common.errors import ServiceError
 from pollard.services.common.lifecycle import cancel, spawn
 from pollard.services.common.routing import PRODUCTION
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
+from pollard.services.inference.config import poll_failed
 from pollard.services.inference.engine import Engine, ServedModel
 from pollard.services.inference.errors import ControlDisabled, PollFailed, RequestInvalid
 from pollard.services.inference.loader import Loader
@@ -177,6 +178,10 @@ class StandaloneCatalogue:
             except PollFailed as error:
                 self._refused(name, model, error.message)
                 raise
+            except OSError as error:
+                failed = poll_failed(name, f"its files cannot be read: {error}")
+                self._refused(name, model, failed.message)
+                raise failed from error
             except (ServiceError, RuntimeFault) as error:
                 self._refused(name, model, error.message)
                 raise RequestInvalid(
