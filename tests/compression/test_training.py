@@ -10,7 +10,13 @@ from torch import nn
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
 from pollard.compress.spec import InputSpec
-from pollard.compress.training import FitConfig, augment, fit, recalibrate_batch_norm
+from pollard.compress.training import (
+    FitConfig,
+    augment,
+    fit,
+    one_cycle,
+    recalibrate_batch_norm,
+)
 
 SPEC = InputSpec(8, 8, 1, (0.5,), (0.5,), augmentation="crop-flip")
 
@@ -103,3 +109,12 @@ def test_augmentation_moves_pixels_and_invents_none(kind: str, seed: int) -> Non
             *map(tuple, before.reshape(-1, 3)),
             (0, 0, 0),
         }
+
+
+@given(st.integers(0, 400))
+def test_the_learning_rate_rises_to_its_peak_and_falls(total: int) -> None:
+    shares = [one_cycle(total)(step) for step in range(total + 1)]
+    assert all(0 < share <= 1 for share in shares)
+    peak = shares.index(max(shares))
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)

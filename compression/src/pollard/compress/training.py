@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,13 +100,7 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = math.ceil(len(data.train) / config.batch_size)
     optimizer = _optimizer(parameters, config)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.learning_rate,
-        total_steps=max(2, steps * config.epochs),
-        pct_start=0.2,
-        cycle_momentum=False,
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
     if teacher is not None:
         teacher.eval()
     with reporter.step(title, steps * config.epochs) as step:
@@ -147,6 +141,21 @@ def fit(
     module.load_state_dict(best_state)
     module.eval()
     return history
+
+
+def one_cycle(total: int) -> Callable[[int], float]:
+    """Return the share of the peak learning rate at each of ``total`` steps.
+
+    It rises for a fifth of the time and falls to nothing, both along a cosine.
+    """
+    rise = max(1, round(0.2 * total))
+
+    def share(step: int) -> float:
+        if step < rise:
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2
+        return max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2)
+
+    return share
 
 
 def augment(
