@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.status import abort, describe
 from pollard.services.inference import protocol
 from pollard.services.inference.engine import Engine
+from pollard.services.inference.errors import RequestInvalid
 from pollard.services.inference.methods import Call, ProtocolMethods, Unary
 from pollard.services.inference.parameters import RequestOptions
 from pollard.services.inference.shared_memory import SharedMemory
@@ -99,9 +100,7 @@ class InferenceServicer:
         }
         for name, (kind, method) in self._methods.unary.items():
             handlers[name] = grpc.unary_unary_rpc_method_handler(
-                _guarded(_with_call(method)),
-                request_deserializer=kind.FromString,
-                response_serializer=_serialize,
+                _guarded(_from_bytes(kind, method)), response_serializer=_serialize
             )
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
@@ -112,8 +111,15 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _with_call(method: Unary) -> Callable[[Any, Context], Awaitable[Message]]:
-    async def call(request: Any, context: Context) -> Message:
+def _from_bytes(
+    kind: type[Message], method: Unary
+) -> Callable[[bytes, Context], Awaitable[Message]]:
+    async def call(data: bytes, context: Context) -> Message:
+        # Here and not by grpcio, which answers UNKNOWN to what cannot be parsed.
+        try:
+            request = kind.FromString(data)
+        except DecodeError as error:
+            raise RequestInvalid(f"the request is not a {kind.DESCRIPTOR.name}: {error}") from None
         alias = ""
         for key, value in context.invocation_metadata() or ():
             if key == ALIAS_METADATA:
