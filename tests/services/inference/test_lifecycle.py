@@ -85,7 +85,11 @@ async def test_cancelled_and_expired_requests_are_not_run(slow_stub, tensor_requ
     for call in gone:
         call.cancel()
     for outcome in await asyncio.gather(*late, return_exceptions=True):
-        assert outcome.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        # Refused at once, or expired while it waited.
+        assert outcome.code() in (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.UNAVAILABLE,
+        )
     await busy
     started = time.monotonic()
     await stub.ModelInfer(tensor_request(), timeout=60)

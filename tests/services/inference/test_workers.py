@@ -244,3 +244,25 @@ def test_requests_are_joined_only_where_the_figures_speak_for_it(figures, joined
 )
 def test_workers_and_threads_fill_the_cores(options, expected) -> None:
     assert options.threads(4) == expected
+
+
+async def test_requests_that_could_not_be_answered_in_time_are_refused_at_once(watched) -> None:
+    revision, session = watched
+    run = session.run
+
+    def slowly(feeds, outputs=None):
+        time.sleep(0.02)
+        return run(feeds, outputs)
+
+    session.run = slowly
+    await ask(revision, 0)
+    # Ten wait, 20 ms each: 0.2 s and more. The worker joins them, but has not shown it yet.
+    waiting = [asyncio.create_task(ask(revision, value)) for value in range(10)]
+    await asyncio.sleep(0.005)
+    with pytest.raises(QueueFull, match="are before it"):
+        await ask(revision, 1, seconds=0.05)
+    assert (await ask(revision, 1, seconds=10))[0, 0] == 2
+    await asyncio.gather(*waiting)
+    # With nothing before it, it is tried, however short its time.
+    with pytest.raises(RequestExpired):
+        await ask(revision, 1, seconds=0.0)

@@ -13,7 +13,7 @@ from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired
 from pollard.services.inference.memory import return_memory
-from pollard.services.inference.scheduling import Scheduling
+from pollard.services.inference.scheduling import Backlog, Scheduling
 from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.workers import Outputs, Work, Workers
@@ -91,6 +91,7 @@ class LoadedRevision:
         """Largest batch made of several requests."""
         self._inline_rows = inline_rows
         self._gathered: list[Work] = []
+        self._backlog = Backlog(workers)
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,7 +127,7 @@ class LoadedRevision:
             priority: 1 is the highest; 0 leaves it to the model.
 
         Raises:
-            QueueFull: too many requests wait.
+            QueueFull: too many requests wait, or so many that it could not be answered in time.
             QueueTimeout: it waited longer than it may.
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
@@ -141,9 +142,9 @@ class LoadedRevision:
                 if not self._gathered:
                     self._loop.call_soon(self._run_gathered)
                 self._gathered.append(work)
+                result = await work.done
             else:
-                self._workers.submit(work)
-            result = await work.done
+                result = await self._wait_for_worker(work)
             timing = work.timing
         except asyncio.CancelledError:
             self.counters.reject()
@@ -159,6 +160,8 @@ class LoadedRevision:
         else:
             self.counters.succeed((time.perf_counter_ns() - arrived) * 1e-9)
             if timing is not None:
+                if not timing.counted:
+                    self._backlog.learn((timing.split - timing.started) * 1e-9, timing.batch)
                 self.statistics.succeed(batch, arrived, timing)
             return result
         finally:
@@ -182,6 +185,17 @@ class LoadedRevision:
         wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
         work.queue_until = work.queued_at + wait
         return work
+
+    async def _wait_for_worker(self, work: Work) -> Outputs:
+        if self._scheduling.plain:
+            left = min(work.deadline, work.queue_until) - work.queued_at
+            self._backlog.check(work.batch, left)
+        self._workers.submit(work)
+        self._backlog.rows += work.batch
+        try:
+            return await work.done
+        finally:
+            self._backlog.rows -= work.batch
 
     def _run_gathered(self) -> None:
         """Run what has come since the event loop's last turn."""

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from pollard.services.inference.workers import Work
 
 
+_LEARNING_RATE = 0.1
+
+_CAUTION = 1.2
+"""Runs do not all take the same time; better one refused too many than one kept waiting."""
+
+
 @dataclass(frozen=True)
 class QueuePolicy:
     """What happens to the requests of one priority that wait."""
@@ -72,6 +78,50 @@ class Scheduling:
         if not self.level_policies:
             return self.policy
         return dict(self.level_policies).get(level, self.policy)
+
+
+class Backlog:
+    """The work that waits for a revision's workers, to tell early who would wait in vain.
+
+    Belongs to the event loop's thread.
+    """
+
+    def __init__(self, workers: int) -> None:
+        """Start with no work and no idea how long it takes.
+
+        Args:
+            workers: Number of threads that share it.
+        """
+        self.rows = 0
+        """Waiting or running."""
+        self._workers = workers
+        self._row_seconds = 0.0
+
+    def learn(self, seconds: float, rows: int) -> None:
+        """Note how long a run took."""
+        each = seconds / max(1, rows)
+        known = self._row_seconds
+        self._row_seconds = known + _LEARNING_RATE * (each - known) if known else each
+
+    def check(self, rows: int, seconds_left: float) -> None:
+        """Refuse a request at once that could not be answered in time.
+
+        Raises:
+            QueueFull: the work before it, and its own, take longer than it has.
+        """
+        waiting = self.rows - self._workers
+        if waiting < 0:
+            # A worker is free: whatever was learnt before, this run brings it up to date.
+            return
+        # Half a row, on average, is left of each that runs now.
+        before = (waiting + 0.5 * self._workers) * self._row_seconds / self._workers
+        needed = _CAUTION * (before + rows * self._row_seconds)
+        if needed > seconds_left:
+            raise QueueFull(
+                f"Exceeds maximum queue size: {self.rows} requests are before it, so that it would "
+                f"take {needed:.3f} s, and {max(0.0, seconds_left):.3f} s are left to it",
+                needed_seconds=f"{needed:.3f}",
+            )
 
 
 class PriorityQueue:
