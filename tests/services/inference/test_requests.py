@@ -240,3 +240,21 @@ async def test_health_metadata_and_index(stub) -> None:
         stub.RepositoryIndex(pb.RepositoryIndexRequest(repository_name="r"), timeout=10)
     )
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_configuration_statistics_and_streams_of_a_bundle(stub, tensor_request) -> None:
+    answer = await stub.ModelConfig(pb.ModelConfigRequest(name="adder"), timeout=10)
+    config = answer.config
+    assert (config.name, config.backend, config.max_batch_size) == ("adder", "onnxruntime", 8)
+    assert [(tensor.name, list(tensor.dims)) for tensor in config.input] == [("x", [4])]
+    assert list(config.version_policy.specific.versions) == [1]
+    assert config.instance_group[0].count >= 1
+    requests = [tensor_request(id="1"), pb.ModelInferRequest(id="2"), tensor_request(id="3")]
+    stream = stub.ModelStreamInfer(iter(requests), timeout=10)
+    answers = [answer async for answer in stream]
+    assert [answer.infer_response.id for answer in answers] == ["1", "2", "3"]
+    assert [bool(answer.error_message) for answer in answers] == [False, True, False]
+    statistics = await stub.ModelStatistics(pb.ModelStatisticsRequest(name="adder"), timeout=10)
+    (stats,) = statistics.model_stats
+    assert stats.inference_stats.success.count == 2
+    assert stats.inference_count == 2

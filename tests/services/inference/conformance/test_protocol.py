@@ -276,6 +276,9 @@ def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
         send("impatient", priority=1, timeout=1)
         send("high", priority=1)
         errors = dict(outcomes.get(timeout=60) for _ in range(7))
+        failed = client.get_inference_statistics("slow").model_stats[0].inference_stats.fail
+        assert failed.count >= 2
+        assert failed.ns > 0
     assert errors["refused"].status() == "StatusCode.UNAVAILABLE"
     assert "Exceeds maximum queue size" in errors["refused"].message()
     assert errors["impatient"].status() == "StatusCode.UNAVAILABLE"

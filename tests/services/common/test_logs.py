@@ -1,0 +1,45 @@
+"""Levels that change while a service runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from pollard.services.common.logs import configure_logging, enabled_levels, set_enabled_levels
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = enabled_levels()
+    yield
+    set_enabled_levels(before)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+def test_a_logger_that_was_used_before_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("test", level="warning", form="json")
+    log = structlog.get_logger("test")
+
+    def written() -> list[str]:
+        for level in ("debug", "info", "warning", "error"):
+            getattr(log, level)("said")
+        return [json.loads(line)["level"] for line in capsys.readouterr().err.splitlines()]
+
+    assert written() == ["warning", "error"]
+    set_enabled_levels({"debug", "info"})
+    assert written() == ["debug", "info"]
+    set_enabled_levels({"error"})
+    assert written() == ["error"]
+    assert enabled_levels() == {"error", "critical"}
+    try:
+        raise ValueError("what happened")
+    except ValueError:
+        set_enabled_levels(())
+        log.exception("an exception")
+        assert not capsys.readouterr().err
+        log.critical("the end")
+    assert "the end" in capsys.readouterr().err
