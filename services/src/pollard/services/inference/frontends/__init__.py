@@ -1,0 +1,1 @@
+"""Front ends: ways in which requests reach the protocol layer."""

@@ -1,0 +1,205 @@
+"""The front end over Envoy carries what grpcio's carries; the conformance tests run against it with
+POLLARD_INFERENCE_FRONTEND=envoy."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+from pollard.inference import grpc_service_pb2 as pb
+from pollard.inference import grpc_service_pb2_grpc as pb_grpc
+
+pytest.importorskip("pyvoy", reason="the extra [envoy] is not installed")
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from pollard.services.inference.main import run
+from pollard.services.inference.settings import InferenceSettings
+sys.exit(run(InferenceSettings.load({
+    "port": 0, "repository": Path(sys.argv[1]), "frontend": "envoy", "max_message_bytes": 1 << 20,
+    "memory_headroom_bytes": 0,
+})))
+"""
+
+
+def product(size: int) -> bytes:
+    """x [n, 1] + 0, after a product of two square matrices that cannot be folded away."""
+    nodes = [
+        helper.make_node("Mul", ["m", "x"], ["mx"]),
+        helper.make_node("MatMul", ["mx", "m"], ["p"]),
+        helper.make_node("ReduceSum", ["p"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
+        [
+            numpy_helper.from_array(np.ones((size, size), np.float32), "m"),
+            numpy_helper.from_array(np.float32(0), "zero"),
+        ],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return made.SerializeToString()
+
+
+@contextlib.contextmanager
+def serving(repository: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    for name, size in (("quick", 4), ("slow", 1500)):
+        folder = repository / name / "1"
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(product(size))
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(repository)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.put(line)
+        lines.put("")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    address, seen = "", []
+    try:
+        while not address or "models=" not in seen[-1]:
+            seen.append(lines.get(timeout=60))
+            assert seen[-1], "the server ended: " + "".join(seen)
+            if "listening" in seen[-1]:
+                address = seen[-1].split("address=")[1].split()[0]
+        yield process, address
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        reader.join(10)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("repository")) as (process, address):
+        yield address
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@pytest.fixture
+def channel(server) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server) as channel:
+        yield channel
+
+
+def ask(model: str = "quick", value: float = 1.0) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+    request.raw_input_contents.append(np.float32(value).tobytes())
+    return request
+
+
+@pytest.mark.parametrize(
+    "compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate]
+)
+def test_requests_plain_and_compressed(channel, compression) -> None:
+    stub = pb_grpc.GRPCInferenceServiceStub(channel)
+    request = ask(value=2.0)
+    request.id = "a" * 5000  # grpc compresses what becomes smaller
+    response = stub.ModelInfer(request, timeout=20, compression=compression)
+    assert np.frombuffer(response.raw_output_contents[0], np.float32) == [2.0]
+    assert response.id == request.id
+
+
+def test_errors_have_their_status_words_and_details(channel) -> None:
+    stub = pb_grpc.GRPCInferenceServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(ask("näher %41"), timeout=20)
+    assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+    assert "'näher %41'" in raised.value.details()
+    details = dict(raised.value.trailing_metadata())["grpc-status-details-bin"]
+    assert b"MODEL" in details
+    with pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"", timeout=20)
+    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_messages_that_are_too_large_are_refused(channel, compression) -> None:
+    stub = pb_grpc.GRPCInferenceServiceStub(channel)
+    request = ask()
+    request.id = "a" * (3 << 20)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request, timeout=20, compression=compression)
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert stub.ModelInfer(ask(), timeout=20).raw_output_contents
+
+
+def test_health_and_reflection(channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    name = "inference.GRPCInferenceService"
+    for service in ("", name):
+        answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as raised:
+        health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=20)
+    assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+    watching = health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=20)
+    assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+    watching.cancel()
+    reflected = ProtoReflectionDescriptorDatabase(channel)
+    assert name in reflected.get_services()
+    assert "inference" in reflected.FindFileContainingSymbol(name).package
+
+
+def test_a_deadline_on_a_stream_ends_it(channel) -> None:
+    stub = pb_grpc.GRPCInferenceServiceStub(channel)
+    hold = threading.Event()
+
+    def requests():
+        yield ask()
+        hold.wait(20)
+
+    answers = stub.ModelStreamInfer(requests(), timeout=1)
+    assert not next(answers).error_message
+    with pytest.raises(grpc.RpcError) as raised:
+        next(answers)
+    hold.set()
+    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_requests_in_flight_are_answered_when_it_stops(tmp_path) -> None:
+    with serving(tmp_path) as (process, address), grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        slow = [stub.ModelInfer.future(ask("slow", value), timeout=60) for value in (1, 2, 3)]
+        while (
+            not stub.ModelStatistics(pb.ModelStatisticsRequest(name="slow"))
+            .model_stats[0]
+            .inference_count
+        ):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        got = [np.frombuffer(each.result().raw_output_contents[0], np.float32) for each in slow]
+        assert got == [1, 2, 3]
+        assert process.wait(30) == 0
