@@ -92,17 +92,19 @@ async def answer(
         with shared.use(place.region) as region:
             return region.read(place.offset, place.byte_size)
 
-    # Holds the regions of outputs until they are written, also if they are unregistered meanwhile.
-    with contextlib.ExitStack() as held:
+    held: contextlib.ExitStack | None = None
+    regions: dict[str, Region] = {}
+    try:
         try:
             options = request_options(request)
             wanted = select_outputs(request, info.outputs)
-            regions = {}
-            for output in wanted:
-                if output.place is not None:
-                    region = held.enter_context(shared.use(output.place.region))
-                    region.check(output.place.offset, output.place.byte_size)
-                    regions[output.spec.name] = region
+            for spec, _, place in wanted:
+                if place is not None:
+                    # Open until the output is written, also if it is unregistered meanwhile.
+                    held = held or contextlib.ExitStack()
+                    region = held.enter_context(shared.use(place.region))
+                    region.check(place.offset, place.byte_size)
+                    regions[spec.name] = region
             feeds = decode_inputs(request, info.inputs, info.max_batch_size, read_shared)
         except Exception:
             revision.counters.reject()
@@ -116,6 +118,9 @@ async def answer(
             priority=options.priority,
         )
         return _encode(request.id, info, wanted, outputs, regions), options
+    finally:
+        if held is not None:
+            held.close()
 
 
 def _encode(

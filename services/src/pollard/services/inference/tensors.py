@@ -89,11 +89,13 @@ def decode_inputs(
     model = request.model_name
     raw = request.raw_input_contents
     tensors = request.inputs
-    places = [
-        shared_place(tensor.name, tensor.parameters) if tensor.parameters else None
-        for tensor in tensors
-    ]
-    direct = places.count(None)
+    places: dict[int, Place] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.parameters:
+            place = shared_place(tensor.name, tensor.parameters)
+            if place is not None:
+                places[index] = place
+    direct = len(tensors) - len(places)
     if raw and len(raw) != direct:
         raise RequestInvalid(
             f"expected {direct} raw input contents for model '{model}', one for each input that "
@@ -104,7 +106,7 @@ def decode_inputs(
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, Array] = {}
     batch: int | None = None
-    for tensor, place in zip(tensors, places, strict=True):
+    for index, tensor in enumerate(tensors):
         spec = by_name.get(tensor.name)
         if spec is None:
             raise RequestInvalid(
@@ -136,7 +138,7 @@ def decode_inputs(
                     input=tensor.name,
                 )
             batch = shape[0]
-        if place is not None:
+        if index in places:
             if tensor.HasField("contents"):
                 raise RequestInvalid(
                     "contents field must not be specified when using shared memory for "
@@ -144,7 +146,7 @@ def decode_inputs(
                     model=model,
                     input=tensor.name,
                 )
-            data = _read(place, read_shared, spec, shape, model)
+            data = _read(places[index], read_shared, spec, shape, model)
             arrays[tensor.name] = from_raw(data, spec.datatype, shape, tensor.name, model)
         elif raw:
             if tensor.HasField("contents"):
