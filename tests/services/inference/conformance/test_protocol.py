@@ -348,3 +348,19 @@ def test_many_clients_at_once(address, inputs) -> None:
     for thread in threads:
         thread.join(60)
     assert not failures
+
+
+def test_large_requests_on_a_stream(address, inputs) -> None:
+    answers: queue.Queue = queue.Queue()
+    values = np.zeros((1_000_000, 4), np.float32)  # 16 MB: no more than two are under way.
+    with triton.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for number in range(6):
+            values[0] = number
+            made = inputs["tensor"]("x", values, "FP32")
+            client.async_stream_infer("free", [made], request_id=str(number))
+        for number in range(6):
+            result, error = answers.get(timeout=60)
+            assert error is None
+            assert result.as_numpy("y")[0, 0] == number + 1
+        client.stop_stream()

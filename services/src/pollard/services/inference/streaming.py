@@ -16,11 +16,14 @@ from pollard.services.inference.errors import ServerStopping
 from pollard.services.inference.parameters import RequestOptions
 
 _DEPTH = 32
-"""Requests of one stream that may be under way."""
+"""Requests of one stream that may be under way; a large one counts as several."""
+
+_BYTES_A_PLACE = 1 << 20
 
 Infer = Callable[[pb.ModelInferRequest], Awaitable[tuple[pb.ModelInferResponse, RequestOptions]]]
 
-_Answer = asyncio.Task[pb.ModelStreamInferResponse]
+_Answer = tuple[asyncio.Task[pb.ModelStreamInferResponse], int]
+"""A request under way and the places that it takes."""
 
 
 async def stream_infer(
@@ -71,17 +74,21 @@ async def stream_infer(
         try:
             await places.acquire()
             async for data in requests:
-                answers.put_nowait(asyncio.create_task(one(data)))
-                await places.acquire()
+                taken = min(_DEPTH, 1 + len(data) // _BYTES_A_PLACE)
+                answers.put_nowait((asyncio.create_task(one(data)), taken))
+                for _ in range(taken):
+                    await places.acquire()
         finally:
             answers.put_nowait(None)
 
     reading = asyncio.create_task(read())
     halting = asyncio.create_task(_halt(stopping, reading))
     try:
-        while (task := await answers.get()) is not None:
+        while (item := await answers.get()) is not None:
+            task, taken = item
             response = await task
-            places.release()
+            for _ in range(taken):
+                places.release()
             yield response.SerializeToString()
         if stopping.is_set():
             raise ServerStopping("the server is stopping; open the stream to another one")
@@ -89,7 +96,8 @@ async def stream_infer(
         await reading
     finally:
         await cancel(halting, reading)
-        await cancel(*(answers.get_nowait() for _ in range(answers.qsize())))
+        left = [answers.get_nowait() for _ in range(answers.qsize())]
+        await cancel(*(item[0] for item in left if item is not None))
 
 
 async def _halt(stopping: asyncio.Event, reading: asyncio.Task[None]) -> None:
