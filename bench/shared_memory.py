@@ -58,7 +58,10 @@ def main(
         way: [[each.throughput for each in pair] for pair in pairs] for way, pairs in found.items()
     }
     raw, shared = rates["raw contents"], rates["shared memory"]
-    medians = {way: statistics.median(sum(pairs, [])) for way, pairs in rates.items()}
+    medians = {
+        way: statistics.median([rate for pair in pairs for rate in pair])
+        for way, pairs in rates.items()
+    }
     text = "\n".join(
         [
             "# Tensors in shared memory",
