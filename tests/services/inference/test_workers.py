@@ -155,6 +155,22 @@ async def test_requests_that_came_together_are_joined_where_they_are(watched) ->
     await revision.retire()
 
 
+async def test_requests_that_come_one_by_one_do_not_wait_for_others(watched) -> None:
+    worked, session = watched
+    revision = LoadedRevision(
+        worked.info, session, workers=1, joined_batch=4, max_queue=1, inline_rows=2
+    )
+    for value in range(3):
+        assert (await ask(revision, value) == value + 1).all()
+        await asyncio.sleep(0.01)
+    # The first of them is run before the others have come, the next turn knows better.
+    for batches in ([1, 4], [4, 1]):
+        session.batches.clear()
+        await asyncio.gather(*(ask(revision, value) for value in range(5)))
+        assert session.batches == batches
+    await revision.retire()
+
+
 async def test_a_caller_that_has_gone_costs_those_that_came_with_it_nothing(watched) -> None:
     worked, session = watched
     revision = LoadedRevision(

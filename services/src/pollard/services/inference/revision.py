@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
@@ -42,7 +43,7 @@ class RevisionInfo:
     config: model_config_pb2.ModelConfig | None = None
     """The model's own configuration; None if it has none."""
 
-    @property
+    @cached_property
     def batches(self) -> bool:
         """Whether every input and every output has the batch as its first dimension."""
         return self.max_batch_size > 0 and all(
@@ -91,6 +92,10 @@ class LoadedRevision:
         """Largest batch made of several requests."""
         self._inline_rows = inline_rows
         self._gathered: list[Work] = []
+        self._in_turn = False
+        self._come_alone = False
+        # Where only the batch is free, all requests for the same outputs fit together.
+        self._shapes_differ = any(-1 in spec.shape[1:] for spec in info.inputs)
         self._backlog = Backlog(workers)
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
@@ -139,9 +144,7 @@ class LoadedRevision:
         try:
             work = self._work(feeds, names, batch, deadline, wait_seconds, priority)
             if batch <= self._inline_rows:
-                if not self._gathered:
-                    self._loop.call_soon(self._run_gathered)
-                self._gathered.append(work)
+                self._gather(work)
                 result = await work.done
             else:
                 result = await self._wait_for_worker(work)
@@ -178,7 +181,9 @@ class LoadedRevision:
     ) -> Work:
         joins_with: object = None
         if self._workers.joins:
-            joins_with = (names, *(feeds[info.name].shape[1:] for info in self.info.inputs))
+            joins_with = names
+            if self._shapes_differ:
+                joins_with = (names, *(feeds[spec.name].shape[1:] for spec in self.info.inputs))
         work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
         self.last_request = work.queued_at
         work.level = self._scheduling.level(priority)
@@ -197,10 +202,27 @@ class LoadedRevision:
         finally:
             self._backlog.rows -= work.batch
 
-    def _run_gathered(self) -> None:
-        """Run what has come since the event loop's last turn."""
+    def _gather(self, work: Work) -> None:
+        """Run a request at the end of the event loop's turn, with those that come in it.
+
+        While they come one in a turn, it is run at once instead.
+        """
+        if self._in_turn:
+            self._gathered.append(work)
+            return
+        self._in_turn = True
+        self._loop.call_soon(self._end_turn)
+        if self._come_alone:
+            self._workers.run_here((work,))
+        else:
+            self._gathered.append(work)
+
+    def _end_turn(self) -> None:
+        self._in_turn = False
         gathered, self._gathered = self._gathered, []
-        self._workers.run_here(gathered)
+        self._come_alone = len(gathered) <= (0 if self._come_alone else 1)
+        if gathered:
+            self._workers.run_here(gathered)
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.
