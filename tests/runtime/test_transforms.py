@@ -283,7 +283,6 @@ def raw_decode(**fields: object) -> bundle_pb2.PreprocessStep:
             "not supported yet",
         ),
         ([raw_decode(reduced_scale=True)], "not supported yet"),
-        ([raw_decode(apply_icc_profile=True)], "not supported yet"),
         ([decode(background=(1, 2))], "3 values"),
         ([decode(background=(1, 2, 256))], "0 to 255"),
         ([decode(gray=True), pad(1, 1, 1, 1, fill=(1, 2, 3))], "1 values"),

@@ -1,7 +1,9 @@
 """Decode workers may hang or crash; the images around them are served."""
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +13,13 @@ import psutil
 import pytest
 
 from pollard.bundle.v1 import bundle_pb2
-from pollard.runtime.errors import ImageDamaged, ImageEmpty, ImageTooLarge, ImageUnsupported
+from pollard.runtime.errors import (
+    ImageDamaged,
+    ImageEmpty,
+    ImageInvalid,
+    ImageTooLarge,
+    ImageUnsupported,
+)
 from pollard.runtime.transforms import Pipeline, decode, normalize, resize
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.errors import DecoderCrashed, DecodersBusy, DecodeTimeout
@@ -90,6 +98,26 @@ async def test_image_errors_come_back_as_themselves_and_the_worker_lives_on(
         await pool.transform(STEPS, make_picture(width=200, height=51))
     assert caught.value.metadata["width"] == "200"
     assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+    assert pool.pids == before
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "GIF", "TIFF", "BMP"])
+async def test_hostile_files_are_refused_and_the_worker_lives_on(start_pool, make_picture, kind):
+    pool = await start_pool()
+    before = pool.pids
+    picture = make_picture(kind=kind)
+    chance = random.Random(3)
+    steps = serialized(decode(icc=True), resize(16, 12))
+    for _ in range(40):
+        damaged = bytearray(
+            picture[: chance.choice((len(picture), chance.randrange(len(picture))))]
+        )
+        for _ in range(min(len(damaged), 5)):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        # Bits that make another good picture are no error.
+        with contextlib.suppress(ImageInvalid):
+            await pool.transform(steps, bytes(damaged))
+    assert (await pool.transform(steps, picture)).array.shape == (12, 16, 3)
     assert pool.pids == before
 
 

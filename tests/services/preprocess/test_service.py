@@ -100,7 +100,7 @@ async def test_transform_gives_one_batch_and_the_geometries(suite, make_picture)
     [
         (lambda picture: b"", "IMAGE_EMPTY"),
         (lambda picture: b"this is no image at all", "IMAGE_UNSUPPORTED"),
-        (lambda picture: b"GIF89a" + picture, "IMAGE_UNSUPPORTED"),
+        (lambda picture: b"%PDF-1.7" + picture, "IMAGE_UNSUPPORTED"),
         (lambda picture: picture[: len(picture) // 2], "IMAGE_DAMAGED"),
         (lambda picture: picture[:20], "IMAGE_DAMAGED"),
         (lambda picture: b"\xff\xd8\xff" + os.urandom(500), "IMAGE_DAMAGED"),

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageCms
 
+from pollard.runtime import _formats
 from pollard.runtime.errors import ImageDamaged, ImageEmpty, ImageTooLarge, ImageUnsupported
+
+FORMATS = _formats.READABLE
+"""Names of the formats that are read: JPEG, PNG, WebP, GIF (the first frame), TIFF (the
+first page), BMP, and AVIF where Pillow was built with it."""
 
 _ORIENTATION_TAG = 0x0112
 
@@ -29,22 +34,15 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_JPEG = b"\xff\xd8\xff"
-_PNG = b"\x89PNG\r\n\x1a\n"
+# What `convert` understands. Others, such as 32-bit and floating-point TIFF, have no
+# scale that says what is white.
+_MODES = {
+    *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"),
+    *("I;16", "I;16B", "I;16L", "I;16N"),
+}
 
-# Formats that are told apart only to name them in the refusal.
-_OTHER_FORMATS = (
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"\0\0\1\0", "ICO"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"8BPS", "Photoshop"),
-    (b"%PDF", "PDF"),
-    (b"PK\3\4", "ZIP"),
-)
+# Whatever its ratio, an image of a megapixel does no harm.
+_SMALL_PIXELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,9 @@ class ImageLimits:
     """Largest encoded file, in bytes."""
     max_pixels: int = 100_000_000
     """Most pixels, width times height: of the file, and of any size in between."""
+    max_pixels_per_byte: int = 10_000
+    """Most pixels for each byte of the file, beyond one megapixel. Blank pages have
+    up to 8,000; files with more are made to cost more than they do to send."""
 
 
 def decode(
@@ -62,15 +63,17 @@ def decode(
     *,
     gray: bool = False,
     apply_exif_orientation: bool = True,
+    apply_icc_profile: bool = False,
     background: Sequence[int] = (),
     limits: ImageLimits | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG or PNG file.
+    """Decode a file of one of `FORMATS`.
 
     Args:
         content: Bytes of the file.
         gray: Give ITU-R 601-2 luma instead of red, green and blue.
         apply_exif_orientation: Turn the image upright as its EXIF data say.
+        apply_icc_profile: Convert the colours to sRGB by the embedded profile.
         background: Red, green and blue, 0-255, that show through transparent
             pixels; empty drops the alpha channel as it is.
         limits: How large the image may be.
@@ -80,18 +83,20 @@ def decode(
 
     Raises:
         ImageEmpty: there are no bytes.
-        ImageUnsupported: not an image, or not JPEG or PNG.
+        ImageUnsupported: not an image, or of another format.
         ImageTooLarge: beyond the limits.
         ImageDamaged: truncated or otherwise unreadable.
     """
     image = open_image(content, limits)
     if apply_exif_orientation:
         image = upright(image)
+    if apply_icc_profile:
+        image = to_srgb(image)
     return to_array(convert(image, gray=gray, background=background))
 
 
 def open_image(content: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """Check the size of a JPEG or PNG file, decode it, and return it as stored.
+    """Check the size of an image file, decode it, and return it as stored.
 
     The pixels are neither turned upright nor converted.
 
@@ -107,15 +112,28 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> Image.Image
             size_bytes=len(content),
             limit_bytes=limits.max_bytes,
         )
-    image = _open_header(content)
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        raise ImageTooLarge(
-            f"the image has {width} × {height} pixels; "
-            f"at most {limits.max_pixels} are allowed in all",
-            width=width,
-            height=height,
-            limit_pixels=limits.max_pixels,
+    name = _formats.recognize(content)
+    if name not in FORMATS:
+        what = f"the format {name} is not supported" if name else "the content is not an image"
+        raise ImageUnsupported(f"{what}; send {_names(FORMATS)}", format=name)
+    try:
+        _check_size(_formats.size_before_opening(name, content), content, limits)
+        image = _formats.open_header(name, content)
+        _check_size(image.size, content, limits)
+    except (ImageTooLarge, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(f"the {name} image is too large: {error}", format=name) from error
+    except Exception as error:
+        raise ImageDamaged(
+            f"the {name} image's header is truncated or damaged: {error}", format=name
+        ) from error
+    if image.mode not in _MODES:
+        raise ImageUnsupported(
+            f"{name} images with samples of the kind {image.mode!r} are not supported; "
+            "send 8 or 16 bits a sample, grey or coloured",
+            format=name,
+            mode=image.mode,
         )
     try:
         image.load()
@@ -125,49 +143,37 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> Image.Image
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error,
         # zlib.error and others for what is one thing here.
         raise ImageDamaged(
-            f"the {image.format} image is truncated or damaged: {error}", format=image.format
+            f"the {name} image is truncated or damaged: {error}", format=name
         ) from error
     return image
 
 
-def _open_header(content: bytes) -> Image.Image:
-    # The plugins are called directly because Image.open() guesses among all
-    # formats and has a pixel limit of its own, a global.
-    file = io.BytesIO(content)
-    try:
-        if content.startswith(_JPEG):
-            return JpegImagePlugin.jpeg_factory(file)
-        if content.startswith(_PNG):
-            return PngImagePlugin.PngImageFile(file)
-    except MemoryError:
-        raise
-    except Exception as error:
-        name = "JPEG" if content.startswith(_JPEG) else "PNG"
-        raise ImageDamaged(
-            f"the {name} image's header is truncated or damaged: {error}", format=name
-        ) from error
-    found = _name_format(content)
-    if found:
-        raise ImageUnsupported(
-            f"the format {found} is not supported; send JPEG or PNG", format=found
+def _check_size(size: tuple[int, int] | None, content: bytes, limits: ImageLimits) -> None:
+    if size is None:
+        return
+    width, height = size
+    pixels = width * height
+    if pixels > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the image has {width} × {height} pixels; "
+            f"at most {limits.max_pixels} are allowed in all",
+            width=width,
+            height=height,
+            limit_pixels=limits.max_pixels,
         )
-    raise ImageUnsupported("the content is not an image that can be read; send JPEG or PNG")
+    if pixels > max(_SMALL_PIXELS, limits.max_pixels_per_byte * len(content)):
+        raise ImageTooLarge(
+            f"the image has {width} × {height} pixels in only {len(content)} bytes; "
+            f"at most {limits.max_pixels_per_byte} pixels a byte are allowed",
+            width=width,
+            height=height,
+            size_bytes=len(content),
+            limit_pixels_per_byte=limits.max_pixels_per_byte,
+        )
 
 
-def _name_format(content: bytes) -> str:
-    for magic, name in _OTHER_FORMATS:
-        if content.startswith(magic):
-            return name
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "WebP"
-    if content[4:8] == b"ftyp":
-        return "AVIF" if content[8:12] in (b"avif", b"avis") else "HEIF or MP4"
-    text = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "HTML"
-    if text.startswith((b"<svg", b"<?xml")):
-        return "SVG or XML"
-    return ""
+def _names(formats: Sequence[str]) -> str:
+    return f"{', '.join(formats[:-1])} or {formats[-1]}"
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -178,6 +184,53 @@ def upright(image: Image.Image) -> Image.Image:
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image to sRGB by its ICC profile, perceptually, as Pillow's ImageCms does.
+
+    An image without a profile stays as it is, and so does one whose profile
+    cannot be read or is for another kind of colours, as in browsers.
+    """
+    content = image.info.get("icc_profile")
+    if not isinstance(content, bytes) or not content:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        space = profile.profile.xcolor_space.strip()
+    except Exception:  # damaged metadata do not make the pixels wrong
+        return image
+    base, alpha = _split_alpha(image)
+    if base.mode == "L" and space == "RGB":
+        base = base.convert("RGB")
+    if {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(base.mode) != space:
+        return image
+    try:
+        colors = ImageCms.profileToProfile(
+            base, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except ImageCms.PyCMSError:
+        return image
+    if colors is None:
+        return image
+    # Neither the profile nor a key colour holds any more.
+    colors.info = {}
+    if alpha is not None:
+        colors.putalpha(alpha)
+    return colors
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours as "L", "RGB" or "CMYK", and the alpha channel where there is one."""
+    if image.mode.startswith("I"):
+        image = _reduce_16_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode == "LA" else "RGBA")
+        alpha = image.getchannel("A")
+        return image.convert("L" if image.mode == "LA" else "RGB"), alpha
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
 
 
 def convert(image: Image.Image, *, gray: bool, background: Sequence[int] = ()) -> Image.Image:
@@ -192,6 +245,8 @@ def convert(image: Image.Image, *, gray: bool, background: Sequence[int] = ()) -
         return image
     if image.mode.startswith("I"):
         image = _reduce_16_bit(image)
+    elif image.mode in ("La", "RGBa"):  # from there Pillow converts to no other mode
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     if background and image.has_transparency_data:
         below = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")

@@ -116,6 +116,8 @@ class Pipeline:
         image = images.open_image(content, self.limits)
         if self._decode.apply_exif_orientation:
             image = images.upright(image)
+        if self._decode.apply_icc_profile:
+            image = images.to_srgb(image)
         return self._run(self._to_color(image))
 
     def apply_pixels(self, pixels: NDArray[np.uint8]) -> Transformed:
@@ -185,8 +187,6 @@ class Pipeline:
         message = self.steps[0].decode
         if message.color_mode not in bundle_pb2.ColorMode.values():
             raise StepsInvalid(f"step 1 (decode): unknown colour mode {message.color_mode}", step=1)
-        if message.apply_icc_profile:
-            raise StepsInvalid("step 1 (decode): ICC profiles are not supported yet", step=1)
         if message.reduced_scale:
             raise StepsInvalid("step 1 (decode): reduced_scale is not supported yet", step=1)
         check_color("step 1 (decode): background", message.background, 3)
@@ -210,13 +210,23 @@ class Pipeline:
 
 
 def decode(
-    *, gray: bool = False, exif: bool = True, background: Sequence[int] = ()
+    *,
+    gray: bool = False,
+    exif: bool = True,
+    icc: bool = False,
+    background: Sequence[int] = (),
 ) -> bundle_pb2.PreprocessStep:
-    """Return a step that decodes to red, green and blue, or to grey, upright."""
+    """Return a step that decodes to red, green and blue, or to grey, upright.
+
+    With ``icc``, embedded colour profiles are converted to sRGB.
+    """
     mode = bundle_pb2.COLOR_MODE_GRAY if gray else bundle_pb2.COLOR_MODE_RGB
     return bundle_pb2.PreprocessStep(
         decode=bundle_pb2.Decode(
-            color_mode=mode, apply_exif_orientation=exif, background=background
+            color_mode=mode,
+            apply_exif_orientation=exif,
+            apply_icc_profile=icc,
+            background=background,
         )
     )
 

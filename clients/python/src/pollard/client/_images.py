@@ -28,7 +28,7 @@ class PillowImage(Protocol):
 ImageLike: TypeAlias = (
     bytes | bytearray | memoryview | str | os.PathLike[str] | PillowImage | NDArray[np.uint8]
 )
-"""Bytes of a JPEG or PNG file, a path to one, a Pillow image, or pixels as uint8 (H, W),
+"""Bytes of an image file, a path to one, a Pillow image, or pixels as uint8 (H, W),
 (H, W, 1), (H, W, 3) or (H, W, 4)."""
 
 

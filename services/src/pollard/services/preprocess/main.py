@@ -10,7 +10,6 @@ import structlog
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
-from pollard.runtime.images import ImageLimits
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
 from pollard.services.common.logs import configure_logging
@@ -102,9 +101,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
     client = InferenceClient(settings.max_message_bytes, drain_seconds=settings.max_request_seconds)
-    member = PreprocessMember(
-        current, client, ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    )
+    member = PreprocessMember(current, client, settings.worker_limits.image_limits)
     predictor = Predictor(current, pool, client, settings.max_message_bytes)
     grpc_server = GrpcServer(
         Listen(

@@ -179,7 +179,7 @@ def _content(image: preprocess_pb.Image, index: int) -> bytes:
         )
     if source is None:
         raise RequestInvalid(
-            "the image has no content; send the bytes of a JPEG or PNG file", image_index=index
+            "the image has no content; send the bytes of an image file", image_index=index
         )
     return image.content
 

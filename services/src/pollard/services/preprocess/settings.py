@@ -44,6 +44,11 @@ class PreprocessSettings(ServiceSettings):
     )
     max_image_bytes: int = Field(32 * 1024**2, ge=1, description="Largest encoded image, in bytes.")
     max_image_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image.")
+    max_pixels_per_byte: int = Field(
+        10_000,
+        ge=1,
+        description="Most pixels for each byte of an image file, beyond one megapixel.",
+    )
     max_waiting_bytes: int = Field(
         512 * 1024**2,
         ge=1,
@@ -59,6 +64,7 @@ class PreprocessSettings(ServiceSettings):
         return WorkerLimits(
             max_image_bytes=self.max_image_bytes,
             max_image_pixels=self.max_image_pixels,
+            max_pixels_per_byte=self.max_pixels_per_byte,
             timeout_seconds=self.decode_timeout_seconds,
             memory_bytes=self.decode_memory_bytes,
         )

@@ -42,10 +42,17 @@ class WorkerLimits:
     """Largest encoded image, in bytes."""
     max_image_pixels: int = 100_000_000
     """Most pixels of an image."""
+    max_pixels_per_byte: int = 10_000
+    """Most pixels for each byte of an encoded image, beyond one megapixel."""
     timeout_seconds: float = 10.0
     """Longest time for one image; the worker is killed afterwards."""
     memory_bytes: int = 2 * 1024**3
     """Largest address space, in bytes."""
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The part that the pipeline itself checks."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels, self.max_pixels_per_byte)
 
 
 def main() -> None:
@@ -83,7 +90,7 @@ def _serve(connection: socket.socket, limits: WorkerLimits) -> None:
 def _pipeline(limits: WorkerLimits, steps: bytes) -> Pipeline:
     return Pipeline(
         bundle_pb2.Manifest.FromString(steps).preprocess,
-        ImageLimits(limits.max_image_bytes, limits.max_image_pixels),
+        limits.image_limits,
     )
 
 

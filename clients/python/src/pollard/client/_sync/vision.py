@@ -43,7 +43,7 @@ class VisionClient(BaseClient):
         """Answer for one image.
 
         Args:
-            image: Bytes of a JPEG or PNG, a path to one, a Pillow image, or pixels as uint8
+            image: Bytes of an image file, a path to one, a Pillow image, or pixels as uint8
                 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
             model: Model name.
             revision: Revision to ask; by default the one that the alias points at.

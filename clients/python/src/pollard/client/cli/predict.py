@@ -39,7 +39,7 @@ def predict(
         list[Path],
         typer.Argument(
             metavar="IMAGE...",
-            help="JPEG or PNG files.",
+            help="Image files: JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP.",
             exists=True,
             dir_okay=False,
             readable=True,

@@ -764,7 +764,9 @@ class Decode(_message.Message):
     apply_exif_orientation: _builtins.bool
     """Turn the image upright as its EXIF orientation says."""
     apply_icc_profile: _builtins.bool
-    """Convert embedded ICC profiles to sRGB."""
+    """Convert embedded ICC profiles to sRGB, perceptually. A profile that cannot
+    be read or is for another kind of colours is passed over.
+    """
     reduced_scale: _builtins.bool
     """Let the JPEG decoder scale by 1/2, 1/4 or 1/8 while decoding when the
     result is still at least as large as the next resize. Faster, and not the

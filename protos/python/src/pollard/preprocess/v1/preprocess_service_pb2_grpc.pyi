@@ -30,9 +30,11 @@ class PreprocessServiceStub:
     """PreprocessService turns encoded images into the input tensor of a revision,
     by that revision's own steps.
 
-    Images are JPEG or PNG, recognised by their content. Limits, all
-    configurable: 32 MiB and 100 megapixels an image, 10 s to decode. An image
-    that is empty, damaged, too large or none at all fails with INVALID_ARGUMENT
+    Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
+    or, where the server's Pillow has it, AVIF; they are recognised by their
+    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    pixels for each byte beyond one megapixel, 10 s to decode. An image that is
+    empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
     """
 
@@ -56,9 +58,11 @@ class PreprocessServiceAsyncStub(PreprocessServiceStub):
     """PreprocessService turns encoded images into the input tensor of a revision,
     by that revision's own steps.
 
-    Images are JPEG or PNG, recognised by their content. Limits, all
-    configurable: 32 MiB and 100 megapixels an image, 10 s to decode. An image
-    that is empty, damaged, too large or none at all fails with INVALID_ARGUMENT
+    Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
+    or, where the server's Pillow has it, AVIF; they are recognised by their
+    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    pixels for each byte beyond one megapixel, 10 s to decode. An image that is
+    empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
     """
 
@@ -78,9 +82,11 @@ class PreprocessServiceServicer(metaclass=_abc_1.ABCMeta):
     """PreprocessService turns encoded images into the input tensor of a revision,
     by that revision's own steps.
 
-    Images are JPEG or PNG, recognised by their content. Limits, all
-    configurable: 32 MiB and 100 megapixels an image, 10 s to decode. An image
-    that is empty, damaged, too large or none at all fails with INVALID_ARGUMENT
+    Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
+    or, where the server's Pillow has it, AVIF; they are recognised by their
+    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    pixels for each byte beyond one megapixel, 10 s to decode. An image that is
+    empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
     """
 
