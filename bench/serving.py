@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -122,6 +122,30 @@ def table(points: Sequence[Point], peer: str, names: Sequence[str]) -> list[str]
     return lines
 
 
+def report(
+    heads: Sequence[str],
+    points: Sequence[Point],
+    quick: Sequence[Point],
+    models: Sequence[BuiltModel],
+    limits: Mapping[str, float],
+) -> str:
+    """Return the results as a page of Markdown."""
+    text = ["# Serving: Pollard against Triton, Python backend", "", *heads, ""]
+    if points:
+        text += [*table(points, TRITON, [name for name in points[0].rounds if name != TRITON]), ""]
+    text += [
+        "ONNX Runtime alone, as many callers as cores, best of batches "
+        f"{', '.join(map(str, _RAW_BATCHES))}: "
+        + "; ".join(f"{model.title} {limits[model.name]:,.0f}/s" for model in models)
+        + ".",
+        "",
+    ]
+    if quick:
+        text += ["## One caller, tuned for latency", ""]
+        text += [*table(quick, TRITON, [name for name in quick[0].rounds if name != TRITON]), ""]
+    return "\n".join(text)
+
+
 def main(
     models: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(MODELS),
     concurrencies: Annotated[str, typer.Option(help="Callers at a time.")] = "1,4,8,16,32",
@@ -149,6 +173,29 @@ def main(
     }
     points: list[Point] = []
     quick: list[Point] = []
+    heads = [
+        heading(before),
+        f"{rounds} rounds of A B B A, three windows of {window_ms} ms each; medians, and 95 % "
+        "intervals of the ratios. The generator runs on the same machine.",
+        *([note] if note else []),
+    ]
+    file = out / (name or f"serving-{time.strftime('%Y-%m-%d')}")
+
+    def keep() -> str:
+        """Write what there is so far, so that a run that fails late has not been for nothing."""
+        written = report(heads, points, quick, built, limits)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".md").write_text(written)
+        content = {
+            "command": sys.argv,
+            "environment": before,
+            "note": note,
+            "raw_limits": limits,
+            "points": [asdict(point) for point in (*points, *quick)],
+        }
+        file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        return written
+
     with contextlib.ExitStack() as stack:
         servers = {
             TRITON: stack.enter_context(start_triton(tools, built)),
@@ -167,6 +214,7 @@ def main(
                 )
                 points.append(point)
                 print("\n".join(table([point], TRITON, ours)[2:]), flush=True)
+                keep()
         if latency:
             label = "Pollard, --optimize latency"
             with start_pollard(built, "--optimize", "latency", name=label) as fast:
@@ -176,38 +224,8 @@ def main(
                         run_point(tools, pair, model, 1, rounds=rounds, window_ms=window_ms)
                     )
                     print("\n".join(table([quick[-1]], TRITON, [label])[2:]), flush=True)
-    text = [
-        "# Serving: Pollard against Triton, Python backend",
-        "",
-        heading(before),
-        f"{rounds} rounds of A B B A, three windows of {window_ms} ms each; medians, and 95 % "
-        "intervals of the ratios. The generator runs on the same machine.",
-        *([note] if note else []),
-        "",
-        *table(points, TRITON, ours),
-        "",
-        "ONNX Runtime alone, as many callers as cores, best of batches "
-        f"{', '.join(map(str, _RAW_BATCHES))}: "
-        + "; ".join(f"{model.title} {limits[model.name]:,.0f}/s" for model in built)
-        + ".",
-        "",
-    ]
-    if quick:
-        text += ["## One caller, tuned for latency", ""]
-        text += [*table(quick, TRITON, ["Pollard, --optimize latency"]), ""]
-    written = "\n".join(text)
-    print(written)
-    file = out / (name or f"serving-{time.strftime('%Y-%m-%d')}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".md").write_text(written)
-    content = {
-        "command": sys.argv,
-        "environment": before,
-        "note": note,
-        "raw_limits": limits,
-        "points": [asdict(point) for point in (*points, *quick)],
-    }
-    file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+                    keep()
+    print(keep())
 
 
 if __name__ == "__main__":
