@@ -18,6 +18,7 @@ from pollard.services.inference.errors import (
 )
 from pollard.services.inference.loader import EngineOptions, Loader, best_joined_batch
 from pollard.services.inference.revision import LoadedRevision
+from pollard.services.inference.scheduling import Backlog
 
 
 class Watched:
@@ -282,3 +283,27 @@ async def test_requests_that_could_not_be_answered_in_time_are_refused_at_once(w
     # With nothing before it, it is tried, however short its time.
     with pytest.raises(RequestExpired):
         await ask(revision, 1, seconds=0.0)
+
+
+def test_the_backlog_tells_who_would_wait_in_vain() -> None:
+    backlog = Backlog(workers=2)
+    backlog.rows = 100
+    backlog.check(1, 0.001)  # Nothing is known yet.
+    backlog.learn(0.08, rows=8)  # 10 ms a row.
+    backlog.rows = 22
+    # 20 wait for two workers, and half a row of each is left: 105 ms, 10 more, and some caution.
+    with pytest.raises(QueueFull):
+        backlog.check(1, 0.120)
+    backlog.check(1, 0.150)
+    backlog.rows = 1
+    backlog.check(8, 0.0)  # A worker is free.
+    # A few slow runs count at once, a few quick ones do not.
+    backlog.rows = 22
+    for _ in range(5):
+        backlog.learn(0.1, rows=1)
+    with pytest.raises(QueueFull):
+        backlog.check(1, 0.6)
+    for _ in range(5):
+        backlog.learn(0.001, rows=1)
+    with pytest.raises(QueueFull):
+        backlog.check(1, 0.1)

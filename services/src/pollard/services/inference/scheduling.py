@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pollard.services.inference.workers import Work
 
 
-_LEARNING_RATE = 0.1
+_RECENT, _USUAL = 0.3, 0.03
+"""How far one run moves what is known of the last few runs, and of many."""
 
 _CAUTION = 1.2
 """Runs do not all take the same time; better one refused too many than one kept waiting."""
@@ -95,13 +96,15 @@ class Backlog:
         self.rows = 0
         """Waiting or running."""
         self._workers = workers
-        self._row_seconds = 0.0
+        self._recent = 0.0
+        self._usual = 0.0
+        """Seconds that a row takes, over the last few runs and over many."""
 
     def learn(self, seconds: float, rows: int) -> None:
         """Note how long a run took."""
         each = seconds / max(1, rows)
-        known = self._row_seconds
-        self._row_seconds = known + _LEARNING_RATE * (each - known) if known else each
+        self._recent += _RECENT * (each - self._recent) if self._recent else each
+        self._usual += _USUAL * (each - self._usual) if self._usual else each
 
     def check(self, rows: int, seconds_left: float) -> None:
         """Refuse a request at once that could not be answered in time.
@@ -114,8 +117,8 @@ class Backlog:
             # A worker is free: whatever was learnt before, this run brings it up to date.
             return
         # Half a row, on average, is left of each that runs now.
-        before = (waiting + 0.5 * self._workers) * self._row_seconds / self._workers
-        needed = _CAUTION * (before + rows * self._row_seconds)
+        row = max(self._recent, self._usual)
+        needed = _CAUTION * row * ((waiting + 0.5 * self._workers) / self._workers + rows)
         if needed > seconds_left:
             raise QueueFull(
                 f"Exceeds maximum queue size: {self.rows} requests are before it, so that it would "
