@@ -44,6 +44,14 @@ def images(*contents: bytes, model=None) -> preprocess_pb.TransformRequest:
     )
 
 
+def batch(*contents: bytes, model=None, **options) -> vision_pb.PredictBatchRequest:
+    return vision_pb.PredictBatchRequest(
+        model=model or selector(),
+        images=[preprocess_pb.Image(content=content) for content in contents],
+        options=vision_pb.PredictOptions(**options),
+    )
+
+
 async def refused(call, code: grpc.StatusCode) -> error_details_pb2.ErrorInfo:
     """Check the status of a failing call; return its one ErrorInfo."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -150,22 +158,14 @@ async def test_requests_that_lack_something(suite, make_picture):
 
 
 async def test_what_is_not_offered_yet_says_so(suite, make_picture):
-    unimplemented = grpc.StatusCode.UNIMPLEMENTED
+    augmented = {"augmentation": vision_pb.AUGMENTATION_FLIP}
     for call in (
-        suite.vision.PredictBatch(vision_pb.PredictBatchRequest()),
         suite.vision.Explain(vision_pb.ExplainRequest()),
-        suite.vision.Predict(question(make_picture(), augmentation=vision_pb.AUGMENTATION_FLIP)),
+        suite.vision.Predict(question(make_picture(), **augmented)),
+        suite.vision.PredictBatch(batch(make_picture(), **augmented)),
     ):
-        info = await refused(call, unimplemented)
+        info = await refused(call, grpc.StatusCode.UNIMPLEMENTED)
         assert "not offered" in info.metadata["message"]
-    for stream in (
-        suite.vision.PredictStream(iter([vision_pb.PredictStreamRequest()])),
-        suite.preprocess.TransformStream(iter([preprocess_pb.TransformStreamRequest()])),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stream.read()
-        assert caught.value.code() == unimplemented
-        assert "not offered" in caught.value.details()
 
 
 async def test_a_batch_that_does_not_fit_into_a_message_is_refused_before_it_is_made(

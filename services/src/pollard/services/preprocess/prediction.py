@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pollard.bundle.v1 import bundle_pb2
-from pollard.runtime.errors import RuntimeFault
+from pollard.runtime.errors import ImageInvalid, RuntimeFault
 from pollard.runtime.postprocess import ScoredClass, classify
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.errors import ServiceError
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.errors import (
     AnswerTooLarge,
+    DecoderCrashed,
+    DecodeTimeout,
     InferenceFailed,
     ModelTakesNoImages,
     NotOffered,
@@ -29,8 +33,16 @@ from pollard.services.preprocess.errors import (
 )
 from pollard.services.preprocess.inference_client import InferenceClient, Work
 from pollard.services.preprocess.snapshot import Current, Selector, ServedRevision
+from pollard.services.preprocess.streams import MAX_IN_WORK
 
 MAX_IMAGES = 256
+
+T = TypeVar("T")
+
+Failure: TypeAlias = RuntimeFault | ServiceError
+"""Why there is no answer for an image."""
+
+_FREE: AbstractAsyncContextManager[object] = nullcontext()
 
 # Left free in a message for everything but the tensor.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
@@ -83,8 +95,19 @@ class Predictor:
         self._client = client
         self._max_tensor_bytes = max_message_bytes - _MESSAGE_OVERHEAD_BYTES
 
-    async def transform(self, selector: Selector, contents: Sequence[bytes]) -> Batch:
+    async def transform(
+        self,
+        selector: Selector,
+        contents: Sequence[bytes],
+        turns: asyncio.Semaphore | None = None,
+    ) -> Batch:
         """Make one tensor of several images.
+
+        Args:
+            selector: Whose steps.
+            contents: The encoded images.
+            turns: Held while an image is transformed, where several calls
+                belong together; `turns` makes one.
 
         Raises:
             ImageInvalid, DecodeTimeout, DecoderCrashed: one of the images is
@@ -100,11 +123,10 @@ class Predictor:
         if pipeline.output_shape is not None:
             size = math.prod(pipeline.output_shape) * pipeline.dtype.itemsize
             self._check_size(size * len(contents), len(contents))
-        # More at once than there are workers would only take others' turns.
-        turns = asyncio.Semaphore(self._pool.workers)
+        held = turns or self.turns()
 
         async def one(index: int, content: bytes) -> Transformed:
-            async with turns:
+            async with held:
                 try:
                     return await self._pool.transform(revision.steps, content)
                 except (RuntimeFault, ServiceError) as error:
@@ -151,6 +173,7 @@ class Predictor:
         deadline: float,
         top_k: int = 0,
         embedding: bool = False,
+        turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         """Answer for one image.
 
@@ -163,6 +186,7 @@ class Predictor:
             deadline: When the answer must be there, by the loop's clock.
             top_k: Number of classes; 0 means what the manifest says.
             embedding: Also give the embedding, where there is one.
+            turns: Held while the image is transformed; `turns` makes one.
 
         Raises:
             ImageInvalid and the others of `transform`.
@@ -170,12 +194,91 @@ class Predictor:
             InferenceUnavailable, RequestExpired, TensorRefused,
             InferenceFailed: as `InferenceClient.infer`.
         """
+        return await self._by_one_revision(
+            selector,
+            lambda revision: self._predict_by(
+                revision,
+                content,
+                deadline=deadline,
+                top_k=top_k,
+                embedding=embedding,
+                turns=turns,
+            ),
+        )
+
+    async def predict_batch(
+        self,
+        selector: Selector,
+        contents: Sequence[bytes | Failure],
+        *,
+        deadline: float,
+        top_k: int = 0,
+        embedding: bool = False,
+    ) -> list[Prediction | Failure]:
+        """Answer for several images by one revision, for each with an answer or its own error.
+
+        Args:
+            selector: Which revision.
+            contents: The encoded images; an error stands for an image that is
+                known to be bad.
+            deadline: When the answers must be there, by the loop's clock.
+            top_k: Number of classes; 0 means what the manifest says.
+            embedding: Also give the embedding, where there is one.
+
+        Raises:
+            The errors of `predict` but those that are about one image.
+        """
+        turns = self.turns()
+        in_work = asyncio.Semaphore(MAX_IN_WORK)
+
+        async def one(
+            revision: ServedRevision, index: int, content: bytes | Failure
+        ) -> Prediction | Failure:
+            if not isinstance(content, bytes):
+                return content
+            async with in_work:
+                try:
+                    return await self._predict_by(
+                        revision,
+                        content,
+                        deadline=deadline,
+                        top_k=top_k,
+                        embedding=embedding,
+                        turns=turns,
+                    )
+                except (ImageInvalid, DecoderCrashed, DecodeTimeout) as error:
+                    error.metadata["image_index"] = str(index)
+                    return error
+
+        async def all_of_them(revision: ServedRevision) -> list[Prediction | Failure]:
+            # A model that cannot answer is the request's failure, not that of each image.
+            _outputs_wanted(revision, embedding=embedding)
+            tasks = [
+                asyncio.create_task(one(revision, index, content))
+                for index, content in enumerate(contents)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return await self._by_one_revision(selector, all_of_them)
+
+    def turns(self) -> asyncio.Semaphore:
+        """Return what keeps one request from taking more workers than there are.
+
+        More would only take others' turns.
+        """
+        return asyncio.Semaphore(self._pool.workers)
+
+    async def _by_one_revision(
+        self, selector: Selector, run: Callable[[ServedRevision], Awaitable[T]]
+    ) -> T:
         for _ in range(2):
             revision = self._current.snapshot.choose(selector)
             try:
-                return await self._predict_by(
-                    revision, content, deadline=deadline, top_k=top_k, embedding=embedding
-                )
+                return await run(revision)
             except RevisionGone:
                 if selector.revision is not None:
                     raise RevisionUnknown(
@@ -199,11 +302,13 @@ class Predictor:
         deadline: float,
         top_k: int,
         embedding: bool,
+        turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         outputs = _outputs_wanted(revision, embedding=embedding)
         started = time.perf_counter()
         try:
-            transformed = await self._pool.transform(revision.steps, content)
+            async with turns:
+                transformed = await self._pool.transform(revision.steps, content)
         except (RuntimeFault, ServiceError) as error:
             error.metadata["image_index"] = "0"
             raise

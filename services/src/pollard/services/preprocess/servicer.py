@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2
@@ -15,14 +15,22 @@ from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
 from pollard.runtime.tensors import FROM_NUMPY
 from pollard.runtime.transforms import Geometry
 from pollard.services.common.routing import PRODUCTION
+from pollard.services.common.status import describe
 from pollard.services.preprocess.errors import (
     NotOffered,
     RequestExpired,
     RequestInvalid,
     UriRefused,
 )
-from pollard.services.preprocess.prediction import MAX_IMAGES, Prediction, Predictor
+from pollard.services.preprocess.prediction import (
+    MAX_IMAGES,
+    Batch,
+    Failure,
+    Prediction,
+    Predictor,
+)
 from pollard.services.preprocess.snapshot import Selector
+from pollard.services.preprocess.streams import in_order
 from pollard.vision.v1 import vision_service_pb2 as vision_pb
 from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
 
@@ -30,6 +38,7 @@ PREPROCESS_SERVICE = "pollard.preprocess.v1.PreprocessService"
 VISION_SERVICE = "pollard.vision.v1.VisionService"
 
 Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", preprocess_pb.TransformStreamRequest, vision_pb.PredictStreamRequest)
 
 
 class _Deadlines:
@@ -84,34 +93,36 @@ class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
     ) -> preprocess_pb.TransformResponse:
         """Transform images to one tensor."""
         selector = _selector(request.model)
-        if not 1 <= len(request.images) <= MAX_IMAGES:
-            raise RequestInvalid(
-                f"the request has {len(request.images)} images; send 1 to {MAX_IMAGES}",
-                images=len(request.images),
-            )
+        _check_count(len(request.images))
         contents = [_content(image, index) for index, image in enumerate(request.images)]
         async with self._deadlines.within(context):
             batch = await self._predictor.transform(selector, contents)
-        return preprocess_pb.TransformResponse(
-            model=batch.revision.model,
-            revision=batch.revision.revision,
-            tensor=preprocess_pb.Tensor(
-                name=batch.revision.input.name,
-                datatype=FROM_NUMPY[batch.array.dtype],
-                shape=batch.array.shape,
-                content=batch.array.tobytes(),
-            ),
-            geometries=[_geometry(geometry) for geometry in batch.geometries],
-        )
+        return _transformed(batch)
 
     async def TransformStream(
         self,
         request_iterator: AsyncIterator[preprocess_pb.TransformStreamRequest],
         context: Context,
     ) -> AsyncIterator[preprocess_pb.TransformStreamResponse]:
-        """Refuse: not offered yet."""
-        raise NotOffered("TransformStream is not offered yet; call Transform for each image")
-        yield
+        """Transform images as they come; an image's error is its answer."""
+        turns = self._predictor.turns()
+
+        async def work(
+            item: tuple[preprocess_pb.TransformStreamRequest, Selector],
+        ) -> preprocess_pb.TransformStreamResponse:
+            request, selector = item
+            response = preprocess_pb.TransformStreamResponse(id=request.id)
+            try:
+                content = _content(request.image, 0)
+                async with self._deadlines.within(context):
+                    batch = await self._predictor.transform(selector, [content], turns)
+                response.response.CopyFrom(_transformed(batch))
+            except Exception as error:  # whatever it is, the other images are answered
+                response.error.CopyFrom(_stream_error(error))
+            return response
+
+        async for answer in in_order(_with_selectors(request_iterator), work):
+            yield answer
 
 
 class VisionServicer(vision_grpc.VisionServiceServicer):
@@ -129,8 +140,7 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
         selector = _selector(request.model)
         content = _content(request.image, 0)
         options = request.options
-        if options.augmentation != vision_pb.AUGMENTATION_UNSPECIFIED:
-            raise NotOffered("augmentation is not offered yet; leave options.augmentation unset")
+        _check_options(options)
         async with self._deadlines.within(context) as deadline:
             prediction = await self._predictor.predict(
                 selector,
@@ -144,15 +154,71 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
     async def PredictBatch(
         self, request: vision_pb.PredictBatchRequest, context: Context
     ) -> vision_pb.PredictBatchResponse:
-        """Refuse: not offered yet."""
-        raise NotOffered("PredictBatch is not offered yet; call Predict for each image")
+        """Answer for several images by one revision; a bad one gets its own error."""
+        selector = _selector(request.model)
+        _check_count(len(request.images))
+        _check_options(request.options)
+        contents: list[bytes | Failure] = []
+        for index, image in enumerate(request.images):
+            try:
+                contents.append(_content(image, index))
+            except (RequestInvalid, UriRefused) as error:
+                contents.append(error)
+        async with self._deadlines.within(context) as deadline:
+            answers = await self._predictor.predict_batch(
+                selector,
+                contents,
+                deadline=deadline,
+                top_k=request.options.top_k,
+                embedding=request.options.embedding,
+            )
+        return vision_pb.PredictBatchResponse(
+            results=[
+                vision_pb.PredictResult(response=_response(answer))
+                if isinstance(answer, Prediction)
+                else vision_pb.PredictResult(error=_stream_error(answer))
+                for answer in answers
+            ]
+        )
 
     async def PredictStream(
         self, request_iterator: AsyncIterator[vision_pb.PredictStreamRequest], context: Context
     ) -> AsyncIterator[vision_pb.PredictStreamResponse]:
-        """Refuse: not offered yet."""
-        raise NotOffered("PredictStream is not offered yet; call Predict for each image")
-        yield
+        """Answer for images as they come; an image's error is its answer."""
+        turns = self._predictor.turns()
+
+        async def with_options() -> AsyncIterator[
+            tuple[vision_pb.PredictStreamRequest, Selector, vision_pb.PredictOptions]
+        ]:
+            options = vision_pb.PredictOptions()
+            async for request, selector in _with_selectors(request_iterator):
+                options = request.options if request.HasField("options") else options
+                yield request, selector, options
+
+        async def work(
+            item: tuple[vision_pb.PredictStreamRequest, Selector, vision_pb.PredictOptions],
+        ) -> vision_pb.PredictStreamResponse:
+            request, selector, options = item
+            response = vision_pb.PredictStreamResponse(id=request.id)
+            try:
+                _check_options(options)
+                content = _content(request.image, 0)
+                async with self._deadlines.within(context) as deadline:
+                    prediction = await self._predictor.predict(
+                        selector,
+                        content,
+                        deadline=deadline,
+                        top_k=options.top_k,
+                        embedding=options.embedding,
+                        turns=turns,
+                    )
+                response.result.response.CopyFrom(_response(prediction))
+            except Exception as error:  # whatever it is, the other images are answered
+                response.result.error.CopyFrom(_stream_error(error))
+            return response
+
+        async for answer in in_order(with_options(), work):
+            yield answer
 
     async def Explain(
         self, request: vision_pb.ExplainRequest, context: Context
@@ -171,6 +237,40 @@ def _selector(message: preprocess_pb.ModelSelector) -> Selector:
     )
 
 
+async def _with_selectors(requests: AsyncIterator[M]) -> AsyncIterator[tuple[M, Selector]]:
+    """Give each message of a stream its model: its own, or that of the last one that had one.
+
+    Raises:
+        RequestInvalid: the first message names no model.
+    """
+    selector: Selector | None = None
+    async for request in requests:
+        if request.HasField("model"):
+            selector = _selector(request.model)
+        if selector is None:
+            raise RequestInvalid("the first message of a stream must name the model")
+        yield request, selector
+
+
+def _check_count(images: int) -> None:
+    if not 1 <= images <= MAX_IMAGES:
+        raise RequestInvalid(
+            f"the request has {images} images; send 1 to {MAX_IMAGES}", images=images
+        )
+
+
+def _check_options(options: vision_pb.PredictOptions) -> None:
+    if options.augmentation != vision_pb.AUGMENTATION_UNSPECIFIED:
+        raise NotOffered("augmentation is not offered yet; leave options.augmentation unset")
+
+
+def _stream_error(error: BaseException) -> preprocess_pb.StreamError:
+    outcome = describe(error)
+    return preprocess_pb.StreamError(
+        code=outcome.code.value[0], message=outcome.message, reason=outcome.reason
+    )
+
+
 def _content(image: preprocess_pb.Image, index: int) -> bytes:
     source = image.WhichOneof("source")
     if source == "uri":
@@ -182,6 +282,20 @@ def _content(image: preprocess_pb.Image, index: int) -> bytes:
             "the image has no content; send the bytes of an image file", image_index=index
         )
     return image.content
+
+
+def _transformed(batch: Batch) -> preprocess_pb.TransformResponse:
+    return preprocess_pb.TransformResponse(
+        model=batch.revision.model,
+        revision=batch.revision.revision,
+        tensor=preprocess_pb.Tensor(
+            name=batch.revision.input.name,
+            datatype=FROM_NUMPY[batch.array.dtype],
+            shape=batch.array.shape,
+            content=batch.array.tobytes(),
+        ),
+        geometries=[_geometry(geometry) for geometry in batch.geometries],
+    )
 
 
 def _geometry(geometry: Geometry) -> preprocess_pb.Geometry:
