@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import zipfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 # As the commands do: tests share the machine, and spinning threads starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -81,3 +83,16 @@ def digits_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parent") / "parent.safetensors"
     train("small-cnn-28", "digits", out, epochs=5, batch_size=64, threads=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def architectures() -> dict[str, Callable[[], nn.Module]]:
+    """Return the small architectures by name, each a function that builds one."""
+    path = Path(__file__).with_name("architectures.py")
+    spec = importlib.util.spec_from_file_location("pollard_test_architectures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: dict[str, Callable[[], nn.Module]] = module.ARCHITECTURES
+    return made

@@ -9,6 +9,7 @@ convolution of 12 channels is slower than one of 16.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class GroupPlan:
     layers: list[str]
     """Every layer that loses outputs with them."""
     width: int
-    """Channels before."""
+    """Channels before; those that are tied to each other count as one."""
     kept: int
     """Channels after."""
 
@@ -59,6 +60,8 @@ class Pruned:
     """Shortcuts that became convolutions."""
     left_whole: dict[str, str]
     """Layers that were not narrowed, each with the reason."""
+    channels: dict[str, list[int]]
+    """Layer that lost outputs → indices of those that it kept, in the parent's numbering."""
 
     @property
     def removed(self) -> float:
@@ -75,6 +78,8 @@ class _Group:
     layers: list[str]
     width: int
     importance: Tensor
+    # Channels of the root that go together, such as a value and its gate.
+    units: list[list[int]]
     # Layer → channels that it loses per channel of the group (more than one
     # behind a flattening).
     outputs: dict[str, float]
@@ -114,7 +119,7 @@ def prune(
         output_shape = work(example).shape
     rewritten = rewrite_shortcuts(work, example)
     # The graph is built from gradients: frozen parameters would silently stay whole.
-    frozen = [p for p in work.parameters() if not p.requires_grad]
+    frozen = {name for name, p in work.named_parameters() if not p.requires_grad}
     for parameter in work.parameters():
         parameter.requires_grad_(True)
     graph = _dependencies(work, example)
@@ -130,17 +135,9 @@ def prune(
     }
     multiple = _choose_widths(groups, costs, macs_before, ratio, rounding)
     plans = [GroupPlan(g.name, g.layers, g.width, g.kept) for g in groups]
-    with torch.no_grad():
-        for group in groups:
-            if group.kept < group.width:
-                order = torch.argsort(group.importance, stable=True)
-                doomed = sorted(order[: group.width - group.kept].tolist())
-                fresh = graph.get_pruning_group(group.root, _out_pruner(graph, group.root), doomed)
-                fresh.prune(record_history=False)
-    for parameter in work.parameters():
-        parameter.requires_grad_(True)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    channels = _remove(graph, work, groups)
+    for name, parameter in work.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     try:
         with torch.no_grad():
             after = work(example)
@@ -150,7 +147,33 @@ def prune(
         raise PruneFailed(
             f"pruning changed the output from {list(output_shape)} to {list(after.shape)}"
         )
-    return Pruned(work, plans, multiple, macs_before, total_macs(work, spec), rewritten, left_whole)
+    macs_after = total_macs(work, spec)
+    return Pruned(work, plans, multiple, macs_before, macs_after, rewritten, left_whole, channels)
+
+
+def _remove(graph: Any, module: nn.Module, groups: list[_Group]) -> dict[str, list[int]]:
+    """Take out the least important channels; return what each layer kept."""
+    names = {layer: name for name, layer in module.named_modules()}
+    channels: dict[str, list[int]] = {}
+    with torch.no_grad():
+        for group in groups:
+            if group.kept == group.width:
+                continue
+            order = torch.argsort(group.importance, stable=True)
+            doomed = order[: group.width - group.kept].tolist()
+            indices = sorted(index for unit in doomed for index in group.units[unit])
+            fresh = graph.get_pruning_group(group.root, _out_pruner(graph, group.root), indices)
+            for dep, gone in fresh:
+                name = names.get(dep.target.module)
+                if name is None or not graph.is_out_channel_pruning_fn(dep.handler):
+                    continue
+                count = graph.get_out_channels(dep.target.module)
+                if count is None:
+                    continue
+                lost, before = set(gone), channels.get(name, list(range(count)))
+                channels[name] = [kept for at, kept in enumerate(before) if at not in lost]
+            fresh.prune(record_history=False)
+    return channels
 
 
 def _dependencies(module: nn.Module, example: Tensor) -> Any:
@@ -188,31 +211,79 @@ def _groups(
             is_output = graph.is_out_channel_pruning_fn(dep.handler)
             if is_output and not dep.target.outputs:
                 why = "the model's output hangs on it"
-            if isinstance(target, nn.Parameter):
+            if isinstance(target, nn.Parameter) and target.numel() != max(target.shape, default=1):
                 why = why or "a bare parameter hangs on it"
             name = names.get(target)
-            if name is None or not isinstance(target, COUNTED):
+            if name is None:
+                continue
+            if not _followed(graph, target, is_output, idxs):
+                why = why or f"its channels cannot be followed to {name}"
+            if not isinstance(target, COUNTED):
                 continue
             if name in keep_whole and is_output:
                 why = "it was named to stay whole"
             grouped = getattr(target, "groups", 1)
             if grouped > 1 and grouped != getattr(target, "in_channels", 0):
                 why = f"{name} is a grouped convolution"
-            (outputs if is_output else inputs)[name] += len(idxs) / width
+            (outputs if is_output else inputs)[name] += len(idxs)
         layers = sorted(outputs)
         if why:
             left.update(dict.fromkeys(layers, why))
             continue
         score = importance(found)
-        if score is None or len(score) != width:
+        units = _units(graph, root, found)
+        if score is None or len(score) != width or not units:
             left.update(dict.fromkeys(layers, "its channels cannot be ranked"))
             continue
+        score = torch.stack([score.detach()[unit].sum() for unit in units])
+        count = len(units)
         groups.append(
             _Group(
-                root, names[root], layers, width, score.detach(), dict(outputs), dict(inputs), width
+                root,
+                names[root],
+                layers,
+                count,
+                score,
+                units,
+                {name: each / count for name, each in outputs.items()},
+                {name: each / count for name, each in inputs.items()},
+                count,
             )
         )
     return groups, left
+
+
+def _followed(graph: Any, layer: nn.Module, is_output: bool, idxs: list[int]) -> bool:
+    """Whether a group's indices in ``layer`` are what a traced reshape left of them.
+
+    Concatenation, splitting and flattening keep their order. A shuffle of the
+    channels does not, and Torch-Pruning numbers them wrongly behind it.
+    """
+    count = (graph.get_out_channels if is_output else graph.get_in_channels)(layer)
+    ascending = all(a < b for a, b in itertools.pairwise(idxs))
+    return ascending and (count is None or not idxs or idxs[-1] < count)
+
+
+def _units(graph: Any, root: nn.Module, found: Any) -> list[list[int]]:
+    """Return which channels of ``root`` go together; nothing if that is irregular."""
+    width = len(found[0].idxs)
+    if not any("Split" in str(dep.target.name) for dep, _ in found):
+        return [[index] for index in range(width)]
+    pruner = _out_pruner(graph, root)
+    units: list[list[int]] = []
+    seen: set[int] = set()
+    for index in range(width):
+        if index in seen:
+            continue
+        unit = {index}
+        for dep, idxs in graph.get_pruning_group(root, pruner, [index]):
+            if dep.target.module is root and graph.is_out_channel_pruning_fn(dep.handler):
+                unit.update(idxs)
+        if unit & seen:
+            return []
+        seen |= unit
+        units.append(sorted(unit))
+    return units if len({len(unit) for unit in units}) == 1 else []
 
 
 def _estimate(groups: list[_Group], costs: dict[str, tuple[int, int, int]]) -> int:

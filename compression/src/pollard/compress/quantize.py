@@ -161,9 +161,14 @@ def _quantize_static(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory(prefix="pollard-quantize-") as folder, _quiet():
-        prepared, written = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+        plain, prepared, written = (
+            Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantized")
+        )
         try:
-            quant_pre_process(model, prepared)
+            # Symbolic inference is for transformers: it gives up on resizing with a free
+            # batch and then leaves files in the current directory.
+            onnx.save(model, plain)
+            quant_pre_process(plain, prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
                 written,
@@ -174,6 +179,7 @@ def _quantize_static(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
+                nodes_to_exclude=_float_nodes(onnx.load(prepared)),
                 extra_options={"TensorQuantOverrides": dict(overrides)} if overrides else {},
             )
             quantized = onnx.load(written)
@@ -182,6 +188,12 @@ def _quantize_static(
             raise QuantizeFailed(f"onnxruntime cannot quantize the model: {first}") from error
     strip_metadata(quantized)
     return quantized
+
+
+def _float_nodes(model: onnx.ModelProto) -> list[str]:
+    # onnxruntime has no 8-bit kernel for it on processors, and its quantizer takes the
+    # wrong axis of a grouped one's weights.
+    return [node.name for node in model.graph.node if node.op_type == "ConvTranspose"]
 
 
 @contextlib.contextmanager
