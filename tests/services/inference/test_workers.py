@@ -274,10 +274,12 @@ async def test_requests_that_could_not_be_answered_in_time_are_refused_at_once(w
     session.run = slowly
     await ask(revision, 0)
     # Ten wait, 20 ms each: 0.2 s and more. The worker joins them, but has not shown it yet.
+    session.gate.clear()
     waiting = [asyncio.create_task(ask(revision, value)) for value in range(10)]
-    await asyncio.sleep(0.005)
+    await asyncio.sleep(0)
     with pytest.raises(QueueFull, match="are before it"):
         await ask(revision, 1, seconds=0.05)
+    session.gate.set()
     assert (await ask(revision, 1, seconds=10))[0, 0] == 2
     await asyncio.gather(*waiting)
     # With nothing before it, it is tried, however short its time.

@@ -227,6 +227,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
         "slow",
         {1: slow(300)},
+        "max_batch_size: 1  instance_group { count: 1 kind: KIND_CPU }",
+    )
+    put(
+        root,
+        "slower",
+        {1: slow(3000)},
         """
         max_batch_size: 1  instance_group { count: 1 kind: KIND_CPU }
         dynamic_batching {

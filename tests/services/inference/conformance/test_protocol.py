@@ -97,7 +97,7 @@ def test_configuration(client) -> None:
         ("b", 8, [2]),
     ]
     assert client.get_model_config("free").config.max_batch_size == 0
-    assert client.get_model_config("slow").config.instance_group[0].count == 1
+    assert client.get_model_config("slower").config.instance_group[0].count == 1
     assert refused(client.get_model_config, "nobody")[0] == "NOT_FOUND"
 
 
@@ -257,7 +257,7 @@ def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
     order: list[str] = []
     with triton.InferenceServerClient(address) as client:
         started = time.monotonic()
-        client.infer("slow", [inputs["x"]()])
+        client.infer("slower", [inputs["x"]()])
         once = time.monotonic() - started
 
         def send(label: str, **options: object) -> None:
@@ -265,10 +265,10 @@ def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
                 order.append(label)
                 outcomes.put((label, error))
 
-            client.async_infer("slow", [inputs["x"]()], done, **options)
+            client.async_infer("slower", [inputs["x"]()], done, **options)
 
         send("running")
-        time.sleep(once / 3)
+        time.sleep(once / 4)
         for number in range(3):
             send(f"low {number}", priority=2)
         time.sleep(0.01)
@@ -276,7 +276,7 @@ def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
         send("impatient", priority=1, timeout=1)
         send("high", priority=1)
         errors = dict(outcomes.get(timeout=60) for _ in range(7))
-        failed = client.get_inference_statistics("slow").model_stats[0].inference_stats.fail
+        failed = client.get_inference_statistics("slower").model_stats[0].inference_stats.fail
         assert failed.count >= 2
         assert failed.ns > 0
     assert errors["refused"].status() == "StatusCode.UNAVAILABLE"
@@ -313,7 +313,7 @@ def test_requests_are_refused_while_the_server_stops(serve, zoo, inputs, tmp_pat
 
 def test_large_messages_where_they_are_allowed(serve, zoo, tmp_path) -> None:
     zoo["put"](tmp_path, "big", {1: zoo["adder"](1, shape=("n",))}, "max_batch_size: 0")
-    size = 80_000_000  # 320 MB, beyond the usual limit.
+    size = 30_000_000  # 120 MB, beyond the usual limit.
     values = np.zeros(size, np.float32)
     made = triton.InferInput("x", [size], "FP32")
     made.set_data_from_numpy(values)
