@@ -179,18 +179,60 @@ def test_one_bad_image_does_not_keep_the_others_from_being_answered(
         (tmp_path / name).write_bytes(name.encode())
 
     def predict(request: Any, context: grpc.ServicerContext) -> Any:
-        if request.image.content == b"bad.png":
-            abort_with(context, grpc.StatusCode.INVALID_ARGUMENT, "not an image", "IMAGE_UNKNOWN")
-        response = vision_service_pb2.PredictResponse(model="m", revision=1)
-        response.classification.labels.add(index=3, label="[three]", score=0.75)
+        response = vision_service_pb2.PredictBatchResponse()
+        for image in request.images:
+            result = response.results.add()
+            if image.content == b"bad.png":
+                result.error.code = grpc.StatusCode.INVALID_ARGUMENT.value[0]
+                result.error.message = "not an image"
+            else:
+                result.response.model, result.response.revision = "m", 1
+                result.response.classification.labels.add(index=3, label="[three]", score=0.75)
         return response
 
-    scripted.on("Predict", predict)
+    scripted.on("PredictBatch", predict)
     files = [str(tmp_path / "bad.png"), str(tmp_path / "good.png")]
     assert _main.run(["predict", *files, "--model", "m", "--server", address]) == 1
+    assert scripted.calls == ["PredictBatch"]
     captured = capsys.readouterr()
     assert "bad.png: not an image" in captured.err
     assert "[three]" in captured.out
+
+
+def test_many_images_are_asked_about_in_batches_and_what_is_too_much_alone(
+    capsys: pytest.CaptureFixture[str],
+    plugins: Any,
+    address: str,
+    scripted: Any,
+    abort_with: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    files = []
+    for index in range(20):
+        files.append(tmp_path / f"{index}.png")
+        files[-1].write_bytes(str(index).encode())
+    sizes = []
+
+    def predict(request: Any, context: grpc.ServicerContext) -> Any:
+        sizes.append(len(request.images))
+        if any(image.content == b"17" for image in request.images):
+            abort_with(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "message too large")
+        response = vision_service_pb2.PredictBatchResponse()
+        for image in request.images:
+            answer = response.results.add().response
+            answer.classification.labels.add(label=f"label {image.content.decode()}")
+        return response
+
+    scripted.on("PredictBatch", predict)
+    arguments = ["predict", *map(str, files), "--model", "m", "--server", address, "--json"]
+    assert _main.run(arguments) == 1
+    assert sizes == [16, 4, 1, 1, 1, 1]
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["image"] for answer in answers] == [str(file) for file in files]
+    assert answers[17]["error"] == "message too large"
+    del answers[17]
+    told = [answer["labels"][0]["label"] for answer in answers]
+    assert told == [f"label {index}" for index in range(20) if index != 17]
 
 
 def test_an_unexpected_error_keeps_its_traceback(

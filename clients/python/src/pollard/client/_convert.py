@@ -16,7 +16,12 @@ from pollard.client import types
 from pollard.client._images import ImageLike, encoded
 from pollard.client._names import checked_alias, checked_model, checked_revision, last_part
 from pollard.client._tensors import datatype_of, from_raw, to_raw
-from pollard.client.errors import InvalidAnswer, server_failure
+from pollard.client.errors import (
+    InvalidAnswer,
+    RequestFailed,
+    image_failure,
+    server_failure,
+)
 from pollard.inference import grpc_service_pb2
 from pollard.models.v1 import fleet_service_pb2, model_service_pb2
 from pollard.preprocess.v1 import preprocess_service_pb2
@@ -90,6 +95,26 @@ def transformed(response: preprocess_service_pb2.TransformResponse) -> types.Tra
             for g in response.geometries
         ),
     )
+
+
+def predict_result(
+    result: vision_service_pb2.PredictResult, address: str, method: str
+) -> types.Prediction | RequestFailed:
+    if result.HasField("error"):
+        return _failure(result.error, address, method)
+    return prediction(result.response)
+
+
+def transform_result(
+    result: preprocess_service_pb2.TransformStreamResponse, address: str, method: str
+) -> types.Transformed | RequestFailed:
+    if result.HasField("error"):
+        return _failure(result.error, address, method)
+    return transformed(result.response)
+
+
+def _failure(error: preprocess_service_pb2.StreamError, address: str, method: str) -> RequestFailed:
+    return image_failure(error.code, error.message, error.reason, address=address, method=method)
 
 
 # --- inference ------------------------------------------------------------------------------------

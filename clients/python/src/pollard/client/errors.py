@@ -252,6 +252,19 @@ def from_rpc_error(error: grpc.RpcError, *, address: str, method: str) -> Reques
     )
 
 
+def image_failure(
+    code: int, message: str, reason: str, *, address: str, method: str
+) -> RequestFailed:
+    """Return the error of one image among several, as the class of its status."""
+    by_number = {status.value[0]: cls for status, cls in _BY_CODE.items()}
+    return by_number.get(code, Unknown)(
+        message,
+        details=ErrorDetails(reason=reason, domain="pollard.ai" if reason else ""),
+        address=address,
+        method=method,
+    )
+
+
 def server_failure(server_id: str, status: status_pb2.Status) -> ServerFailure:
     """Read one server's `google.rpc.Status`."""
     return ServerFailure(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 
@@ -79,3 +79,28 @@ class AsyncBaseClient:
             return await method(request, timeout=deadline, metadata=metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self.address, method=name) from None
+
+    async def _stream(
+        self,
+        name: str,
+        method: Callable[..., Any],
+        images: _io.Images,
+        make: Callable[[Any], object],
+        convert: Callable[[Any], T],
+        timeout: float,
+    ) -> AsyncIterator[T]:
+        """Send a request for each image and yield the answers; closing cancels the call."""
+        if self._closed:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        deadline = _channel.checked_timeout(timeout, timeout)
+        failures: list[BaseException] = []
+        call = method(_io.requests_of(images, make, failures), timeout=deadline)
+        try:
+            async for response in call:
+                yield convert(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address=self.address, method=name) from None
+        finally:
+            call.cancel()
+        if failures:
+            raise failures[0]

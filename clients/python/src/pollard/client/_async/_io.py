@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import grpc
 
+from pollard.client._images import ImageLike
 from pollard.client._upload import Upload
 from pollard.models.v1 import model_service_pb2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Images: TypeAlias = Iterable[ImageLike] | AsyncIterable[ImageLike]
+"""Images one after the other."""
+
 sleep = asyncio.sleep
+
+
+async def requests_of(
+    images: Images, make: Callable[[ImageLike], T], failures: list[BaseException]
+) -> AsyncIterator[T]:
+    """Make a request of each image; should one fail to be made, keep the error and end.
+
+    An error in here would reach nobody: grpc only logs it.
+    """
+    try:
+        if isinstance(images, AsyncIterable):
+            async for image in images:
+                yield await asyncio.to_thread(make, image)
+        else:
+            for image in images:
+                yield await asyncio.to_thread(make, image)
+    except Exception as error:
+        failures.append(error)
 
 
 def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:

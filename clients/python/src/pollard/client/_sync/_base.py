@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 
@@ -80,3 +80,28 @@ class BaseClient:
             return method(request, timeout=deadline, metadata=metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self.address, method=name) from None
+
+    def _stream(
+        self,
+        name: str,
+        method: Callable[..., Any],
+        images: _io.Images,
+        make: Callable[[Any], object],
+        convert: Callable[[Any], T],
+        timeout: float,
+    ) -> Iterator[T]:
+        """Send a request for each image and yield the answers; closing cancels the call."""
+        if self._closed:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        deadline = _channel.checked_timeout(timeout, timeout)
+        failures: list[BaseException] = []
+        call = method(_io.requests_of(images, make, failures), timeout=deadline)
+        try:
+            for response in call:
+                yield convert(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address=self.address, method=name) from None
+        finally:
+            call.cancel()
+        if failures:
+            raise failures[0]

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import grpc
 
+from pollard.client._images import ImageLike
 from pollard.client._upload import Upload
 from pollard.models.v1 import model_service_pb2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Images: TypeAlias = Iterable[ImageLike]
+"""Images one after the other."""
+
 sleep = time.sleep
+
+
+def requests_of(
+    images: Images, make: Callable[[ImageLike], T], failures: list[BaseException]
+) -> Iterator[T]:
+    """Make a request of each image; should one fail to be made, keep the error and end.
+
+    An error in here would reach nobody: grpc only logs it.
+    """
+    try:
+        for image in images:
+            yield make(image)
+    except Exception as error:
+        failures.append(error)
 
 
 def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.Channel:

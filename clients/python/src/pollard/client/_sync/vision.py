@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pollard.client import _channel, _convert, _images
+from pollard.client._sync import _io
 from pollard.client._sync._base import BaseClient
+from pollard.client.errors import RequestFailed
 from pollard.client.types import Prediction, Transformed
 from pollard.preprocess.v1 import preprocess_service_pb2, preprocess_service_pb2_grpc
 from pollard.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
+
+_PREDICT_BATCH = "/pollard.vision.v1.VisionService/PredictBatch"
+_PREDICT_STREAM = "/pollard.vision.v1.VisionService/PredictStream"
+_TRANSFORM_STREAM = "/pollard.preprocess.v1.PreprocessService/TransformStream"
+
+_STREAM_TIMEOUT_SECONDS = 3600.0
 
 
 class VisionClient(BaseClient):
@@ -67,6 +75,144 @@ class VisionClient(BaseClient):
         )
         name = "/pollard.vision.v1.VisionService/Predict"
         return _convert.prediction(self._call(name, self._vision.Predict, request, timeout))
+
+    def predict_batch(
+        self,
+        images: Sequence[_images.ImageLike],
+        model: str,
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        top_k: int | None = None,
+        embedding: bool = False,
+        sticky_key: str | None = None,
+        timeout: float | None = None,
+    ) -> list[Prediction | RequestFailed]:
+        """Answer for 1 to 256 images by one revision.
+
+        A bad image does not keep the others from being answered: its place in the result holds
+        the error that `predict` would raise.
+
+        Args:
+            images: The images, each as `predict` takes it; together they must fit into one message.
+            model: Model name.
+            revision: Revision to ask; by default the one that the alias points at.
+            alias: Alias to ask; by default "production".
+            top_k: Number of labels; by default what the bundle says.
+            embedding: Also give the embeddings, where the bundle has one.
+            sticky_key: Requests with the same key get the same revision of a rollout.
+            timeout: Deadline in seconds; by default the client's.
+
+        Raises:
+            NotFound: There is no such model, revision or alias.
+            RequestFailed: Anything else that fails the whole request.
+            TypeError, ValueError: An image or another argument is nothing of the kind.
+            OSError: A path cannot be read.
+        """
+        request = vision_service_pb2.PredictBatchRequest(
+            model=_convert.selector(model, revision, alias, sticky_key),
+            images=[
+                preprocess_service_pb2.Image(content=content)
+                for content in _images.encoded_all(images)
+            ],
+            options=_convert.options(top_k, embedding),
+        )
+        response = self._call(_PREDICT_BATCH, self._vision.PredictBatch, request, timeout)
+        return [
+            _convert.predict_result(result, self.address, _PREDICT_BATCH)
+            for result in response.results
+        ]
+
+    def predict_stream(
+        self,
+        images: _io.Images,
+        model: str,
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        top_k: int | None = None,
+        embedding: bool = False,
+        sticky_key: str | None = None,
+        timeout: float = _STREAM_TIMEOUT_SECONDS,
+    ) -> Iterator[Prediction | RequestFailed]:
+        """Answer for images as they come, in their order, such as for the frames of a video.
+
+        For a bad image the error that `predict` would raise is yielded, and the stream goes on.
+        Images are taken only as fast as answers are: at most 16 are in work at the server. A
+        stream is not tried again when the connection is lost. Close the generator to end early.
+
+        Args:
+            images: The images, each as `predict` takes it.
+            model: Model name.
+            revision: Revision to ask; by default the one that the alias points at for each image.
+            alias: Alias to ask; by default "production".
+            top_k: Number of labels; by default what the bundle says.
+            embedding: Also give the embeddings, where the bundle has one.
+            sticky_key: Requests with the same key get the same revision of a rollout.
+            timeout: Deadline of the whole stream in seconds.
+
+        Raises:
+            RequestFailed: The stream itself failed.
+            TypeError, ValueError: An image or another argument is nothing of the kind.
+            OSError: A path cannot be read.
+        """
+        selector = _convert.selector(model, revision, alias, sticky_key)
+        options = _convert.options(top_k, embedding)
+
+        def request(image: _images.ImageLike) -> vision_service_pb2.PredictStreamRequest:
+            return vision_service_pb2.PredictStreamRequest(
+                model=selector, options=options, image=_convert.image(image)
+            )
+
+        def result(
+            response: vision_service_pb2.PredictStreamResponse,
+        ) -> Prediction | RequestFailed:
+            return _convert.predict_result(response.result, self.address, _PREDICT_STREAM)
+
+        return self._stream(
+            _PREDICT_STREAM, self._vision.PredictStream, images, request, result, timeout
+        )
+
+    def transform_stream(
+        self,
+        images: _io.Images,
+        model: str,
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        sticky_key: str | None = None,
+        timeout: float = _STREAM_TIMEOUT_SECONDS,
+    ) -> Iterator[Transformed | RequestFailed]:
+        """Make images into input tensors, batches of one, as they come and in their order.
+
+        Errors, flow and ending are those of `predict_stream`.
+
+        Args:
+            images: The images, each as `predict` takes it.
+            model: Model name.
+            revision: Revision whose steps to use; by default the one the alias points at.
+            alias: Alias whose revision to use; by default "production".
+            sticky_key: Requests with the same key get the same revision of a rollout.
+            timeout: Deadline of the whole stream in seconds.
+
+        Raises:
+            RequestFailed, TypeError, ValueError, OSError: As `predict_stream`.
+        """
+        selector = _convert.selector(model, revision, alias, sticky_key)
+
+        def request(image: _images.ImageLike) -> preprocess_service_pb2.TransformStreamRequest:
+            return preprocess_service_pb2.TransformStreamRequest(
+                model=selector, image=_convert.image(image)
+            )
+
+        def result(
+            response: preprocess_service_pb2.TransformStreamResponse,
+        ) -> Transformed | RequestFailed:
+            return _convert.transform_result(response, self.address, _TRANSFORM_STREAM)
+
+        return self._stream(
+            _TRANSFORM_STREAM, self._preprocess.TransformStream, images, request, result, timeout
+        )
 
     def transform(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,7 @@ from pollard.client import (
     DEFAULT_VISION_ADDRESS,
     InvalidArgument,
     Prediction,
+    RequestFailed,
     ResourceExhausted,
     VisionClient,
 )
@@ -27,6 +30,10 @@ from pollard.client.cli._common import (
     print_json,
     show_table,
 )
+
+# A request's deadline must do for all of a batch; half of a message leaves room for the rest.
+_BATCH_IMAGES = 16
+_BATCH_BYTES = 32 * 1024**2
 
 
 def register(app: typer.Typer) -> None:
@@ -76,13 +83,14 @@ def predict(
     rows: list[list[str]] = []
     failed = 0
     with VisionClient(server, timeout=timeout) as client:
-        for image in images:
-            try:
-                answer = client.predict(image, model, revision=revision, alias=alias, top_k=top_k)
-            except (InvalidArgument, ResourceExhausted, OSError) as error:
+        ask = functools.partial(
+            client.predict_batch, model=model, revision=revision, alias=alias, top_k=top_k
+        )
+        for image, answer in _answers(images, ask):
+            if not isinstance(answer, Prediction):
                 failed += 1
-                fail(f"{image}: {error}")
-                answers.append({"image": str(image), "error": str(error)})
+                fail(f"{image}: {answer}")
+                answers.append({"image": str(image), "error": str(answer)})
                 continue
             answers.append({"image": str(image), **plain(answer)})
             rows += _rows(image, answer)
@@ -92,6 +100,49 @@ def predict(
         show_table(["IMAGE", "LABEL", "SCORE", "MODEL", "REVISION"], rows)
     if failed:
         raise typer.Exit(1)
+
+
+def _answers(
+    images: list[Path], ask: Callable[[list[bytes]], list[Prediction | RequestFailed]]
+) -> Iterator[tuple[Path, Prediction | Exception]]:
+    """Ask for several images at once; yield an answer or an error for each, in their order."""
+    for batch in _batches(images):
+        good = [content for _, content in batch if isinstance(content, bytes)]
+        try:
+            answers = iter(ask(good) if good else [])
+        except (InvalidArgument, ResourceExhausted):
+            # One image may be too much for the server where the others are not.
+            answers = iter([_one(ask, content) for content in good])
+        for image, content in batch:
+            yield image, next(answers) if isinstance(content, bytes) else content
+
+
+def _one(
+    ask: Callable[[list[bytes]], list[Prediction | RequestFailed]], content: bytes
+) -> Prediction | RequestFailed:
+    try:
+        return ask([content])[0]
+    except (InvalidArgument, ResourceExhausted) as error:
+        return error
+
+
+def _batches(images: list[Path]) -> Iterator[list[tuple[Path, bytes | OSError]]]:
+    batch: list[tuple[Path, bytes | OSError]] = []
+    size = 0
+    for image in images:
+        content: bytes | OSError
+        try:
+            content = image.read_bytes()
+        except OSError as error:
+            content = error
+        length = len(content) if isinstance(content, bytes) else 0
+        if batch and (len(batch) == _BATCH_IMAGES or size + length > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append((image, content))
+        size += length
+    if batch:
+        yield batch
 
 
 def _rows(image: Path, answer: Prediction) -> list[list[str]]:
