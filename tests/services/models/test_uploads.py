@@ -300,6 +300,91 @@ async def test_a_check_beyond_its_limits_is_refused_and_the_manager_lives(
         assert reason == "CHECK_TIMEOUT"
 
 
+@pytest.fixture
+def large(bundles: Any) -> Any:
+    """A bundle that is unpacked while it arrives."""
+    return bundles.make(1, **{"ballast.bin": bytes(range(256)) * 80_000, "z/empty": b""})
+
+
+async def test_a_large_upload_is_unpacked_while_it_arrives(
+    suite: Any, large: Any, helpers: Any
+) -> None:
+    tar = helpers.packed(large)
+    header = suite.client.header(tar)
+    rest = asyncio.Event()
+
+    async def messages() -> AsyncIterator[pb.UploadBundleRequest]:
+        yield pb.UploadBundleRequest(header=header)
+        # Blocks of 4 MiB are written one behind, so the first two must have come.
+        for start in range(0, len(tar), 1 << 20):
+            if start == 12 << 20:
+                await rest.wait()
+            yield pb.UploadBundleRequest(data=tar[start : start + (1 << 20)])
+
+    call = suite.client.models.UploadBundle(messages())
+    store = suite.settings.store
+
+    async def unpacked() -> list[str]:
+        return [path for path in files_below(store / "staging") if "manifest" in path]
+
+    await helpers.eventually(unpacked, bool)
+    rest.set()
+    assert (await call).revision.revision == 1
+    got = await suite.client.download(name="models/m/revisions/1")
+    assert got == {p: (large.path / p).read_bytes() for p in files_below(large.path)}
+    assert list((store / "staging").iterdir()) == []
+    assert files_below(store / "uploads") == []
+
+
+async def test_a_large_upload_that_breaks_leaves_only_what_it_goes_on_from(
+    suite: Any, large: Any, helpers: Any
+) -> None:
+    tar = helpers.packed(large)
+    header = suite.client.header(tar)
+    store = suite.settings.store
+
+    async def breaking() -> AsyncIterator[pb.UploadBundleRequest]:
+        yield pb.UploadBundleRequest(header=header)
+        yield pb.UploadBundleRequest(data=tar[: 3 << 20])
+        await asyncio.Event().wait()
+
+    call = suite.client.models.UploadBundle(breaking())
+
+    async def staged() -> list[Path]:
+        return list((store / "staging").iterdir())
+
+    await helpers.eventually(staged, bool)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await helpers.eventually(staged, lambda found: not found)
+    asking = pb.GetUploadRequest(parent="models/m", upload_id=header.upload_id)
+    header.write_offset = (await suite.client.models.GetUpload(asking)).committed_bytes
+    assert header.write_offset == 3 << 20
+    sent = await suite.client.send(header, tar, chunk=1 << 20)
+    assert sent.revision.revision == 1
+
+
+async def test_a_large_bundle_that_is_refused_leaves_nothing(
+    suite: Any, large: Any, helpers: Any, refused: Any
+) -> None:
+    ballast = large.path / "ballast.bin"
+    content = bytearray(ballast.read_bytes())
+    content[-1] ^= 1
+    ballast.write_bytes(content)
+    tar = helpers.packed(large)
+    sending = suite.client.send(suite.client.header(tar), tar, chunk=1 << 20)
+    reason, words = await refused(sending, CODE.INVALID_ARGUMENT)
+    assert reason == "BUNDLE_CORRUPT"
+    assert "ballast.bin" in words
+    await nothing_was_stored(suite)
+    # What is sent is not what was announced: found before any graph is loaded.
+    header = suite.client.header(tar, sha256="0" * 64)
+    sending = suite.client.send(header, tar, chunk=1 << 20)
+    assert (await refused(sending, CODE.DATA_LOSS))[0] == "DIGEST_MISMATCH"
+    await nothing_was_stored(suite)
+
+
 async def test_files_are_downloaded_by_name_alias_and_digest(
     suite: Any, bundles: Any, helpers: Any
 ) -> None:

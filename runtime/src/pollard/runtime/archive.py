@@ -3,13 +3,15 @@ unpacking that trusts nothing."""
 
 from __future__ import annotations
 
-import io
+import ctypes
+import hashlib
 import os
 import shutil
 import tarfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pollard.runtime.bundle import (
     MANIFEST,
@@ -20,6 +22,9 @@ from pollard.runtime.bundle import (
     sync_directory,
 )
 from pollard.runtime.errors import ArchiveInvalid
+
+_BLOCK_BYTES = 1 << 20
+_WRITEBACK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,15 @@ def pack(bundle: Bundle, file: BinaryIO) -> None:
 def unpack(file: BinaryIO, directory: Path, limits: ArchiveLimits | None = None) -> Bundle:
     """Unpack a tar into ``directory``, which must not exist or be empty, and check it.
 
-    Only regular files with safe relative paths are taken. On any error the
-    directory is removed.
+    Only regular files with safe relative paths are taken. Each is written once,
+    hashed on the way, and on disk when this returns. On any error the directory
+    is removed.
+
+    Args:
+        file: The tar; it must be seekable. It may still be growing, if reading
+            waits for what is missing.
+        directory: Where to.
+        limits: What the tar may hold.
 
     Raises:
         ArchiveInvalid: the tar is malformed, compressed, unsafe or too large.
@@ -70,31 +82,35 @@ def unpack(file: BinaryIO, directory: Path, limits: ArchiveLimits | None = None)
     try:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                _extract(tar, directory, limits)
+                digests = _extract(tar, file, directory, limits)
         except (tarfile.TarError, EOFError, UnicodeError) as error:
             raise ArchiveInvalid(f"not a readable uncompressed tar of a bundle: {error}") from error
-        return Bundle.open(directory, verify=True)
+        bundle = Bundle.open(directory, verify=False)
+        bundle.verify(digests)
+        return bundle
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
 
 
-def _extract(tar: tarfile.TarFile, directory: Path, limits: ArchiveLimits) -> None:
+def _extract(
+    tar: tarfile.TarFile, file: BinaryIO, directory: Path, limits: ArchiveLimits
+) -> dict[str, str]:
+    """Write the members, and return the SHA-256 of each by path."""
     total = 0
-    seen: set[str] = set()
+    digests: dict[str, str] = {}
     for member in tar:
         name = member.name.removeprefix("./")
         if member.isdir() and (name in ("", ".") or is_safe_path(name)):
             continue
-        if not member.isreg():
+        if not member.isreg() or member.issparse():
             raise ArchiveInvalid(f"{member.name!r} is not a regular file", path=member.name)
         if not is_safe_path(name):
             raise ArchiveInvalid(f"{member.name!r} is not a safe path", path=member.name)
-        if name in seen:
+        if name in digests:
             raise ArchiveInvalid(f"{member.name!r} occurs twice", path=member.name)
-        seen.add(name)
         total += member.size
-        if len(seen) > limits.max_files:
+        if len(digests) >= limits.max_files:
             raise ArchiveInvalid(f"more than {limits.max_files} files", limit=limits.max_files)
         if total > limits.max_total_bytes:
             raise ArchiveInvalid(
@@ -104,17 +120,58 @@ def _extract(tar: tarfile.TarFile, directory: Path, limits: ArchiveLimits) -> No
             raise ArchiveInvalid(
                 f"{MANIFEST} is longer than {MAX_MANIFEST_BYTES} bytes", limit=MAX_MANIFEST_BYTES
             )
-        source = tar.extractfile(member)
-        if source is None:
-            raise ArchiveInvalid(f"{member.name!r} has no content", path=member.name)
         path = directory / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ArchiveInvalid(f"{member.name!r} lies below a file", path=member.name) from None
-        with source, path.open("xb") as target:
-            shutil.copyfileobj(source, target, io.DEFAULT_BUFFER_SIZE * 16)
-            target.flush()
-            os.fsync(target.fileno())
+        file.seek(member.offset_data)
+        digests[name] = _write(file, member.size, path)
     for found, _, _ in os.walk(directory):
         sync_directory(Path(found))
+    return digests
+
+
+def _write(source: BinaryIO, size: int, path: Path) -> str:
+    """Write the next ``size`` bytes of ``source`` to a new file; return their SHA-256."""
+    digest = hashlib.sha256()
+    done = synced = 0
+    with path.open("xb", buffering=0) as target:
+        while done < size:
+            block = source.read(min(_BLOCK_BYTES, size - done))
+            if not block:
+                raise ArchiveInvalid("the tar ends in the middle of a file", path=path.name)
+            _write_all(target, block)
+            digest.update(block)
+            done += len(block)
+            if done - synced >= _WRITEBACK_BYTES:
+                _begin_writeback(target.fileno(), synced, done - synced)
+                synced = done
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _write_all(target: Any, block: bytes) -> None:
+    left = memoryview(block)
+    while left:
+        left = left[target.write(left) :]
+
+
+def _begin_writeback(descriptor: int, offset: int, size: int) -> None:
+    """Let the disk begin with what was written, so that the fsync has little left to do."""
+    write = _sync_file_range()
+    if write is not None:
+        sync_file_range_write = 2
+        # What it cannot do, the fsync does.
+        write(descriptor, offset, size, sync_file_range_write)
+
+
+@cache
+def _sync_file_range() -> Any:
+    """Return the function of the C library; None where there is none."""
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function

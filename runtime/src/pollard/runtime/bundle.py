@@ -148,8 +148,12 @@ class Bundle:
             )
         return Golden(inputs, outputs)
 
-    def verify(self) -> None:
+    def verify(self, digests: Mapping[str, str] | None = None) -> None:
         """Compare every file with the manifest.
+
+        Args:
+            digests: SHA-256 of files by path, of who has just written and hashed
+                them; those are not read again.
 
         Raises:
             BundleCorrupt: a file is missing, differs, is not listed, or is
@@ -160,7 +164,7 @@ class Bundle:
             if found not in listed and found not in (MANIFEST, SIGNATURE):
                 raise BundleCorrupt(f"{found} is not listed in the manifest", path=found)
         for file in self.manifest.files:
-            check_file(self.path, file)
+            check_file(self.path, file, (digests or {}).get(file.path))
 
 
 def _files_below(root: Path) -> Iterator[str]:
@@ -170,8 +174,13 @@ def _files_below(root: Path) -> Iterator[str]:
             yield (here / name).relative_to(root).as_posix()
 
 
-def check_file(root: Path, file: bundle_pb2.File) -> None:
+def check_file(root: Path, file: bundle_pb2.File, actual: str | None = None) -> None:
     """Compare one file of the bundle in ``root`` with its entry.
+
+    Args:
+        root: Directory of the bundle.
+        file: What the manifest says of it.
+        actual: Its SHA-256, if that is known; None to read it.
 
     Raises:
         BundleCorrupt: it is missing, not a regular file, or differs.
@@ -184,7 +193,7 @@ def check_file(root: Path, file: bundle_pb2.File) -> None:
         raise BundleCorrupt(
             f"{file.path} has {size} bytes, the manifest says {file.size_bytes}", path=file.path
         )
-    actual = sha256_file(path)
+    actual = actual or sha256_file(path)
     if actual != file.sha256:
         raise BundleCorrupt(
             f"{file.path} is damaged: its SHA-256 is {actual}, the manifest says {file.sha256}",

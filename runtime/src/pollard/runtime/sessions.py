@@ -107,6 +107,7 @@ def open_session(
     target: str = "cpu-fp32",
     intra_op_threads: int = 1,
     spinning: bool = False,
+    optimised: bool = True,
 ) -> Session:
     """Load an ONNX model.
 
@@ -116,6 +117,8 @@ def open_session(
         intra_op_threads: Threads that one call uses; 0 means all cores.
         spinning: Let idle threads spin: lower latency for one caller, at the
             cost of the processor time of everybody else.
+        optimised: Rewrite the graph and lay its weights out for speed. Without
+            it a large model is loaded sooner: enough to look at it.
 
     Raises:
         ModelLoadFailed: onnxruntime refuses the model, or falls back to
@@ -135,6 +138,9 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # what matters comes back as an exception
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     providers = [provider] if provider.startswith("CPU") else [provider, "CPUExecutionProvider"]
     source = model if isinstance(model, bytes) else str(model)
     try:

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -87,15 +88,16 @@ class BundleTar:
         return tar, tar._verify(listed)
 
     def chunks(self, offset: int, size: int = _BLOCK) -> Iterator[bytes]:
-        """Yield the bytes of the tar from `offset` on in pieces of `size`, but for the last."""
-        waiting = bytearray()
+        """Yield the bytes of the tar from `offset` on in pieces of at most `size`."""
+        waiting = b""
         for piece in self._pieces(offset, size):
-            waiting += piece
-            while len(waiting) >= size:
-                yield bytes(waiting[:size])
-                del waiting[:size]
+            # Blocks of files go out as they were read; only what is small is joined.
+            if waiting and len(waiting) + len(piece) > size:
+                yield waiting
+                waiting = b""
+            waiting = waiting + piece if waiting else piece
         if waiting:
-            yield bytes(waiting)
+            yield waiting
 
     def _pieces(self, offset: int, size: int) -> Iterator[bytes]:
         skip = offset
@@ -109,28 +111,34 @@ class BundleTar:
     def _verify(self, listed: dict[str, bundle_pb2.File]) -> str:
         """Hash the tar, and on the way every file; return the tar's SHA-256."""
         whole = hashlib.sha256()
-        for segment in self._segments:
-            digest = hashlib.sha256()
-            for chunk in _read(segment, 0, _BLOCK):
-                whole.update(chunk)
-                digest.update(chunk)
-            if segment.path is None:
-                continue
-            name = segment.path.relative_to(self.directory).as_posix()
-            entry = listed.get(name)
-            if entry is not None and (
-                segment.size != entry.size_bytes or digest.hexdigest() != entry.sha256
-            ):
-                raise InvalidBundle(
-                    f"{segment.path} ({segment.size} bytes) is not the file that {MANIFEST} lists "
-                    f"({entry.size_bytes} bytes, SHA-256 {entry.sha256}); make the bundle again"
-                )
+        # Hashing releases the GIL: the tar in one thread, its files in this one.
+        with ThreadPoolExecutor(1) as other:
+            hashing: Future[None] | None = None
+            for segment in self._segments:
+                digest = hashlib.sha256()
+                for chunk in _read(segment, 0, _BLOCK):
+                    if hashing is not None:
+                        hashing.result()
+                    hashing = other.submit(whole.update, chunk)
+                    digest.update(chunk)
+                self._compare(segment, digest.hexdigest(), listed)
         return whole.hexdigest()
+
+    def _compare(self, segment: _Segment, sha256: str, listed: dict[str, bundle_pb2.File]) -> None:
+        if segment.path is None:
+            return
+        entry = listed.get(segment.path.relative_to(self.directory).as_posix())
+        if entry is not None and (segment.size != entry.size_bytes or sha256 != entry.sha256):
+            raise InvalidBundle(
+                f"{segment.path} ({segment.size} bytes) is not the file that {MANIFEST} lists "
+                f"({entry.size_bytes} bytes, SHA-256 {entry.sha256}); make the bundle again"
+            )
 
 
 def _read(segment: _Segment, offset: int, size: int) -> Iterator[bytes]:
     if segment.path is None:
-        yield segment.data[offset:]
+        for start in range(offset, segment.size, size):
+            yield segment.data[start : start + size]
         return
     left = segment.size - offset
     with segment.path.open("rb") as file:

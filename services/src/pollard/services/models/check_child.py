@@ -1,4 +1,6 @@
-"""The process that checks a bundle; :mod:`.checks` starts it.
+"""The process that unpacks and checks a bundle; :mod:`.checks` starts it.
+
+It begins while the tar is still arriving, and waits for what is missing.
 
 It imports as little as it can, because it starts for every upload.
 """
@@ -7,16 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import json
+import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from pollard.runtime.archive import ArchiveLimits, unpack
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.errors import ModelLoadFailed, RuntimeFault
-from pollard.runtime.sessions import check_signature, open_session
+from pollard.runtime.sessions import Session, check_signature, open_session
 
 
 def _check(arguments: dict[str, object]) -> dict[str, object]:
@@ -26,15 +32,17 @@ def _check(arguments: dict[str, object]) -> dict[str, object]:
     _limit(resource.RLIMIT_CORE, 0)
     try:
         directory = Path(str(arguments["directory"]))
-        with open(str(arguments["tar"]), "rb") as tar:
+        with _Arriving(Path(str(arguments["tar"])), int(str(arguments["total_bytes"]))) as tar:
             bundle = unpack(
-                tar,
+                cast(BinaryIO, tar),
                 directory,
                 ArchiveLimits(
                     max_files=int(str(arguments["max_files"])),
                     max_total_bytes=int(str(arguments["max_unpacked_bytes"])),
                 ),
             )
+        # Closed when the tar is whole and its digest right: no graph is loaded before.
+        sys.stdin.buffer.read()
         # Opened anew: only what is on the disk counts.
         _check_graphs(Bundle.open(directory, verify=False, expect=bundle.digest))
     except RuntimeFault as fault:
@@ -55,7 +63,7 @@ def _check(arguments: dict[str, object]) -> dict[str, object]:
 def _check_graphs(bundle: Bundle) -> None:
     for variant in bundle.manifest.variants:
         try:
-            session = open_session(bundle.model_path(variant))
+            session = _open(bundle.model_path(variant))
         except ModelLoadFailed as fault:
             # A graph made for an accelerator may use kernels that the CPU has
             # not: the first server that has the accelerator judges it.
@@ -65,6 +73,61 @@ def _check_graphs(bundle: Bundle) -> None:
                 f"variant {variant.name!r}: {fault.message}", variant=variant.name
             ) from fault
         check_signature(session, bundle.manifest)
+
+
+def _open(path: Path) -> Session:
+    try:
+        return open_session(path, optimised=False)
+    except ModelLoadFailed:
+        # A node without a kernel may vanish when the graph is optimised.
+        return open_session(path)
+
+
+class _Arriving(io.RawIOBase):
+    """A file that is being written; reading waits for bytes that are yet to come.
+
+    The manager ends this process when they will not come.
+    """
+
+    def __init__(self, path: Path, total_bytes: int) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._total = total_bytes
+        self._position = 0
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._total}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._total)
+        if end <= self._position:
+            return 0
+        pause = 0.001
+        while self._size < end:
+            self._size = os.fstat(self._descriptor).st_size
+            if self._size < end:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+        view = memoryview(buffer)[: end - self._position]
+        count = os.preadv(self._descriptor, [view], self._position)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 def _limit(kind: int, value: int) -> None:

@@ -2,8 +2,8 @@
 
 A tar, a manifest or a graph made to hurt can exhaust memory, hang or crash what
 parses it. So nothing of an upload is parsed in the manager: the child unpacks
-it, compares every digest, loads every graph and compares its inputs and outputs
-with the manifest.
+it while it arrives, compares every digest, loads every graph and compares its
+inputs and outputs with the manifest.
 """
 
 from __future__ import annotations
@@ -38,59 +38,72 @@ class CheckLimits:
     """Largest bundle, unpacked."""
 
 
-async def check_upload(tar: Path, directory: Path, limits: CheckLimits) -> None:
-    """Unpack ``tar`` into ``directory`` and check what it holds.
+class Check:
+    """A child that unpacks a tar, which may still be arriving, and then checks the bundle."""
 
-    On any error the directory is removed. A caller that is cancelled ends the child.
+    def __init__(self, tar: Path, total_bytes: int, directory: Path, limits: CheckLimits) -> None:
+        """Start the child.
 
-    Args:
-        tar: The uploaded file.
-        directory: Must not exist.
-        limits: What the child may use.
+        Args:
+            tar: The file; it must exist.
+            total_bytes: Its size when it is whole.
+            directory: Where to unpack; must not exist.
+            limits: What the child may use.
+        """
+        self.directory = directory
+        self._limits = limits
+        arguments = {
+            "tar": str(tar),
+            "total_bytes": total_bytes,
+            "directory": str(directory),
+            "max_files": limits.max_files,
+            "max_unpacked_bytes": limits.max_unpacked_bytes,
+            "memory_bytes": limits.memory_bytes,
+            "cpu_seconds": int(limits.timeout_seconds) + 1,
+        }
+        # Not asyncio's own: uvloop forks, and gRPC's threads, which its fork handlers
+        # start again in the child, were seen to crash there before the exec. This
+        # starts it without those handlers, in a few milliseconds.
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",  # nothing is imported from the directory that the manager was started in
+                "-m",
+                "pollard.services.models.check_child",
+                json.dumps(arguments),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._talking: asyncio.Future[tuple[bytes, bytes]] | None = None
 
-    Raises:
-        InvalidRequest: the bundle is not acceptable; the reason says why.
-        ResourceExhausted: the disk is full.
-    """
-    arguments = {
-        "tar": str(tar),
-        "directory": str(directory),
-        "max_files": limits.max_files,
-        "max_unpacked_bytes": limits.max_unpacked_bytes,
-        "memory_bytes": limits.memory_bytes,
-        "cpu_seconds": int(limits.timeout_seconds) + 1,
-    }
-    # Not asyncio's own: uvloop forks, and gRPC's threads, which its fork handlers
-    # start again in the child, were seen to crash there before the exec. This
-    # starts it without those handlers, in a few milliseconds.
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",  # nothing is imported from the directory that the manager was started in
-            "-m",
-            "pollard.services.models.check_child",
-            json.dumps(arguments),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    talking = asyncio.ensure_future(asyncio.to_thread(process.communicate))
-    try:
-        await asyncio.wait({talking}, timeout=limits.timeout_seconds)
-        if not talking.done():
+    async def verdict(self) -> None:
+        """Let the child load the graphs, and wait for its end. The tar must be whole.
+
+        Raises:
+            InvalidRequest: the bundle is not acceptable; the reason says why.
+            ResourceExhausted: the disk is full.
+        """
+        # It closes the child's input first, which is what the child waits for.
+        self._talking = asyncio.ensure_future(asyncio.to_thread(self._process.communicate))
+        await asyncio.wait({self._talking}, timeout=self._limits.timeout_seconds)
+        if not self._talking.done():
             raise InvalidRequest(
-                f"the bundle could not be checked within {limits.timeout_seconds:g} s",
+                f"the bundle could not be checked within {self._limits.timeout_seconds:g} s",
                 reason="CHECK_TIMEOUT",
-                timeout_seconds=limits.timeout_seconds,
+                timeout_seconds=self._limits.timeout_seconds,
             )
-        out, err = talking.result()
-        _judge(process.returncode, out, err)
-    except BaseException:
-        process.kill()  # does nothing when it has ended
-        await asyncio.wait({talking})
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        raise
+        out, err = self._talking.result()
+        _judge(self._process.returncode, out, err)
+
+    async def end(self) -> None:
+        """End the child if it still runs, and delete what it unpacked."""
+        self._process.kill()  # does nothing when it has ended
+        if self._talking is None:
+            self._talking = asyncio.ensure_future(asyncio.to_thread(self._process.communicate))
+        await asyncio.wait({self._talking})
+        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
 
 def _judge(code: int | None, out: bytes, err: bytes) -> None:

@@ -1,8 +1,9 @@
 """Uploads: bytes to disk, whole and checked into the registry, or not at all.
 
 What arrives lies in ``uploads/{id}.part`` and can be resumed, after a kill too.
-The tar is unpacked and checked in a child; its files then become blobs, and one
-transaction makes them a revision. Only after that the client gets its answer.
+The tar is unpacked and checked in a child, from its first bytes on; its files
+then become blobs, and one transaction makes them a revision. Only after that the
+client gets its answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,15 @@ from pollard.services.common.errors import (
 )
 from pollard.services.models import aliases, registry
 from pollard.services.models.blobs import Blobs, remove_leftovers
-from pollard.services.models.checks import CheckLimits, check_upload
+from pollard.services.models.checks import Check, CheckLimits
 from pollard.services.models.events import DAY_US
 from pollard.services.models.schema import BundleFile, Revision, Upload
 from pollard.services.models.store import Store, now_us
 
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
 _WRITE_BYTES = 4 * 1024 * 1024
+# Below it, starting the child early would gain nothing.
+_EARLY_BYTES = 16 * 1024 * 1024
 _DAY_SECONDS = 24 * 3600.0
 
 
@@ -88,7 +91,8 @@ class Uploads:
         blobs: Where the files go.
         limits: What checking a bundle may use.
         max_bundle_bytes: Largest tar.
-        parallel_checks: Children that check at the same time.
+        parallel_checks: Children that check at the same time; as many unpack
+            what is still arriving.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Uploads:
         self._limits = limits
         self._max_bundle_bytes = max_bundle_bytes
         self._checking = asyncio.Semaphore(parallel_checks)
+        self._unpacking = asyncio.Semaphore(parallel_checks)
         self._running: dict[str, _Running] = {}
 
     def part(self, upload_id: str) -> Path:
@@ -195,8 +200,10 @@ class Uploads:
         if done is not None:
             return done
         try:
-            await self._receive_bytes(request, chunks)
-            return await self._make_revision(request, actor)
+            self._check_room(request)
+            async with self._unpack_early(request) as check:
+                await self._receive_bytes(request, chunks)
+                return await self._make_revision(request, check, actor)
         except BaseException as error:
             if _is_final(error):
                 await self._forget(request.upload_id)
@@ -208,7 +215,7 @@ class Uploads:
                 ) from error
             raise
 
-    async def _receive_bytes(self, request: UploadRequest, chunks: AsyncIterator[bytes]) -> None:
+    def _check_room(self, request: UploadRequest) -> None:
         part = self.part(request.upload_id)
         committed = part.stat().st_size if part.exists() else 0
         if request.write_offset != committed:
@@ -230,7 +237,32 @@ class Uploads:
                 free_bytes=free,
                 needed_bytes=missing + request.total_bytes,
             )
-        writer = _Writer(part, request.total_bytes)
+
+    @contextlib.asynccontextmanager
+    async def _unpack_early(self, request: UploadRequest) -> AsyncGenerator[Check | None]:
+        """Unpack a large upload while it arrives; None for a small one.
+
+        Unpacking has slots of its own, because an upload may be slow or hang;
+        without a free one the child starts when the upload is whole.
+        """
+        large = request.total_bytes - request.write_offset >= _EARLY_BYTES
+        if not large or self._unpacking.locked():
+            yield None
+            return
+        async with self._unpacking:
+            self.part(request.upload_id).touch()
+            check = self._new_check(request)
+            try:
+                yield check
+            finally:
+                await check.end()
+
+    def _new_check(self, request: UploadRequest) -> Check:
+        directory = self._store.staging / f"{request.upload_id}-{secrets.token_hex(4)}"
+        return Check(self.part(request.upload_id), request.total_bytes, directory, self._limits)
+
+    async def _receive_bytes(self, request: UploadRequest, chunks: AsyncIterator[bytes]) -> None:
+        writer = _Writer(self.part(request.upload_id), request.total_bytes)
         await asyncio.to_thread(writer.open)
         try:
             async for chunk in chunks:
@@ -258,17 +290,19 @@ class Uploads:
                 actual=actual,
             )
 
-    async def _make_revision(self, request: UploadRequest, actor: str) -> Uploaded:
-        part = self.part(request.upload_id)
-        staging = self._store.staging / f"{request.upload_id}-{secrets.token_hex(4)}"
-        try:
+    async def _make_revision(
+        self, request: UploadRequest, early: Check | None, actor: str
+    ) -> Uploaded:
+        async with contextlib.AsyncExitStack() as stack:
             async with self._checking:
-                await check_upload(part, staging, self._limits)
-            bundle = await asyncio.to_thread(_read_bundle, staging)
-            uploaded = await self._store_bundle(request, bundle, staging, actor)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
-        part.unlink(missing_ok=True)
+                check = early
+                if check is None:
+                    check = self._new_check(request)
+                    stack.push_async_callback(check.end)
+                await check.verdict()
+            bundle = await asyncio.to_thread(_read_bundle, check.directory)
+            uploaded = await self._store_bundle(request, bundle, check.directory, actor)
+        self.part(request.upload_id).unlink(missing_ok=True)
         return uploaded
 
     async def _store_bundle(
