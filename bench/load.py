@@ -105,7 +105,8 @@ def _measure(
         wall, cpu = time.monotonic() - started, server.cpu_seconds() - cpu
         if done.returncode or not report.exists():
             words = (done.stdout + done.stderr)[-2000:]
-            kind = _WindowTooShort if "measurement-interval" in words else RuntimeError
+            short = "measurement-interval" in words or "larger time window" in words
+            kind = _WindowTooShort if short else RuntimeError
             raise kind(
                 f"perf_analyzer against {server.name}, {model.name} at {concurrency}: {words}"
             )
