@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pollard.client import Alias, Model, ModelsClient, NotFound, Revision, types
+from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
 from pollard.client._names import checked_alias, checked_model
 from pollard.client.cli._common import (
     MODELS_SERVER,
@@ -43,13 +47,23 @@ _WAIT = 120.0
 
 @app.command()
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="Directory of the bundle, or a plain ONNX file."),
+    ],
     model: Annotated[
         str,
         typer.Option(
             "--model", metavar="MODEL", help="Model name.", callback=checked_by(checked_model)
         ),
     ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Labels of the classes, one a line; makes a plain ONNX file a classifier.",
+        ),
+    ] = None,
     alias: AliasOption = None,
     notes: Annotated[str, typer.Option(help="Free text kept with the revision.")] = "",
     allow_signature_change: SignatureOption = False,
@@ -62,9 +76,12 @@ def push(
     """Store a bundle as the next revision of a model.
 
     The first revision of a model becomes `production`; later ones move an alias only when --alias
-    names one.
+    names one. Of a plain ONNX file a manifest is derived from its graph, and shown.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with (
+        _as_bundle(source, labels, quiet=as_json) as directory,
+        ModelsClient(server, timeout=timeout) as client,
+    ):
         first = _is_first(client, model)
         chosen = alias or ("production" if first else None)
         with TransferBar(f"pushing to {model}") as moved:
@@ -98,6 +115,30 @@ def push(
             say(f"{chosen} is moving to revision {number}; see `pollard models show {model}`.")
         else:
             say(f"To serve it: pollard models alias {model} production {number}")
+
+
+@contextmanager
+def _as_bundle(source: Path, labels: Path | None, *, quiet: bool) -> Iterator[Path]:
+    """Yield the directory of the bundle; for a plain ONNX file, of one that is derived."""
+    if source.is_dir() or source.suffix != ".onnx":
+        if labels is not None:
+            raise typer.BadParameter("a bundle has its own labels", param_hint="--labels")
+        yield source
+        return
+    try:
+        # Not of this distribution, which runs without onnxruntime.
+        derive = importlib.import_module("pollard.runtime.derive")
+        importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InvalidBundle(
+            f"a plain ONNX file needs the runtime, which is not here ({error}); install it with "
+            "`pip install 'pollard-runtime[cpu]'`, or push a bundle"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="pollard-push-") as folder:
+        bundle = derive.derive_bundle(source, Path(folder) / "bundle", labels=labels)
+        if not quiet:
+            say(f"The manifest derived from {source.name}:\n{derive.describe_derived(bundle)}")
+        yield bundle.path
 
 
 @app.command("list")

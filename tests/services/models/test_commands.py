@@ -1,0 +1,63 @@
+"""`pollard models` against a real manager."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pollard.models.v1 import model_service_pb2 as pb
+
+Command = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+@pytest.fixture
+def command(suite: Any) -> Command:
+    """Runs `pollard models …`; gives exit code, output and errors."""
+
+    async def run(*arguments: str | Path) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "pollard.client.cli", "models", *map(str, arguments)),
+            *("--server", suite.client.address),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
+
+    return run
+
+
+async def test_a_plain_onnx_file_is_pushed_and_its_manifest_shown(
+    suite: Any, helpers: Any, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.onnx").write_bytes(helpers.graph())
+    (tmp_path / "labels").write_text("a\nb\nc\n")
+    code, out, err = await command(
+        "push", tmp_path / "tiny.onnx", "--model", "m", "--labels", tmp_path / "labels", "--no-wait"
+    )
+    assert (code, err) == (0, "")
+    assert '"task": "TASK_CLASSIFICATION"' in out
+    assert "m revision 1" in out
+    got = (
+        await suite.client.models.GetRevision(pb.GetRevisionRequest(name="models/m/revisions/1"))
+    ).revision
+    assert got.manifest.provenance.derived
+    files = await suite.client.download(name="models/m/revisions/1")
+    assert files["cpu-fp32/model.onnx"] == helpers.graph()
+    assert files["labels.txt"] == b"a\nb\nc\n"
+
+
+async def test_what_is_no_model_is_not_pushed(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"this is no graph")
+    code, _, err = await command("push", tmp_path / "x.onnx", "--model", "m")
+    assert code == 1
+    assert "x.onnx" in err
+    assert "Traceback" not in err
