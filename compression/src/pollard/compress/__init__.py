@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pollard.compress.anydata import CompressedModel, ModelRecipe, compress_model
+    from pollard.compress.channel_map import load_pruned, save_pruned
     from pollard.compress.data import Dataset, load_data
     from pollard.compress.errors import CompressionError, GateRefused
     from pollard.compress.models import LoadedModel, load_model
@@ -24,32 +26,42 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BundleResult",
+    "CompressedModel",
     "CompressionError",
     "CompressionResult",
     "Dataset",
     "GateRefused",
     "InputSpec",
     "LoadedModel",
+    "ModelRecipe",
     "Recipe",
     "bundle_parent",
     "compress",
+    "compress_model",
     "load_data",
     "load_model",
+    "load_pruned",
+    "save_pruned",
 ]
 
 _HOMES = {
     "BundleResult": "pipeline",
+    "CompressedModel": "anydata",
     "CompressionError": "errors",
     "CompressionResult": "pipeline",
     "Dataset": "data",
     "GateRefused": "errors",
     "InputSpec": "spec",
     "LoadedModel": "models",
+    "ModelRecipe": "anydata",
     "Recipe": "recipe",
     "bundle_parent": "pipeline",
     "compress": "pipeline",
+    "compress_model": "anydata",
     "load_data": "data",
     "load_model": "models",
+    "load_pruned": "channel_map",
+    "save_pruned": "channel_map",
 }
 
 

@@ -40,7 +40,7 @@ MAX_BATCH = 1024
 _PARITY = 1e-3
 
 
-def export_core(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.ModelProto:
     """Export a module with its float input.
 
     Returns:

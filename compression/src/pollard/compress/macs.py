@@ -26,13 +26,18 @@ class LayerCost:
     parameters: int
 
 
-def example_input(spec: InputSpec, batch: int = 1) -> Tensor:
-    """Return a seeded example, float32 [batch, channels, height, width]."""
+def example_input(spec: InputSpec | Tensor, batch: int = 1) -> Tensor:
+    """Return a seeded example, float32 [batch, channels, height, width].
+
+    A tensor is an example itself; its first element is repeated.
+    """
+    if isinstance(spec, Tensor):
+        return spec[:1].repeat(batch, *[1] * (spec.ndim - 1))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, spec.channels, spec.height, spec.width, generator=generator)
 
 
-def layer_costs(module: nn.Module, spec: InputSpec) -> list[LayerCost]:
+def layer_costs(module: nn.Module, spec: InputSpec | Tensor) -> list[LayerCost]:
     """Return the cost of every convolution and dense layer, in the order they run.
 
     A layer that runs twice counts twice in its `macs`.
@@ -77,7 +82,7 @@ def layer_costs(module: nn.Module, spec: InputSpec) -> list[LayerCost]:
     return list(found.values())
 
 
-def total_macs(module: nn.Module, spec: InputSpec) -> int:
+def total_macs(module: nn.Module, spec: InputSpec | Tensor) -> int:
     """Return the multiply-accumulate operations for one image."""
     return sum(cost.macs for cost in layer_costs(module, spec))
 

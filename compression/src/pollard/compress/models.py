@@ -208,7 +208,8 @@ def save_state(module: nn.Module, path: Path) -> None:
     """Write the module's weights as `.safetensors`, whole or not at all."""
     from pollard.runtime.bundle import write_durably
 
-    state = {key: value.detach().contiguous() for key, value in module.state_dict().items()}
+    # Copies, because modules that are shared appear under several names.
+    state = {key: value.detach().clone().contiguous() for key, value in module.state_dict().items()}
     write_durably(path, safetensors.torch.save(state))
 
 

@@ -89,7 +89,7 @@ class _Group:
 
 def prune(
     module: nn.Module,
-    spec: InputSpec,
+    spec: InputSpec | Tensor,
     ratio: float,
     *,
     keep_whole: tuple[str, ...] = (),
@@ -99,7 +99,7 @@ def prune(
 
     Args:
         module: The parent; it is not changed.
-        spec: What it takes.
+        spec: What it takes, or an example of it.
         ratio: Share of the MACs to remove, above 0 and below 1; at least so
             much is removed, and as little more as the rounding allows.
         keep_whole: Names of layers whose outputs stay as they are, beside
@@ -116,7 +116,10 @@ def prune(
     work = copy.deepcopy(module).eval()
     example = example_input(spec)
     with torch.no_grad():
-        output_shape = work(example).shape
+        output = work(example)
+    if not isinstance(output, Tensor):
+        raise PruneFailed(f"the model must give one tensor, it gives {type(output).__name__}")
+    output_shape = output.shape
     rewritten = rewrite_shortcuts(work, example)
     # The graph is built from gradients: frozen parameters would silently stay whole.
     frozen = {name for name, p in work.named_parameters() if not p.requires_grad}

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -124,6 +125,27 @@ def quantize(
     return quantized
 
 
+class Reader(Protocol):
+    """Feeds a calibration run."""
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """Return the next batch by input name, or None at the end."""
+
+
+def quantize_core(core: onnx.ModelProto, reader: Reader, config: QuantizeConfig) -> onnx.ModelProto:
+    """Quantize a float model that keeps its float input.
+
+    Args:
+        core: From :func:`pollard.compress.export.export_core`; it is not changed.
+        reader: Gives inputs like those in use.
+        config: How.
+
+    Raises:
+        QuantizeFailed: onnxruntime's quantizer refuses the model.
+    """
+    return _quantize_static(core, reader, config, {})
+
+
 class _Reader:
     """Feeds calibration images in small batches."""
 
@@ -150,7 +172,7 @@ class _Reader:
 
 
 def _quantize_static(
-    model: onnx.ModelProto, reader: _Reader, config: QuantizeConfig, overrides: Mapping[str, object]
+    model: onnx.ModelProto, reader: Reader, config: QuantizeConfig, overrides: Mapping[str, object]
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import (
         CalibrationMethod,

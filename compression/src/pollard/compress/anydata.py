@@ -1,0 +1,365 @@
+"""Compress a module whose data, loss and metric are the caller's own.
+
+The pipeline of :mod:`pollard.compress.pipeline` needs images in folders and gives a
+signed bundle. This needs batches of tensors and a metric, and gives an ONNX file with
+the module's own float input, and the pruned module, which can be trained further.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pollard.compress import bundling, export, quantize
+from pollard.compress.channel_map import save_pruned
+from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, UsageInvalid
+from pollard.compress.macs import count_parameters, example_input, total_macs
+from pollard.compress.progress import Reporter
+from pollard.compress.prune import Pruned, prune
+from pollard.compress.recipe import TARGETS, Target
+from pollard.compress.shortcuts import rewrite_shortcuts
+from pollard.compress.training import one_cycle, seed_everything
+from pollard.compress.verify import MIN_SPEEDUP
+from pollard.runtime.bundle import write_durably
+from pollard.runtime.machine import Machine
+from pollard.runtime.measure import Ratio, interleaved, ratio
+from pollard.runtime.sessions import Session, open_session
+
+Batches = Iterable[tuple[Tensor, Any]]
+"""Inputs, float32 [batch, …], with what the loss compares the outputs with. It is
+gone through several times: a list or a data loader, not a generator."""
+
+Predict = Callable[[Tensor], Tensor]
+"""From a batch of inputs to outputs: a module, or an ONNX file as it is served."""
+
+Evaluate = Callable[[Predict], float]
+"""From a model to its metric, of which more is better."""
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+_PARITY = 1e-3
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What :func:`compress_model` is asked to do.
+
+    Raises:
+        UsageInvalid: a value is out of its range.
+    """
+
+    max_drop: float
+    """Most of the metric that may be lost, in its own unit: 0.01 is one point of an
+    accuracy between 0 and 1."""
+    target: Target = "cpu-int8"
+    """"cpu-int8" lets float files compete, too; "cpu-fp32" means float only."""
+    prune: float = 0.5
+    """Share of the MACs to remove; 0 does not prune."""
+    epochs: int = 2
+    """Passes over the training data after pruning."""
+    learning_rate: float = 1e-3
+    """Peak of a one-cycle schedule of AdamW."""
+    distill_weight: float = 0.5
+    """Share of the loss that is the squared distance to the parent's outputs."""
+    calibration_batches: int = 8
+    """Batches that 8-bit ranges are measured on."""
+    keep_whole: tuple[str, ...] = ()
+    """Layers whose outputs are not pruned."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for good, message in (
+            (self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}"),
+            (0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1"),
+            (self.max_drop >= 0, f"max_drop is {self.max_drop}; it must not be negative"),
+            (self.epochs >= 0, f"epochs is {self.epochs}"),
+            (self.learning_rate > 0, f"learning_rate is {self.learning_rate}"),
+            (0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}"),
+            (self.calibration_batches > 0, f"calibration_batches is {self.calibration_batches}"),
+            (
+                self.target == "cpu-int8" or self.prune > 0,
+                "target cpu-fp32 with prune 0 leaves nothing to do",
+            ),
+        ):
+            if not good:
+                raise UsageInvalid(message)
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """One file and what was measured of it."""
+
+    name: str
+    """"parent-fp32", "parent-int8", "pruned-fp32" or "pruned-int8"."""
+    metric: float
+    latency_us: float
+    """Median for one input, one thread."""
+    speedup: Ratio
+    """Against the parent's float file, interleaved."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """What :func:`compress_model` gives."""
+
+    directory: Path
+    """`model.onnx`, `report.json`, and `model.safetensors` with `channels.json` for
+    :func:`pollard.compress.channel_map.load_pruned`."""
+    shipped: str
+    """Which candidate `model.onnx` is."""
+    parent: ModelFigures
+    chosen: ModelFigures
+    candidates: list[ModelFigures]
+    module: nn.Module = field(repr=False)
+    """The shipped model in PyTorch, float and still trainable."""
+    pruned: Pruned | None = field(repr=False)
+
+
+def compress_model(
+    model: nn.Module,
+    train_data: Batches,
+    eval_fn: Evaluate,
+    recipe: ModelRecipe,
+    example_input: Tensor,
+    out: Path | str,
+    *,
+    loss_fn: Loss = functional.cross_entropy,
+    confirm_fn: Evaluate | None = None,
+    reporter: Reporter | None = None,
+) -> CompressedModel:
+    """Compress a trained module with the caller's own data, loss and metric.
+
+    Args:
+        model: Trained; takes one float tensor and gives one. It is not changed.
+        train_data: Recovery and calibration go through it.
+        eval_fn: The metric that everything is chosen by.
+        recipe: What to do.
+        example_input: float32 [1, …]; the first axis is the batch.
+        out: Directory to write; it appears complete or not at all.
+        loss_fn: From outputs and targets to a scalar.
+        confirm_fn: The metric on other data than ``eval_fn`` uses, for an unbiased
+            last word; without it the chosen file is judged by what chose it.
+        reporter: Told of progress.
+
+    Raises:
+        UsageInvalid, DataInvalid: arguments are not as described.
+        GateRefused: nothing holds the gate and is faster; the numbers are in it.
+        CompressionError: the model cannot be pruned, exported or quantized.
+    """
+    reporter = reporter or Reporter()
+    first = _first(train_data, example_input)
+    parent = copy.deepcopy(model).eval()
+    with bundling.staging(Path(out)) as stage:
+        modules = {"parent": parent}
+        pruned = None
+        if recipe.prune:
+            with reporter.step("Pruning", 1):
+                pruned = prune(parent, example_input, recipe.prune, keep_whole=recipe.keep_whole)
+            _recover(pruned.module, parent, train_data, eval_fn, loss_fn, recipe, reporter)
+            modules["pruned"] = pruned.module
+        files: dict[str, bytes] = {}
+        with reporter.step("Exporting and quantizing", len(modules)) as step:
+            for kind, module in modules.items():
+                files |= _files(kind, module, example_input, first, train_data, recipe)
+                step.advance()
+        with reporter.step("Measuring", 1):
+            rows = _measure(files, eval_fn, example_input, 40)
+        chosen = _choose(rows, recipe.max_drop)
+        final = {name: files[name] for name in ("parent-fp32", chosen.name)}
+        with reporter.step("Confirming the choice", 1):
+            confirmed = _measure(final, confirm_fn or eval_fn, example_input, 80)
+        parent_row, chosen_row = confirmed
+        _choose(confirmed, recipe.max_drop)
+        kind = chosen.name.partition("-")[0]
+        shipped = copy.deepcopy(modules[kind]).requires_grad_(True)
+        folder = stage / bundling.BUNDLE
+        folder.mkdir()
+        narrowed = pruned if kind == "pruned" else None
+        save_pruned(shipped, folder, narrowed.channels if narrowed else None)
+        write_durably(folder / "model.onnx", files[chosen.name])
+        report = {
+            "schema_version": 1,
+            "recipe": asdict(recipe),
+            "shipped": chosen.name,
+            "confirmed_on_other_data": confirm_fn is not None,
+            "parent": asdict(parent_row),
+            "chosen": asdict(chosen_row),
+            "candidates": [asdict(row) for row in rows],
+            "macs": {name: total_macs(m, example_input) for name, m in modules.items()},
+            "parameters": {name: count_parameters(m) for name, m in modules.items()},
+            "left_whole": pruned.left_whole if pruned else {},
+            "processor": Machine.detect().processor,
+            "tool_versions": bundling.tool_versions(),
+        }
+        write_durably(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    return CompressedModel(Path(out), chosen.name, parent_row, chosen_row, rows, shipped, narrowed)
+
+
+def _first(train_data: Batches, example: Tensor) -> Tensor:
+    if isinstance(train_data, Iterator):
+        raise UsageInvalid("train_data is gone through several times; give a list or a data loader")
+    if example.ndim < 2 or not example.is_floating_point():
+        raise UsageInvalid("example_input must be a float tensor [1, …]")
+    for batch in train_data:
+        inputs = batch[0]
+        if inputs.shape[1:] != example.shape[1:]:
+            raise DataInvalid(
+                f"train_data gives inputs {list(inputs.shape[1:])}, "
+                f"example_input is {list(example.shape[1:])}"
+            )
+        return inputs
+    raise DataInvalid("train_data is empty")
+
+
+def _recover(
+    module: nn.Module,
+    parent: nn.Module,
+    data: Batches,
+    eval_fn: Evaluate,
+    loss_fn: Loss,
+    recipe: ModelRecipe,
+    reporter: Reporter,
+) -> None:
+    """Fit ``module`` in place; it ends with the best state by the metric."""
+    seed_everything(recipe.seed)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    steps = sum(1 for _ in data)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * recipe.epochs))
+    best, state = _score(eval_fn, module), copy.deepcopy(module.state_dict())
+    with reporter.step("Recovering", steps * recipe.epochs) as step:
+        for _ in range(recipe.epochs):
+            module.train()
+            for inputs, targets in data:
+                outputs = module(inputs)
+                loss = (1 - recipe.distill_weight) * loss_fn(outputs, targets)
+                if recipe.distill_weight:
+                    with torch.no_grad():
+                        wanted = parent(inputs)
+                    loss = loss + recipe.distill_weight * functional.mse_loss(outputs, wanted)
+                if not torch.isfinite(loss):
+                    reporter.say("The loss is not finite; the best state so far is kept")
+                    module.load_state_dict(state)
+                    module.eval()
+                    return
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(parameters, 5.0)
+                optimizer.step()
+                schedule.step()
+                step.advance(note=f"loss {loss.item():.3f}")
+            score = _score(eval_fn, module)
+            if score >= best:
+                best, state = score, copy.deepcopy(module.state_dict())
+    module.load_state_dict(state)
+    module.eval()
+
+
+def _score(eval_fn: Evaluate, predict: Predict) -> float:
+    if isinstance(predict, nn.Module):
+        predict.eval()
+    with torch.no_grad():
+        value = float(eval_fn(predict))
+    if not math.isfinite(value):
+        raise DataInvalid(f"eval_fn gave {value}; it must give a finite number")
+    return value
+
+
+class _Reader:
+    """Feeds training inputs to calibration."""
+
+    def __init__(self, data: Batches, batches: int) -> None:
+        self._left, self._batches = batches, iter(data)
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        batch = next(self._batches, None) if self._left else None
+        self._left -= 1
+        return None if batch is None else {export.CORE_INPUT: batch[0].float().numpy()}
+
+
+def _files(
+    kind: str,
+    module: nn.Module,
+    example: Tensor,
+    probe: Tensor,
+    data: Batches,
+    recipe: ModelRecipe,
+) -> dict[str, bytes]:
+    core = export.export_core(module, example)
+    raw = export.serialize(core)
+    with torch.no_grad():
+        wanted = module(probe)
+    got = _predictor(open_session(raw))(probe)
+    worst = float((got - wanted).abs().max()) / (float(wanted.max() - wanted.min()) or 1.0)
+    if not worst <= _PARITY:
+        raise ExportFailed(
+            f"the exported {kind} differs from the PyTorch model by {worst:.2e} of the outputs' "
+            f"range (allowed {_PARITY:g})"
+        )
+    files = {f"{kind}-fp32": raw}
+    if recipe.target == "cpu-int8":
+        work = copy.deepcopy(module)
+        if rewrite_shortcuts(work, example_input(example)):
+            core = export.export_core(work, example)
+        config = quantize.QuantizeConfig(reduce_range=not Machine.detect().has_vnni)
+        reader = _Reader(data, recipe.calibration_batches)
+        quantized = quantize.quantize_core(core, reader, config)
+        onnx.checker.check_model(quantized)
+        files[f"{kind}-int8"] = export.serialize(quantized)
+    return files
+
+
+def _predictor(session: Session) -> Predict:
+    def predict(inputs: Tensor) -> Tensor:
+        feeds = {export.CORE_INPUT: inputs.detach().float().contiguous().numpy()}
+        return torch.from_numpy(np.asarray(session.run(feeds, [export.OUTPUT])[export.OUTPUT]))
+
+    return predict
+
+
+def _measure(
+    files: dict[str, bytes], eval_fn: Evaluate, example: Tensor, rounds: int
+) -> list[ModelFigures]:
+    sessions = [open_session(raw) for raw in files.values()]
+    feeds = {export.CORE_INPUT: example[:1].detach().float().contiguous().numpy()}
+    turns = interleaved([lambda s=s: s.raw.run(None, feeds) for s in sessions], rounds=rounds)  # type: ignore[misc]
+    return [
+        ModelFigures(
+            name,
+            _score(eval_fn, _predictor(session)),
+            float(np.median(times)),
+            ratio(turns[0], times),
+            len(raw),
+        )
+        for (name, raw), session, times in zip(files.items(), sessions, turns, strict=True)
+    ]
+
+
+def _choose(rows: list[ModelFigures], max_drop: float) -> ModelFigures:
+    parent, *rivals = rows
+    told = "; ".join(
+        f"{row.name} {row.metric:.4g} at {row.latency_us:.1f} µs ({row.speedup.estimate:.2f} × "
+        f"as fast, lower bound {row.speedup.lower:.2f})"
+        for row in rows
+    )
+    figures = {"candidates": [asdict(row) for row in rows]}
+    holding = [row for row in rivals if parent.metric - row.metric <= max_drop + 1e-12]
+    if not holding:
+        raise GateRefused(f"nothing loses at most {max_drop:g} of the metric: {told}", figures)
+    fastest = min(holding, key=lambda row: row.latency_us)
+    if fastest.speedup.lower < MIN_SPEEDUP:
+        raise GateRefused(f"nothing that holds the gate is faster than the parent: {told}", figures)
+    return fastest
