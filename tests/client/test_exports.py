@@ -26,6 +26,7 @@ EXPORTED = [
     "AsyncModelsClient",
     "AsyncVisionClient",
     "Cancelled",
+    "DamagedFile",
     "DataLoss",
     "DeadlineExceeded",
     "ErrorDetails",
@@ -68,6 +69,7 @@ EXPORTED = [
     "Unimplemented",
     "Unknown",
     "Variant",
+    "Verified",
     "VisionClient",
 ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from pollard.models.v1 import model_service_pb2 as pb
@@ -61,3 +63,47 @@ async def test_what_is_no_model_is_not_pushed(command: Command, tmp_path: Path) 
     assert code == 1
     assert "x.onnx" in err
     assert "Traceback" not in err
+
+
+async def test_verifying_names_what_is_damaged_and_changes_nothing(
+    suite: Any, bundles: Any, helpers: Any, command: Command
+) -> None:
+    tar = bundles.tar(1, **{"a.txt": b"shared", "b.txt": b"shared"})
+    revision = (await suite.client.push(tar)).revision
+    await suite.client.push(bundles.tar(2, **{"a.txt": b"shared"}))
+    code, out, _ = await command("verify")
+    assert code == 0
+    assert "5 files read" in out  # two manifests, two graphs, and what they share: once
+    assert "all as they should be" in out
+
+    by_path = {file.path: file.sha256 for file in revision.manifest.files}
+    flipped, missing = (
+        suite.service.blobs.path(by_path[p]) for p in ("cpu-fp32/model.onnx", "a.txt")
+    )
+    good = flipped.read_bytes()
+    flipped.chmod(0o644)
+    flipped.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    missing.unlink()
+    code, out, err = await command("verify", "--json")
+    assert (code, err) == (1, "")
+    damaged = {file["sha256"]: file for file in json.loads(out)["damaged"]}
+    assert damaged.keys() == {flipped.name, missing.name}
+    assert damaged[flipped.name]["uses"] == ["models/m/revisions/1/cpu-fp32/model.onnx"]
+    assert damaged[missing.name]["uses"] == [
+        "models/m/revisions/1/a.txt",
+        "models/m/revisions/1/b.txt",
+        "models/m/revisions/2/a.txt",
+    ]
+    assert not missing.exists()
+    code, out, _ = await command("verify", "m")
+    assert code == 1
+    assert flipped.name in out
+    code, _, err = await command("verify", "unknown")
+    assert code == 1
+    assert "unknown" in err
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await suite.client.download(name="models/m/revisions/1")
+    assert helpers.info_of(caught.value).reason in ("BLOB_DAMAGED", "BLOB_MISSING")
+    await suite.client.push(tar)
+    assert (await command("verify"))[0] == 0

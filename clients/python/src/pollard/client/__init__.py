@@ -53,6 +53,7 @@ from pollard.client.errors import (
 from pollard.client.types import (
     Accuracy,
     Alias,
+    DamagedFile,
     Event,
     Geometry,
     InferResult,
@@ -71,6 +72,7 @@ from pollard.client.types import (
     Timings,
     Transformed,
     Variant,
+    Verified,
 )
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "AsyncModelsClient",
     "AsyncVisionClient",
     "Cancelled",
+    "DamagedFile",
     "DataLoss",
     "DeadlineExceeded",
     "ErrorDetails",
@@ -131,5 +134,6 @@ __all__ = [
     "Unimplemented",
     "Unknown",
     "Variant",
+    "Verified",
     "VisionClient",
 ]

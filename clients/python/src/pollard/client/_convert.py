@@ -272,6 +272,12 @@ def server(message: fleet_service_pb2.Server) -> types.Server:
     )
 
 
+def damaged_file(message: model_service_pb2.DamagedFile) -> types.DamagedFile:
+    return types.DamagedFile(
+        sha256=message.sha256, message=message.message, uses=tuple(message.uses)
+    )
+
+
 def event(message: model_service_pb2.Event) -> types.Event:
     return types.Event(
         sequence=message.sequence,

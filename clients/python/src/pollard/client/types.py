@@ -340,6 +340,30 @@ class Server:
 
 
 @dataclass(frozen=True)
+class DamagedFile:
+    """A file in the store that is not what its digest says."""
+
+    sha256: str
+    """What its SHA-256 should be."""
+    message: str
+    """What is wrong, for people."""
+    uses: tuple[str, ...]
+    """Where it belongs, as "models/{model}/revisions/{n}/{path}"."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification of the store found."""
+
+    checked_files: int
+    """Files that were read."""
+    checked_bytes: int
+    """Their size."""
+    damaged: tuple[DamagedFile, ...]
+    """Those that are not what their digests say."""
+
+
+@dataclass(frozen=True)
 class Event:
     """One change in the registry."""
 

@@ -6,6 +6,7 @@ fsync, rename, fsync of the directory. Reading goes through fsspec.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from pollard.runtime.digests import sha256_bytes
 from pollard.services.common.errors import DataLoss
 
 _NAME = re.compile(r"[0-9a-f]{64}")
+_BLOCK_BYTES = 1024 * 1024
 
 
 class Blobs:
@@ -108,6 +110,20 @@ class Blobs:
                 sha256=sha256,
             )
         return content
+
+    def rehash(self, sha256: str) -> str:
+        """Read a blob from the disk, not from the system's memory of it; return its SHA-256.
+
+        Raises:
+            OSError: it is missing or cannot be read.
+        """
+        digest = hashlib.sha256()
+        with self.path(sha256).open("rb", buffering=0) as file:
+            # A bit that flipped on the disk would not show in what is cached.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[str]:
         """Yield the digests of all blobs."""

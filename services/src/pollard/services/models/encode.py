@@ -12,6 +12,7 @@ from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name
 from pollard.services.models.events import etag
 from pollard.services.models.schema import Alias, Bundle, Event, Model, Revision
+from pollard.services.models.verify import Progress
 
 
 def timestamp(microseconds: int) -> Timestamp:
@@ -73,6 +74,25 @@ def alias(row: Alias) -> pb.Alias:
         ],
         update_time=timestamp(row.update_time),
         etag=etag(row.etag),
+    )
+
+
+def verified(progress: Progress) -> pb.VerifyStoreResponse:
+    """Return how far a verification is."""
+    return pb.VerifyStoreResponse(
+        checked_files=progress.checked_files,
+        checked_bytes=progress.checked_bytes,
+        total_files=progress.total_files,
+        total_bytes=progress.total_bytes,
+        damaged=[
+            pb.DamagedFile(
+                sha256=each.sha256,
+                actual_sha256=each.actual,
+                message=each.message,
+                uses=each.uses,
+            )
+            for each in progress.damaged
+        ],
     )
 
 

@@ -16,7 +16,7 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.models.v1 import model_service_pb2_grpc as pb_grpc
 from pollard.runtime.bundle import parse_manifest
 from pollard.services.common.errors import InvalidRequest, Unimplemented
-from pollard.services.models import aliases, downloads, encode, events, names, registry
+from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.schema import Model, Revision
@@ -83,6 +83,14 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
                 data=piece.data,
                 total_bytes=piece.total_bytes,
             )
+
+    async def VerifyStore(
+        self, request: pb.VerifyStoreRequest, context: Context
+    ) -> AsyncIterator[pb.VerifyStoreResponse]:
+        """Read everything again and tell what is damaged."""
+        model = names.parse_model(request.parent, "parent") if request.parent else ""
+        async for progress in verify.verify(self._store, self._blobs, model):
+            yield encode.verified(progress)
 
     # Models
 

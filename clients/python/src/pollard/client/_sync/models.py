@@ -32,7 +32,17 @@ from pollard.client.errors import (
     Unavailable,
     from_rpc_error,
 )
-from pollard.client.types import Alias, Event, Model, Progress, Pushed, Revision, Server
+from pollard.client.types import (
+    Alias,
+    DamagedFile,
+    Event,
+    Model,
+    Progress,
+    Pushed,
+    Revision,
+    Server,
+    Verified,
+)
 from pollard.models.v1 import (
     fleet_service_pb2,
     fleet_service_pb2_grpc,
@@ -44,6 +54,8 @@ _SERVICE = "/pollard.models.v1.ModelService"
 _PAGE = 200
 _FIRST_POLL_SECONDS = 0.02
 _LAST_POLL_SECONDS = 0.5
+# Reading a large store from a slow disk may well take hours.
+_VERIFY_SECONDS = 24 * 3600.0
 
 
 class ModelsClient(BaseClient):
@@ -385,6 +397,36 @@ class ModelsClient(BaseClient):
         )
         response = self._call(f"{_SERVICE}/ListEvents", self._stub.ListEvents, request, None)
         return [_convert.event(item) for item in response.events]
+
+    def verify(
+        self, model: str | None = None, *, progress: ProgressCallback | None = None
+    ) -> Verified:
+        """Let the manager read every stored file again and compare it with its digest.
+
+        Nothing is changed. To make a damaged file whole, push its bundle again.
+
+        Args:
+            model: Only the revisions of this model; None for all.
+            progress: Called now and then with the bytes read.
+
+        Raises:
+            NotFound: There is no such model.
+        """
+        request = model_service_pb2.VerifyStoreRequest(
+            parent="" if model is None else model_name(model)
+        )
+        damaged: list[DamagedFile] = []
+        last = model_service_pb2.VerifyStoreResponse()
+        try:
+            for last in self._stub.VerifyStore(request, timeout=_VERIFY_SECONDS):
+                damaged += [_convert.damaged_file(item) for item in last.damaged]
+                if progress is not None:
+                    progress(Progress(last.checked_bytes, last.total_bytes))
+        except grpc.RpcError as error:
+            raise from_rpc_error(
+                error, address=self.address, method=f"{_SERVICE}/VerifyStore"
+            ) from None
+        return Verified(last.checked_files, last.checked_bytes, tuple(damaged))
 
     def servers(self) -> list[Server]:
         """List the servers that the manager knows, by id, with what they run."""

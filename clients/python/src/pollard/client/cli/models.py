@@ -169,6 +169,43 @@ def list_models(
 
 
 @app.command()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Only this model.",
+            callback=lambda value: value and checked_model(value),
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Read every stored file again, and name what is damaged; exits with 1 if something is.
+
+    Nothing is changed. Push the bundle of a damaged file again to make it whole.
+    """
+    with ModelsClient(server, timeout=timeout) as client, TransferBar("verifying") as moved:
+        found = client.verify(model, progress=moved)
+    if as_json:
+        print_json(found)
+    else:
+        for file in found.damaged:
+            say(f"The file {file.sha256} is damaged: {file.message}. It belongs to")
+            for use in file.uses:
+                say(f"  {use}")
+        say(
+            f"{found.checked_files} files read, {size(found.checked_bytes)}: "
+            + (f"{len(found.damaged)} damaged." if found.damaged else "all as they should be.")
+        )
+        if found.damaged:
+            say("Push those bundles again, or restore the files from a backup.")
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
 def show(
     model: ModelArgument,
     revision: RevisionOption = None,

@@ -633,6 +633,106 @@ class DownloadBundleResponse(_message.Message):
 Global___DownloadBundleResponse: _TypeAlias = DownloadBundleResponse  # noqa: Y015
 
 @_typing.final
+class VerifyStoreRequest(_message.Message):
+    """VerifyStoreRequest says what to verify."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Only the files of this model's revisions, "models/{model}"; empty for all."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyStoreRequest: _TypeAlias = VerifyStoreRequest  # noqa: Y015
+
+@_typing.final
+class VerifyStoreResponse(_message.Message):
+    """VerifyStoreResponse tells how far the verification is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKED_FILES_FIELD_NUMBER: _builtins.int
+    CHECKED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_FILES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    checked_files: _builtins.int
+    """Files read so far. A file that several bundles share counts once."""
+    checked_bytes: _builtins.int
+    """Their size in bytes."""
+    total_files: _builtins.int
+    """Files to read in all."""
+    total_bytes: _builtins.int
+    """Their size in bytes."""
+    @_builtins.property
+    def damaged(self) -> _containers.RepeatedCompositeFieldContainer[Global___DamagedFile]:
+        """What was found damaged since the message before."""
+
+    def __init__(
+        self,
+        *,
+        checked_files: _builtins.int = ...,
+        checked_bytes: _builtins.int = ...,
+        total_files: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        damaged: _abc.Iterable[Global___DamagedFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_bytes", b"checked_bytes", "checked_files", b"checked_files", "damaged", b"damaged", "total_bytes", b"total_bytes", "total_files", b"total_files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyStoreResponse: _TypeAlias = VerifyStoreResponse  # noqa: Y015
+
+@_typing.final
+class DamagedFile(_message.Message):
+    """DamagedFile is a stored file that is not what its digest says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    ACTUAL_SHA256_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """What its SHA-256 should be, lower-case hexadecimal."""
+    actual_sha256: _builtins.str
+    """What it is; empty when the file is missing or cannot be read."""
+    message: _builtins.str
+    """What is wrong, for people."""
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it belongs, as "models/{model}/revisions/{n}/{path}". Revisions that
+        were deleted but can still be brought back are among them.
+        """
+
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        actual_sha256: _builtins.str = ...,
+        message: _builtins.str = ...,
+        uses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual_sha256", b"actual_sha256", "message", b"message", "sha256", b"sha256", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DamagedFile: _TypeAlias = DamagedFile  # noqa: Y015
+
+@_typing.final
 class GetModelRequest(_message.Message):
     """GetModelRequest asks for one model."""
 

@@ -62,6 +62,11 @@ class ModelServiceStub(object):
                 request_serializer=pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleRequest.SerializeToString,
                 response_deserializer=pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleResponse.FromString,
                 _registered_method=True)
+        self.VerifyStore = channel.unary_stream(
+                '/pollard.models.v1.ModelService/VerifyStore',
+                request_serializer=pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreRequest.SerializeToString,
+                response_deserializer=pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/pollard.models.v1.ModelService/GetModel',
                 request_serializer=pollard_dot_models_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
@@ -230,6 +235,16 @@ class ModelServiceServicer(object):
     def DownloadBundle(self, request, context):
         """DownloadBundle sends the files of a bundle, each in order from its first
         byte to its last; `manifest.json` comes first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyStore(self, request, context):
+        """VerifyStore reads every stored file from the disk and compares it with its
+        SHA-256. It tells how far it is about once a second, and what is damaged as
+        soon as it is found; it changes nothing. A damaged file is never sent by
+        DownloadBundle; pushing its bundle again makes it whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -435,6 +450,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DownloadBundle,
                     request_deserializer=pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleRequest.FromString,
                     response_serializer=pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleResponse.SerializeToString,
+            ),
+            'VerifyStore': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyStore,
+                    request_deserializer=pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreRequest.FromString,
+                    response_serializer=pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -651,6 +671,33 @@ class ModelService(object):
             '/pollard.models.v1.ModelService/DownloadBundle',
             pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleRequest.SerializeToString,
             pollard_dot_models_dot_v1_dot_model__service__pb2.DownloadBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pollard.models.v1.ModelService/VerifyStore',
+            pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreRequest.SerializeToString,
+            pollard_dot_models_dot_v1_dot_model__service__pb2.VerifyStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

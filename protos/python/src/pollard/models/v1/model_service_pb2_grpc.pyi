@@ -71,6 +71,12 @@ class ModelServiceStub:
     """DownloadBundle sends the files of a bundle, each in order from its first
     byte to its last; `manifest.json` comes first.
     """
+    VerifyStore: _grpc.UnaryStreamMultiCallable[_model_service_pb2.VerifyStoreRequest, _model_service_pb2.VerifyStoreResponse]
+    """VerifyStore reads every stored file from the disk and compares it with its
+    SHA-256. It tells how far it is about once a second, and what is damaged as
+    soon as it is found; it changes nothing. A damaged file is never sent by
+    DownloadBundle; pushing its bundle again makes it whole.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """GetModel gets one model."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
@@ -180,6 +186,12 @@ class ModelServiceAsyncStub(ModelServiceStub):
     DownloadBundle: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadBundleRequest, _model_service_pb2.DownloadBundleResponse]  # type: ignore[assignment]
     """DownloadBundle sends the files of a bundle, each in order from its first
     byte to its last; `manifest.json` comes first.
+    """
+    VerifyStore: _aio.UnaryStreamMultiCallable[_model_service_pb2.VerifyStoreRequest, _model_service_pb2.VerifyStoreResponse]  # type: ignore[assignment]
+    """VerifyStore reads every stored file from the disk and compares it with its
+    SHA-256. It tells how far it is about once a second, and what is damaged as
+    soon as it is found; it changes nothing. A damaged file is never sent by
+    DownloadBundle; pushing its bundle again makes it whole.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel gets one model."""
@@ -305,6 +317,18 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.DownloadBundleResponse], _abc.AsyncIterator[_model_service_pb2.DownloadBundleResponse]]:
         """DownloadBundle sends the files of a bundle, each in order from its first
         byte to its last; `manifest.json` comes first.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyStore(
+        self,
+        request: _model_service_pb2.VerifyStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_service_pb2.VerifyStoreResponse], _abc.AsyncIterator[_model_service_pb2.VerifyStoreResponse]]:
+        """VerifyStore reads every stored file from the disk and compares it with its
+        SHA-256. It tells how far it is about once a second, and what is damaged as
+        soon as it is found; it changes nothing. A damaged file is never sent by
+        DownloadBundle; pushing its bundle again makes it whole.
         """
 
     @_abc_1.abstractmethod
