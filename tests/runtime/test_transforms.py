@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pollard.runtime.transforms import (
     center_crop,
     color_order,
     decode,
+    five_crop,
     flip,
     normalize,
     pad,
@@ -258,14 +260,6 @@ def test_limits_reach_the_decoder(jpeg):
         Pipeline([decode()], ImageLimits(max_pixels=1000)).apply(jpeg)
 
 
-def five_crop() -> bundle_pb2.PreprocessStep:
-    return bundle_pb2.PreprocessStep(five_crop=bundle_pb2.FiveCrop(width=2, height=2))
-
-
-def raw_decode(**fields: object) -> bundle_pb2.PreprocessStep:
-    return bundle_pb2.PreprocessStep(decode=bundle_pb2.Decode(**fields))
-
-
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
@@ -277,12 +271,9 @@ def raw_decode(**fields: object) -> bundle_pb2.PreprocessStep:
         ([decode(), resize(4, 20000)], "height is 1 to"),
         ([decode(), resize(4, 4, mode=bundle_pb2.RESIZE_MODE_UNSPECIFIED)], "mode is not set"),
         ([decode(), resize(9, 9), center_crop(10, 4)], "does not fit"),
-        ([decode(), five_crop()], "not supported yet"),
-        (
-            [decode(), resize(4, 4, interpolation=bundle_pb2.INTERPOLATION_OPENCV_AREA)],
-            "not supported yet",
-        ),
-        ([raw_decode(reduced_scale=True)], "not supported yet"),
+        ([decode(), resize(9, 9), five_crop(10, 4)], "does not fit"),
+        ([decode(), five_crop(9, 9), five_crop(4, 4)], "only one step"),
+        ([decode(reduced_scale=True), five_crop(9, 9)], "needs a resize"),
         ([decode(background=(1, 2))], "3 values"),
         ([decode(background=(1, 2, 256))], "0 to 255"),
         ([decode(gray=True), pad(1, 1, 1, 1, fill=(1, 2, 3))], "1 values"),
@@ -342,9 +333,107 @@ def test_exported_names():
         "center_crop",
         "color_order",
         "decode",
+        "five_crop",
         "flip",
         "normalize",
         "pad",
         "resize",
         "rotate",
     ]
+
+
+def test_five_crops_are_the_corners_and_the_centre(jpeg):
+    steps = [decode(), resize(60, 50), five_crop(20, 16), color_order("BGR")]
+    pipeline = Pipeline(steps)
+    result = pipeline.apply(jpeg)
+    whole = np.asarray(opened(jpeg).resize((60, 50), Image.Resampling.BILINEAR))[:, :, ::-1]
+    places = [(0, 0), (40, 0), (0, 34), (40, 34), (20, 17)]
+    assert (pipeline.views, pipeline.output_shape) == (5, (16, 20, 3))
+    assert result.array.shape == (5, 16, 20, 3)
+    assert result.batch is result.array
+    for view, (left, top) in zip(result.array, places, strict=True):
+        assert np.array_equal(view, whole[top : top + 16, left : left + 20])
+    for geometry, (left, top) in zip(result.geometries, places, strict=True):
+        assert geometry.to_image(0, 0) == pytest.approx((left * 123 / 60, top * 91 / 50))
+    assert result.geometry == result.geometries[4]
+    centre = Pipeline([decode(), resize(60, 50), center_crop(20, 16), color_order("BGR")])
+    assert np.array_equal(result.array[4], centre.apply(jpeg).array)
+
+
+def test_five_crops_of_an_image_that_is_too_small(jpeg):
+    with pytest.raises(ImageInvalid, match="too small"):
+        Pipeline([decode(), five_crop(124, 10)]).apply(jpeg)
+
+
+def test_one_view_has_a_batch_of_one(jpeg):
+    result = Pipeline([decode(), resize(6, 5)]).apply(jpeg)
+    assert result.batch.shape == (1, 5, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("step", "divisor"),
+    [
+        (resize(15, 11), 8),
+        (resize(16, 12), 4),
+        (resize(17, 11), 4),
+        (resize(0, 20, mode=SHORT_SIDE), 4),
+        (resize(40, 40, mode=LETTERBOX), 2),
+        (resize(70, 70), 1),
+    ],
+)
+def test_reduced_scale_lets_the_decoder_scale_no_further_than_the_resize(jpeg, step, divisor):
+    drafted = Image.open(io.BytesIO(jpeg))
+    drafted.draft(None, (123 // divisor, 91 // divisor))
+    assert drafted.size == (-(-123 // divisor), -(-91 // divisor))
+    result = Pipeline([decode(reduced_scale=True), step]).apply(jpeg)
+    plain = Pipeline([decode(), step]).apply(jpeg)
+    assert result.array.shape == plain.array.shape
+    if step.resize.mode == bundle_pb2.RESIZE_MODE_EXACT:
+        size = (step.resize.width, step.resize.height)
+        expected = drafted.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        assert np.array_equal(result.array, np.asarray(expected))
+    assert (result.geometry.width, result.geometry.height) == (123, 91)
+    height, width = result.array.shape[:2]
+    for corner in ((0, 0), (width, height)):
+        assert result.geometry.to_image(*corner) == pytest.approx(plain.geometry.to_image(*corner))
+
+
+def test_reduced_scale_of_a_turned_jpeg_and_of_a_png(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=exif)
+    result = Pipeline([decode(reduced_scale=True), resize(11, 15)]).apply(file.getvalue())
+    assert (result.geometry.width, result.geometry.height) == (91, 123)
+    assert result.array.shape == (15, 11, 3)
+    drafted = Image.open(io.BytesIO(file.getvalue()))
+    drafted.draft(None, (15, 11))
+    turned = drafted.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(
+        result.array, np.asarray(turned.resize((11, 15), Image.Resampling.BILINEAR))
+    )
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    steps = [resize(11, 15)]
+    assert np.array_equal(
+        Pipeline([decode(reduced_scale=True), *steps]).apply(file.getvalue()).array,
+        Pipeline([decode(), *steps]).apply(file.getvalue()).array,
+    )
+
+
+OPENCV_AREA = bundle_pb2.INTERPOLATION_OPENCV_AREA
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_opencv_area_is_opencvs(jpeg, gray):
+    cv2 = pytest.importorskip("cv2", exc_type=ImportError)
+    steps = [decode(gray=gray), resize(40, 30, interpolation=OPENCV_AREA)]
+    pixels = np.asarray(opened(jpeg).convert("L" if gray else "RGB"))
+    expected = cv2.resize(pixels, (40, 30), interpolation=cv2.INTER_AREA).reshape(30, 40, -1)
+    assert np.array_equal(Pipeline(steps).apply(jpeg).array, expected)
+
+
+def test_without_opencv_its_filter_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(StepsInvalid, match=r"pollard-runtime\[opencv\]"):
+        Pipeline([decode(), resize(40, 30, interpolation=OPENCV_AREA)])

@@ -8,6 +8,7 @@ import sys
 
 import grpc
 import numpy as np
+import onnxruntime
 import psutil
 import pytest
 from google.rpc import error_details_pb2
@@ -16,7 +17,8 @@ from grpc_status import rpc_status
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
-from pollard.runtime.transforms import Pipeline
+from pollard.runtime.postprocess import classify
+from pollard.runtime.transforms import Pipeline, center_crop, decode, five_crop, resize
 from pollard.services.common.errors import StartupError
 from pollard.services.preprocess.main import build_server
 from pollard.services.preprocess.settings import PreprocessSettings
@@ -158,14 +160,69 @@ async def test_requests_that_lack_something(suite, make_picture):
 
 
 async def test_what_is_not_offered_yet_says_so(suite, make_picture):
-    augmented = {"augmentation": vision_pb.AUGMENTATION_FLIP}
-    for call in (
-        suite.vision.Explain(vision_pb.ExplainRequest()),
-        suite.vision.Predict(question(make_picture(), **augmented)),
-        suite.vision.PredictBatch(batch(make_picture(), **augmented)),
-    ):
-        info = await refused(call, grpc.StatusCode.UNIMPLEMENTED)
-        assert "not offered" in info.metadata["message"]
+    info = await refused(
+        suite.vision.Explain(vision_pb.ExplainRequest()), grpc.StatusCode.UNIMPLEMENTED
+    )
+    assert "not offered" in info.metadata["message"]
+
+
+def averaged(bundle, steps, picture: bytes, *, mirrored: bool = False) -> list[float]:
+    """Return the scores by class, averaged over the views of an image, without any server."""
+    views = Pipeline(steps).apply(picture).batch
+    if mirrored:
+        views = np.concatenate([views, views[:, :, ::-1]])
+    session = onnxruntime.InferenceSession(
+        bundle.model_path(bundle.manifest.variants[0]), providers=["CPUExecutionProvider"]
+    )
+    rows = [session.run(["scores"], {"image": view[None]})[0] for view in views]
+    by_view = [classify({"scores": row}, bundle.manifest, (), 99) for row in rows]
+    ranked = [{best.class_index: best.score for best in view} for view in by_view]
+    return [float(np.mean([view[index] for view in ranked])) for index in range(len(ranked[0]))]
+
+
+def by_class(response: vision_pb.PredictResponse) -> list[float]:
+    found = {label.index: label.score for label in response.classification.labels}
+    return [found[index] for index in range(len(found))]
+
+
+async def test_flip_averages_over_the_image_and_its_mirror_image(suite, make_picture):
+    picture = make_picture()
+    flip = vision_pb.AUGMENTATION_FLIP
+    response = await suite.vision.Predict(question(picture, top_k=99, augmentation=flip))
+    steps = suite.bundle.manifest.preprocess
+    expected = averaged(suite.bundle, steps, picture, mirrored=True)
+    # The scores are far apart; the small ones tell which views they are the mean of.
+    assert by_class(response) == pytest.approx(expected, rel=1e-2, abs=0)
+    assert expected != pytest.approx(averaged(suite.bundle, steps, picture), rel=1e-1, abs=0)
+    (result,) = (
+        await suite.vision.PredictBatch(batch(picture, top_k=99, augmentation=flip))
+    ).results
+    assert by_class(result.response) == pytest.approx(expected, abs=1e-5)
+
+
+async def test_five_crops_take_the_place_of_the_centre_crop(
+    suite, manager, make_bundle, make_picture
+):
+    def crop(manifest: bundle_pb2.Manifest) -> None:
+        del manifest.preprocess[:]
+        manifest.preprocess.extend([decode(), resize(12, 12), center_crop(8, 8)])
+
+    bundle = make_bundle(size=8, channels=3, edit=crop)
+    await serve(suite, manager, bundle, "cropped")
+    picture = make_picture()
+    five = vision_pb.AUGMENTATION_FIVE_CROP
+    response = await suite.vision.Predict(
+        question(picture, selector("cropped"), top_k=99, augmentation=five)
+    )
+    expected = averaged(bundle, [decode(), resize(12, 12), five_crop(8, 8)], picture)
+    assert by_class(response) == pytest.approx(expected, rel=1e-2, abs=0)
+    info = await refused(
+        suite.vision.Predict(question(picture, augmentation=five)),
+        grpc.StatusCode.FAILED_PRECONDITION,
+    )
+    assert info.reason == "NOT_AUGMENTABLE"
+    info = await refused(suite.vision.Predict(question(picture, augmentation=9)), INVALID)
+    assert "augmentation 9" in info.metadata["message"]
 
 
 async def test_a_batch_that_does_not_fit_into_a_message_is_refused_before_it_is_made(

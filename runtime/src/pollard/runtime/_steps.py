@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,8 @@ class Work:
     geometry: Geometry
     limits: ImageLimits
     array: NDArray[np.generic] | None = None
+    full_size: tuple[int, int] | None = None
+    """Size before the decoder scaled down; what comes out must not depend on that."""
 
     def pixels(self) -> NDArray[np.generic]:
         if self.array is None:
@@ -125,17 +128,54 @@ class Plan:
     dtype: type[np.generic] = np.uint8
     layout: str = "HWC"
     is_array: bool = False
+    views: int = 1
 
 
 Run = Callable[[Work], None]
 
 
+class FiveCrop:
+    """The step that makes five of one: the corners, then the centre."""
+
+    views = 5
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width = width
+        self.height = height
+
+    def parts(self, work: Work) -> list[Work]:
+        """Return the five crops."""
+        _check_fits(work, self.width, self.height)
+        right = work.image.width - self.width
+        bottom = work.image.height - self.height
+        corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
+        parts = []
+        for left, top in [*corners, _center(work, self.width, self.height)]:
+            part = Work(work.image, work.geometry, work.limits)
+            _crop(part, left, top, self.width, self.height)
+            parts.append(part)
+        return parts
+
+
+def prepare_five_crop(message: bundle_pb2.FiveCrop, plan: Plan, where: str) -> FiveCrop:
+    if plan.views > 1:
+        raise StepsInvalid(f"{where}: only one step cuts out five crops")
+    _plan_crop(plan, message.width, message.height, where)
+    plan.views = FiveCrop.views
+    return FiveCrop(message.width, message.height)
+
+
+def wanted_size(message: bundle_pb2.Resize, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size to which a checked resize step scales an image of that size."""
+    if message.mode == bundle_pb2.RESIZE_MODE_SHORT_SIDE:
+        return _short_side(*size, message.height)
+    if message.mode == bundle_pb2.RESIZE_MODE_LETTERBOX:
+        return _within(size, message.width, message.height)
+    return message.width, message.height
+
+
 def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
-    if message.interpolation == bundle_pb2.INTERPOLATION_OPENCV_AREA:
-        raise StepsInvalid(f"{where}: INTERPOLATION_OPENCV_AREA is not supported yet")
-    if message.interpolation not in _FILTERS:
-        raise StepsInvalid(f"{where}: unknown interpolation {message.interpolation}")
-    resample = _FILTERS[message.interpolation]
+    resample = _resampler(message.interpolation, where)
     width, height = message.width, message.height
     if message.mode == bundle_pb2.RESIZE_MODE_SHORT_SIDE:
         _check_sides(where, height=height)
@@ -145,7 +185,7 @@ def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
             plan.width = plan.height = None
 
         def short_side(work: Work) -> None:
-            _resize(work, _short_side(*work.image.size, height), resample)
+            _resize(work, _short_side(*(work.full_size or work.image.size), height), resample)
 
         return short_side
     _check_sides(where, width=width, height=height)
@@ -157,12 +197,7 @@ def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
     fill = _color(f"{where}: fill", message.fill, plan.channels)
 
     def letterbox(work: Work) -> None:
-        old_width, old_height = work.image.size
-        scale = min(width / old_width, height / old_height)
-        inner = (
-            min(width, max(1, round(old_width * scale))),
-            min(height, max(1, round(old_height * scale))),
-        )
+        inner = _within(work.full_size or work.image.size, width, height)
         _resize(work, inner, resample)
         left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
         _paste(work, (width, height), (left, top), fill)
@@ -172,6 +207,16 @@ def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
 
 def _prepare_center_crop(message: bundle_pb2.CenterCrop, plan: Plan, where: str) -> Run:
     width, height = message.width, message.height
+    _plan_crop(plan, width, height, where)
+
+    def center_crop(work: Work) -> None:
+        _check_fits(work, width, height)
+        _crop(work, *_center(work, width, height), width, height)
+
+    return center_crop
+
+
+def _plan_crop(plan: Plan, width: int, height: int, where: str) -> None:
     _check_sides(where, width=width, height=height)
     if (plan.width or width) < width or (plan.height or height) < height:
         raise StepsInvalid(
@@ -179,24 +224,28 @@ def _prepare_center_crop(message: bundle_pb2.CenterCrop, plan: Plan, where: str)
         )
     plan.width, plan.height = width, height
 
-    def center_crop(work: Work) -> None:
-        old_width, old_height = work.image.size
-        if old_width < width or old_height < height:
-            raise ImageInvalid(
-                f"the image is too small: {old_width} × {old_height} where a crop of "
-                f"{width} × {height} is taken",
-                width=old_width,
-                height=old_height,
-                crop_width=width,
-                crop_height=height,
-            )
-        # Python's rounding to even, as the reference pipelines do it.
-        left = round((old_width - width) / 2)
-        top = round((old_height - height) / 2)
-        work.image = work.image.crop((left, top, left + width, top + height))
-        work.moved(offset=(-left, -top))
 
-    return center_crop
+def _check_fits(work: Work, width: int, height: int) -> None:
+    old_width, old_height = work.image.size
+    if old_width < width or old_height < height:
+        raise ImageInvalid(
+            f"the image is too small: {old_width} × {old_height} where a crop of "
+            f"{width} × {height} is taken",
+            width=old_width,
+            height=old_height,
+            crop_width=width,
+            crop_height=height,
+        )
+
+
+def _center(work: Work, width: int, height: int) -> tuple[int, int]:
+    # Python's rounding to even, as the reference pipelines do it.
+    return round((work.image.width - width) / 2), round((work.image.height - height) / 2)
+
+
+def _crop(work: Work, left: int, top: int, width: int, height: int) -> None:
+    work.image = work.image.crop((left, top, left + width, top + height))
+    work.moved(offset=(-left, -top))
 
 
 def _prepare_pad(message: bundle_pb2.Pad, plan: Plan, where: str) -> Run:
@@ -331,10 +380,47 @@ def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-def _resize(work: Work, size: tuple[int, int], resample: Image.Resampling) -> None:
+def _within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    scale = min(width / size[0], height / size[1])
+    return (
+        min(width, max(1, round(size[0] * scale))),
+        min(height, max(1, round(size[1] * scale))),
+    )
+
+
+Resample = Callable[[Image.Image, tuple[int, int]], Image.Image]
+
+
+def _resampler(interpolation: int, where: str) -> Resample:
+    if interpolation == bundle_pb2.INTERPOLATION_OPENCV_AREA:
+        return _opencv_area(where)
+    if interpolation not in _FILTERS:
+        raise StepsInvalid(f"{where}: unknown interpolation {interpolation}")
+    resample = _FILTERS[interpolation]
+    return lambda image, size: image.resize(size, resample)
+
+
+def _opencv_area(where: str) -> Resample:
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError as error:
+        raise StepsInvalid(
+            f"{where}: INTERPOLATION_OPENCV_AREA needs OpenCV, which is not installed here; "
+            "pip install 'pollard-runtime[opencv]'"
+        ) from error
+
+    def area(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        pixels = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA)
+        return Image.fromarray(pixels)
+
+    return area
+
+
+def _resize(work: Work, size: tuple[int, int], resample: Resample) -> None:
     _check_size(work, size)
     old = work.image.size
-    work.image = work.image.resize(size, resample)
+    work.image = resample(work.image, size)
+    work.full_size = None
     work.moved(scale=(size[0] / old[0], size[1] / old[1]))
 
 

@@ -7,7 +7,7 @@ against the header, before any pixel is decoded.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,10 +95,19 @@ def decode(
     return to_array(convert(image, gray=gray, background=background))
 
 
-def open_image(content: bytes, limits: ImageLimits | None = None) -> Image.Image:
+def open_image(
+    content: bytes,
+    limits: ImageLimits | None = None,
+    before_loading: Callable[[Image.Image], None] | None = None,
+) -> Image.Image:
     """Check the size of an image file, decode it, and return it as stored.
 
     The pixels are neither turned upright nor converted.
+
+    Args:
+        content: Bytes of the file.
+        limits: How large the image may be.
+        before_loading: Is given the image when only its header has been read.
 
     Raises:
         ImageInvalid: as `decode` says.
@@ -136,6 +145,8 @@ def open_image(content: bytes, limits: ImageLimits | None = None) -> Image.Image
             mode=image.mode,
         )
     try:
+        if before_loading is not None:
+            before_loading(image)
         image.load()
     except MemoryError:
         raise
@@ -176,13 +187,28 @@ def _names(formats: Sequence[str]) -> str:
     return f"{', '.join(formats[:-1])} or {formats[-1]}"
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn a decoded image as its EXIF orientation says; unreadable EXIF data are ignored."""
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that an image will have when `upright` has turned it."""
+    turned = _upright_method(image) in (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    )
+    return (image.height, image.width) if turned else image.size
+
+
+def _upright_method(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # damaged metadata do not make the pixels wrong
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a decoded image as its EXIF orientation says; unreadable EXIF data are ignored."""
+    method = _upright_method(image)
     return image if method is None else image.transpose(method)
 
 

@@ -67,6 +67,46 @@ def classify_batch(
         TensorInvalid: the output is missing, not [batch, classes], or holds a
             value that is not finite.
     """
+    raw, scores = _scores(outputs, manifest)
+    # Every activation grows with its input; the inputs tell apart what
+    # rounding in the scores would make equal.
+    return [
+        _best(row, row_scores, manifest, labels, top_k)
+        for row, row_scores in zip(raw, scores, strict=True)
+    ]
+
+
+def classify_views(
+    outputs: Mapping[str, NDArray[np.generic]],
+    manifest: bundle_pb2.Manifest,
+    labels: Sequence[str] = (),
+    top_k: int = 0,
+) -> list[ScoredClass]:
+    """Answer for one image that the model saw several times: its scores are averaged.
+
+    The mean is taken of the scores, that is, after the activation.
+
+    Args:
+        outputs: Output tensors by name; the classification's is [views, classes].
+        manifest: As for `classify_batch`.
+        labels: As for `classify_batch`.
+        top_k: As for `classify_batch`.
+
+    Raises:
+        ManifestInvalid, TensorInvalid: as `classify_batch`, and TensorInvalid
+            for no views.
+    """
+    raw, scores = _scores(outputs, manifest)
+    if len(raw) == 0:
+        raise TensorInvalid("the model answered for no view of the image")
+    mean = scores.mean(axis=0)
+    return _best(raw[0] if len(raw) == 1 else mean, mean, manifest, labels, top_k)
+
+
+def _scores(
+    outputs: Mapping[str, NDArray[np.generic]], manifest: bundle_pb2.Manifest
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the outputs and the scores, each [batch, classes]."""
     if manifest.postprocess.WhichOneof("task") != "classification":
         raise ManifestInvalid("the manifest does not describe a classification")
     task = manifest.postprocess.classification
@@ -75,19 +115,21 @@ def classify_batch(
         have = ", ".join(outputs) or "none"
         raise TensorInvalid(f"the model gave no output {name!r}; it gave {have}", output=name)
     raw = _scores_matrix(name, outputs[name])
-    count = min(top_k or task.default_top_k or DEFAULT_TOP_K, raw.shape[1])
-    answers = []
-    for row, scores in zip(raw, activate(raw, task.activation), strict=True):
-        # Every activation grows with its input; the inputs tell apart what
-        # rounding in the scores would make equal.
-        best = np.argsort(-row, kind="stable")[:count]
-        answers.append(
-            [
-                ScoredClass(int(i), labels[i] if i < len(labels) else "", float(scores[i]))
-                for i in best
-            ]
-        )
-    return answers
+    return raw, activate(raw, task.activation)
+
+
+def _best(
+    order_by: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    manifest: bundle_pb2.Manifest,
+    labels: Sequence[str],
+    top_k: int,
+) -> list[ScoredClass]:
+    default = manifest.postprocess.classification.default_top_k or DEFAULT_TOP_K
+    best = np.argsort(-order_by, kind="stable")[: min(top_k or default, len(scores))]
+    return [
+        ScoredClass(int(i), labels[i] if i < len(labels) else "", float(scores[i])) for i in best
+    ]
 
 
 def _scores_matrix(name: str, output: NDArray[np.generic]) -> NDArray[np.float64]:

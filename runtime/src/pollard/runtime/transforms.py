@@ -12,11 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime import images
-from pollard.runtime._steps import CAST_TYPES, PREPARE, Geometry, Plan, Run, Work, check_color
+from pollard.runtime._steps import (
+    CAST_TYPES,
+    PREPARE,
+    FiveCrop,
+    Geometry,
+    Plan,
+    Run,
+    Work,
+    check_color,
+    prepare_five_crop,
+    wanted_size,
+)
 from pollard.runtime.errors import StepsInvalid, TensorInvalid
 from pollard.runtime.images import ImageLimits
 
@@ -28,6 +39,7 @@ __all__ = [
     "center_crop",
     "color_order",
     "decode",
+    "five_crop",
     "flip",
     "normalize",
     "pad",
@@ -44,9 +56,17 @@ class Transformed:
 
     array: NDArray[np.generic]
     """Height × width × channels, or channels × height × width after a
-    normalisation to "NCHW"; contiguous, without the batch dimension."""
+    normalisation to "NCHW"; contiguous. With one view without the batch
+    dimension, with several views they lie along the first dimension."""
     geometry: Geometry
-    """Where the image went."""
+    """Where the image went; with five crops, that of the centre."""
+    geometries: tuple[Geometry, ...] = ()
+    """Where the image went, for each view; empty means one, `geometry`."""
+
+    @property
+    def batch(self) -> NDArray[np.generic]:
+        """The views along the first dimension, also when there is only one."""
+        return self.array if self.geometries else self.array[np.newaxis]
 
 
 class Pipeline:
@@ -97,8 +117,13 @@ class Pipeline:
         return np.dtype(self._plan.dtype)
 
     @property
+    def views(self) -> int:
+        """Number of tensors that one image gives: 5 with five crops, otherwise 1."""
+        return self._plan.views
+
+    @property
     def output_shape(self) -> tuple[int, int, int] | None:
-        """Shape of every result in `layout`; None when it depends on the image."""
+        """Shape of every view in `layout`; None when it depends on the image."""
         plan = self._plan
         if plan.width is None or plan.height is None:
             return None
@@ -113,12 +138,22 @@ class Pipeline:
             ImageInvalid: the image is empty, damaged, too large, none at all,
                 or too small for a crop.
         """
-        image = images.open_image(content, self.limits)
+        full: tuple[int, int] | None = None
+
+        def shrink(image: Image.Image) -> None:
+            nonlocal full
+            if isinstance(image, JpegImagePlugin.JpegImageFile) and self._reduce is not None:
+                turn = self._decode.apply_exif_orientation
+                full = images.upright_size(image) if turn else image.size
+                wanted = wanted_size(self._reduce, full)
+                image.draft(None, wanted if full == image.size else wanted[::-1])
+
+        image = images.open_image(content, self.limits, shrink)
         if self._decode.apply_exif_orientation:
             image = images.upright(image)
         if self._decode.apply_icc_profile:
             image = images.to_srgb(image)
-        return self._run(self._to_color(image))
+        return self._run(self._to_color(image), full or image.size)
 
     def apply_pixels(self, pixels: NDArray[np.uint8]) -> Transformed:
         """Transform pixels that are decoded and upright already.
@@ -137,7 +172,7 @@ class Pipeline:
             image = images.from_array(pixels)
         except ValueError as error:
             raise TensorInvalid(str(error), shape=pixels.shape, dtype=pixels.dtype) from error
-        return self._run(self._to_color(image))
+        return self._run(self._to_color(image), image.size)
 
     def check_fits(self, spec: bundle_pb2.TensorSpec) -> None:
         """Check that a batch of results fits the model's input.
@@ -175,11 +210,20 @@ class Pipeline:
         gray = self._decode.color_mode == bundle_pb2.COLOR_MODE_GRAY
         return images.convert(image, gray=gray, background=tuple(self._decode.background))
 
-    def _run(self, image: Image.Image) -> Transformed:
-        work = Work(image, Geometry(image.width, image.height), self.limits)
+    def _run(self, image: Image.Image, full: tuple[int, int]) -> Transformed:
+        start = Geometry(*full, image.width / full[0], image.height / full[1])
+        works = [Work(image, start, self.limits, full_size=None if full == image.size else full)]
+        del image  # large; every step may let it go
         for run in self._runs:
-            run(work)
-        return Transformed(np.ascontiguousarray(work.pixels()), work.geometry)
+            if isinstance(run, FiveCrop):
+                works = [part for work in works for part in run.parts(work)]
+                continue
+            for work in works:
+                run(work)
+        if self.views == 1:
+            return Transformed(np.ascontiguousarray(works[0].pixels()), works[0].geometry)
+        geometries = tuple(work.geometry for work in works)
+        return Transformed(np.stack([work.pixels() for work in works]), geometries[-1], geometries)
 
     def _prepare_decode(self, plan: Plan) -> bundle_pb2.Decode:
         if self.steps[0].WhichOneof("step") != "decode":
@@ -187,24 +231,29 @@ class Pipeline:
         message = self.steps[0].decode
         if message.color_mode not in bundle_pb2.ColorMode.values():
             raise StepsInvalid(f"step 1 (decode): unknown colour mode {message.color_mode}", step=1)
+        self._reduce: bundle_pb2.Resize | None = None
         if message.reduced_scale:
-            raise StepsInvalid("step 1 (decode): reduced_scale is not supported yet", step=1)
+            if len(self.steps) < 2 or self.steps[1].WhichOneof("step") != "resize":
+                raise StepsInvalid(
+                    "step 1 (decode): reduced_scale needs a resize as step 2", step=1
+                )
+            self._reduce = self.steps[1].resize
         check_color("step 1 (decode): background", message.background, 3)
         if message.color_mode == bundle_pb2.COLOR_MODE_GRAY:
             plan.channels, plan.order = 1, "L"
         return message
 
-    def _prepare(self, index: int, step: bundle_pb2.PreprocessStep, plan: Plan) -> Run:
+    def _prepare(self, index: int, step: bundle_pb2.PreprocessStep, plan: Plan) -> Run | FiveCrop:
         kind = step.WhichOneof("step")
         where = f"step {index + 1} ({kind})"
         if kind is None:
             raise StepsInvalid(f"step {index + 1} is empty or unknown", step=index + 1)
         if kind == "decode":
             raise StepsInvalid(f"{where}: only the first step decodes", step=index + 1)
-        if kind == "five_crop":
-            raise StepsInvalid(f"{where} is not supported yet", step=index + 1)
         if plan.is_array and kind not in ("cast", "normalize"):
             raise StepsInvalid(f"{where} must come before cast and normalize", step=index + 1)
+        if kind == "five_crop":
+            return prepare_five_crop(step.five_crop, plan, where)
         prepare = PREPARE[kind]
         return prepare(getattr(step, kind), plan, where)
 
@@ -214,11 +263,14 @@ def decode(
     gray: bool = False,
     exif: bool = True,
     icc: bool = False,
+    reduced_scale: bool = False,
     background: Sequence[int] = (),
 ) -> bundle_pb2.PreprocessStep:
     """Return a step that decodes to red, green and blue, or to grey, upright.
 
-    With ``icc``, embedded colour profiles are converted to sRGB.
+    With ``icc``, embedded colour profiles are converted to sRGB; with
+    ``reduced_scale``, the JPEG decoder may scale down to what the resize that
+    follows needs.
     """
     mode = bundle_pb2.COLOR_MODE_GRAY if gray else bundle_pb2.COLOR_MODE_RGB
     return bundle_pb2.PreprocessStep(
@@ -226,6 +278,7 @@ def decode(
             color_mode=mode,
             apply_exif_orientation=exif,
             apply_icc_profile=icc,
+            reduced_scale=reduced_scale,
             background=background,
         )
     )
@@ -250,6 +303,11 @@ def resize(
 def center_crop(width: int, height: int) -> bundle_pb2.PreprocessStep:
     """Return a step that cuts out the centre."""
     return bundle_pb2.PreprocessStep(center_crop=bundle_pb2.CenterCrop(width=width, height=height))
+
+
+def five_crop(width: int, height: int) -> bundle_pb2.PreprocessStep:
+    """Return a step that cuts out the four corners and the centre: five views of one image."""
+    return bundle_pb2.PreprocessStep(five_crop=bundle_pb2.FiveCrop(width=width, height=height))
 
 
 def pad(

@@ -233,7 +233,11 @@ def _parse(head: bytes, tensor: bytes) -> Transformed | Exception:
         kind = _FAULTS.get(answer["error"], runtime_errors.ImageInvalid)
         return kind(str(answer["message"]), **{str(k): v for k, v in answer["metadata"].items()})
     array = np.frombuffer(tensor, np.dtype(answer["dtype"])).reshape(answer["shape"])
-    return Transformed(array, Geometry(**answer["geometry"]))
+    return Transformed(
+        array,
+        Geometry(**answer["geometry"]),
+        tuple(Geometry(**geometry) for geometry in answer["geometries"]),
+    )
 
 
 class _Worker(asyncio.Protocol):

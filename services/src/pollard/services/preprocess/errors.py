@@ -10,6 +10,7 @@
     └── RevisionUnknown      no such model, revision or alias here
     FailedPrecondition
     ├── ModelTakesNoImages   the model is for tensors only
+    ├── NotAugmentable       the model's steps leave nothing to crop
     └── TensorRefused        the inference server refuses what the steps give
     ResourceExhausted
     └── AnswerTooLarge       the tensors do not fit into one message
@@ -66,6 +67,13 @@ class ModelTakesNoImages(errors.FailedPrecondition):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="MODEL_TAKES_NO_IMAGES", **metadata)
+
+
+class NotAugmentable(errors.FailedPrecondition):
+    """The model's steps do not allow the augmentation."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="NOT_AUGMENTABLE", **metadata)
 
 
 class TensorRefused(errors.FailedPrecondition):

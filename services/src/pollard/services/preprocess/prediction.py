@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.errors import ImageInvalid, RuntimeFault
-from pollard.runtime.postprocess import ScoredClass, classify
+from pollard.runtime.postprocess import ScoredClass, classify_views
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.errors import ServiceError
 from pollard.services.preprocess.decode_pool import DecodePool
@@ -46,6 +47,16 @@ _FREE: AbstractAsyncContextManager[object] = nullcontext()
 
 # Left free in a message for everything but the tensor.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
+
+
+class Augmentation(enum.Enum):
+    """Which views of an image the scores are averaged over."""
+
+    NONE = "none"
+    FLIP = "flip"
+    """The image and its mirror image."""
+    FIVE_CROP = "five crop"
+    """Corners and centre, in the place of a centre crop."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ class Predictor:
         revision = self._current.snapshot.choose(selector)
         pipeline = revision.image_pipeline()
         if pipeline.output_shape is not None:
-            size = math.prod(pipeline.output_shape) * pipeline.dtype.itemsize
+            size = math.prod(pipeline.output_shape) * pipeline.dtype.itemsize * pipeline.views
             self._check_size(size * len(contents), len(contents))
         held = turns or self.turns()
 
@@ -152,8 +163,12 @@ class Predictor:
         self._check_size(sum(result.array.nbytes for result in results), len(results))
         return Batch(
             revision,
-            np.stack([result.array for result in results]),
-            tuple(result.geometry for result in results),
+            np.concatenate([result.batch for result in results]),
+            tuple(
+                geometry
+                for result in results
+                for geometry in (result.geometries or (result.geometry,))
+            ),
         )
 
     def _check_size(self, size: int, images: int) -> None:
@@ -173,6 +188,7 @@ class Predictor:
         deadline: float,
         top_k: int = 0,
         embedding: bool = False,
+        augmentation: Augmentation = Augmentation.NONE,
         turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         """Answer for one image.
@@ -186,6 +202,7 @@ class Predictor:
             deadline: When the answer must be there, by the loop's clock.
             top_k: Number of classes; 0 means what the manifest says.
             embedding: Also give the embedding, where there is one.
+            augmentation: Average over several views of each image.
             turns: Held while the image is transformed; `turns` makes one.
 
         Raises:
@@ -202,6 +219,7 @@ class Predictor:
                 deadline=deadline,
                 top_k=top_k,
                 embedding=embedding,
+                augmentation=augmentation,
                 turns=turns,
             ),
         )
@@ -214,6 +232,7 @@ class Predictor:
         deadline: float,
         top_k: int = 0,
         embedding: bool = False,
+        augmentation: Augmentation = Augmentation.NONE,
     ) -> list[Prediction | Failure]:
         """Answer for several images by one revision, for each with an answer or its own error.
 
@@ -224,6 +243,7 @@ class Predictor:
             deadline: When the answers must be there, by the loop's clock.
             top_k: Number of classes; 0 means what the manifest says.
             embedding: Also give the embedding, where there is one.
+            augmentation: Average over several views of each image.
 
         Raises:
             The errors of `predict` but those that are about one image.
@@ -244,6 +264,7 @@ class Predictor:
                         deadline=deadline,
                         top_k=top_k,
                         embedding=embedding,
+                        augmentation=augmentation,
                         turns=turns,
                     )
                 except (ImageInvalid, DecoderCrashed, DecodeTimeout) as error:
@@ -302,35 +323,33 @@ class Predictor:
         deadline: float,
         top_k: int,
         embedding: bool,
+        augmentation: Augmentation,
         turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         outputs = _outputs_wanted(revision, embedding=embedding)
         started = time.perf_counter()
         try:
+            steps = revision.steps
+            if augmentation is Augmentation.FIVE_CROP:
+                steps = revision.five_crop_steps
             async with turns:
-                transformed = await self._pool.transform(revision.steps, content)
+                transformed = await self._pool.transform(steps, content)
         except (RuntimeFault, ServiceError) as error:
             error.metadata["image_index"] = "0"
             raise
         decoded = time.perf_counter()
-        answer = await self._client.infer(
-            Work(
-                revision.model,
-                revision.revision,
-                revision.input.name,
-                transformed.array[np.newaxis],
-                outputs,
-            ),
-            lambda: self._current.snapshot.endpoints,
-            deadline,
-        )
+        views = transformed.batch
+        if augmentation is Augmentation.FLIP:
+            width_axis = 3 if revision.image_pipeline().layout == "CHW" else 2
+            views = np.concatenate([views, np.flip(views, width_axis)])
+        answer = await self._infer(revision, views, outputs, deadline)
         answered = time.perf_counter()
         try:
-            classes = classify(answer, revision.manifest, revision.labels, top_k)
-            features = (
-                answer[outputs[-1]].reshape(-1) if _has_embedding(revision, embedding) else None
-            )
-        except (RuntimeFault, KeyError) as error:
+            classes = classify_views(answer, revision.manifest, revision.labels, top_k)
+            features = None
+            if _has_embedding(revision, embedding):
+                features = answer[outputs[-1]].mean(axis=0).reshape(-1)
+        except (RuntimeFault, KeyError, ValueError) as error:
             # The caller's image is not to blame for what the model gives.
             raise InferenceFailed(
                 f"revision {revision.revision} of model {revision.model!r} gave no answer that "
@@ -346,6 +365,34 @@ class Predictor:
             inference_seconds=answered - decoded,
             postprocess_seconds=time.perf_counter() - answered,
         )
+
+    async def _infer(
+        self,
+        revision: ServedRevision,
+        views: NDArray[np.generic],
+        outputs: list[str],
+        deadline: float,
+    ) -> dict[str, NDArray[np.generic]]:
+        # One by one, because a model may take no larger batch; the inference
+        # server puts together what comes at the same time.
+        tasks = [
+            asyncio.ensure_future(
+                self._client.infer(
+                    Work(revision.model, revision.revision, revision.input.name, view, outputs),
+                    lambda: self._current.snapshot.endpoints,
+                    deadline,
+                )
+            )
+            for view in views[:, np.newaxis]
+        ]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if len(answers) == 1:
+            return answers[0]
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
 
 def _outputs_wanted(revision: ServedRevision, *, embedding: bool) -> list[str]:

@@ -24,6 +24,7 @@ from pollard.services.preprocess.errors import (
 )
 from pollard.services.preprocess.prediction import (
     MAX_IMAGES,
+    Augmentation,
     Batch,
     Failure,
     Prediction,
@@ -140,7 +141,6 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
         selector = _selector(request.model)
         content = _content(request.image, 0)
         options = request.options
-        _check_options(options)
         async with self._deadlines.within(context) as deadline:
             prediction = await self._predictor.predict(
                 selector,
@@ -148,6 +148,7 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                 deadline=deadline,
                 top_k=options.top_k,
                 embedding=options.embedding,
+                augmentation=_augmentation(options),
             )
         return _response(prediction)
 
@@ -157,7 +158,6 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
         """Answer for several images by one revision; a bad one gets its own error."""
         selector = _selector(request.model)
         _check_count(len(request.images))
-        _check_options(request.options)
         contents: list[bytes | Failure] = []
         for index, image in enumerate(request.images):
             try:
@@ -171,6 +171,7 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                 deadline=deadline,
                 top_k=request.options.top_k,
                 embedding=request.options.embedding,
+                augmentation=_augmentation(request.options),
             )
         return vision_pb.PredictBatchResponse(
             results=[
@@ -201,7 +202,6 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
             request, selector, options = item
             response = vision_pb.PredictStreamResponse(id=request.id)
             try:
-                _check_options(options)
                 content = _content(request.image, 0)
                 async with self._deadlines.within(context) as deadline:
                     prediction = await self._predictor.predict(
@@ -210,6 +210,7 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                         deadline=deadline,
                         top_k=options.top_k,
                         embedding=options.embedding,
+                        augmentation=_augmentation(options),
                         turns=turns,
                     )
                 response.result.response.CopyFrom(_response(prediction))
@@ -259,9 +260,17 @@ def _check_count(images: int) -> None:
         )
 
 
-def _check_options(options: vision_pb.PredictOptions) -> None:
-    if options.augmentation != vision_pb.AUGMENTATION_UNSPECIFIED:
-        raise NotOffered("augmentation is not offered yet; leave options.augmentation unset")
+_AUGMENTATIONS = {
+    vision_pb.AUGMENTATION_UNSPECIFIED: Augmentation.NONE,
+    vision_pb.AUGMENTATION_FLIP: Augmentation.FLIP,
+    vision_pb.AUGMENTATION_FIVE_CROP: Augmentation.FIVE_CROP,
+}
+
+
+def _augmentation(options: vision_pb.PredictOptions) -> Augmentation:
+    if options.augmentation not in _AUGMENTATIONS:
+        raise RequestInvalid(f"options.augmentation {options.augmentation} is unknown")
+    return _AUGMENTATIONS[options.augmentation]
 
 
 def _stream_error(error: BaseException) -> preprocess_pb.StreamError:

@@ -7,6 +7,7 @@ switched meanwhile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from pollard.runtime.transforms import Pipeline
 from pollard.services.common.routing import PRODUCTION, choose_revision
 from pollard.services.preprocess.errors import (
     ModelTakesNoImages,
+    NotAugmentable,
     RequestInvalid,
     RevisionNotReady,
     RevisionUnknown,
@@ -120,6 +122,26 @@ class ServedRevision:
                 revision=self.revision,
             )
         return self.pipeline
+
+    @functools.cached_property
+    def five_crop_steps(self) -> bytes:
+        """The steps with five crops in the place of the centre crop, as workers take them.
+
+        Raises:
+            NotAugmentable: there is no centre crop.
+        """
+        manifest = bundle_pb2.Manifest(preprocess=self.manifest.preprocess)
+        for step in manifest.preprocess:
+            if step.WhichOneof("step") == "center_crop":
+                crop = step.center_crop
+                step.five_crop.CopyFrom(bundle_pb2.FiveCrop(width=crop.width, height=crop.height))
+                return manifest.SerializeToString()
+        raise NotAugmentable(
+            f"revision {self.revision} of model {self.model!r} crops no centre out of its images, "
+            "so there are no corners to crop",
+            model=self.model,
+            revision=self.revision,
+        )
 
 
 Route = tuple[tuple[int, int], ...]

@@ -114,6 +114,7 @@ def _transform(
             "dtype": result.array.dtype.str,
             "shape": result.array.shape,
             "geometry": dataclasses.asdict(result.geometry),
+            "geometries": [dataclasses.asdict(geometry) for geometry in result.geometries],
         }
         return answer, result.array.data.cast("B")
     return (

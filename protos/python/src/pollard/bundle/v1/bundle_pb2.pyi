@@ -210,7 +210,9 @@ class _InterpolationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Interpo
     INTERPOLATION_LANCZOS: _Interpolation.ValueType  # 5
     """Pillow's LANCZOS."""
     INTERPOLATION_OPENCV_AREA: _Interpolation.ValueType  # 6
-    """OpenCV's INTER_AREA: faster, not the same pixels as Pillow's BOX."""
+    """OpenCV's INTER_AREA: faster, not the same pixels as Pillow's BOX. Needs
+    opencv-python-headless on the server; without it the revision is refused.
+    """
 
 class Interpolation(_Interpolation, metaclass=_InterpolationEnumTypeWrapper):
     """Interpolation names a resampling filter. Pillow's antialiased filters are
@@ -230,7 +232,9 @@ INTERPOLATION_BOX: Interpolation.ValueType  # 4
 INTERPOLATION_LANCZOS: Interpolation.ValueType  # 5
 """Pillow's LANCZOS."""
 INTERPOLATION_OPENCV_AREA: Interpolation.ValueType  # 6
-"""OpenCV's INTER_AREA: faster, not the same pixels as Pillow's BOX."""
+"""OpenCV's INTER_AREA: faster, not the same pixels as Pillow's BOX. Needs
+opencv-python-headless on the server; without it the revision is refused.
+"""
 Global___Interpolation: _TypeAlias = Interpolation  # noqa: Y015
 
 class _Activation:
@@ -769,8 +773,8 @@ class Decode(_message.Message):
     """
     reduced_scale: _builtins.bool
     """Let the JPEG decoder scale by 1/2, 1/4 or 1/8 while decoding when the
-    result is still at least as large as the next resize. Faster, and not the
-    same pixels.
+    result is still at least as large as the next step, a resize, wants it.
+    Faster, and not the same pixels.
     """
     @_builtins.property
     def background(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -866,7 +870,8 @@ Global___CenterCrop: _TypeAlias = CenterCrop  # noqa: Y015
 @_typing.final
 class FiveCrop(_message.Message):
     """FiveCrop cuts out the four corners and the centre, in the order top left,
-    top right, bottom left, bottom right, centre.
+    top right, bottom left, bottom right, centre. An image gives five tensors and
+    five geometries; VisionService averages over them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -132,11 +132,13 @@ class TransformResponse(_message.Message):
     """
     @_builtins.property
     def tensor(self) -> Global___Tensor:
-        """The batch, images in the order of the request along the first dimension."""
+        """The batch, images in the order of the request along the first dimension;
+        five in a row for each image where the steps take five crops.
+        """
 
     @_builtins.property
     def geometries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Geometry]:
-        """Where each image went, in the order of the request."""
+        """Where each image went, in the order of the tensor."""
 
     def __init__(
         self,

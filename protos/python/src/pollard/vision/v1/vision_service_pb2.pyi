@@ -56,17 +56,23 @@ class _AugmentationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Augmenta
     AUGMENTATION_FLIP: _Augmentation.ValueType  # 1
     """The image and its mirror image."""
     AUGMENTATION_FIVE_CROP: _Augmentation.ValueType  # 2
-    """Four corners and the centre."""
+    """Four corners and the centre, in the place of the centre crop among the
+    bundle's steps; FAILED_PRECONDITION when there is none.
+    """
 
 class Augmentation(_Augmentation, metaclass=_AugmentationEnumTypeWrapper):
-    """Augmentation at test time."""
+    """Augmentation at test time: the scores, after the activation, and the embedding
+    are averaged over several views of the image.
+    """
 
 AUGMENTATION_UNSPECIFIED: Augmentation.ValueType  # 0
 """Not set; none."""
 AUGMENTATION_FLIP: Augmentation.ValueType  # 1
 """The image and its mirror image."""
 AUGMENTATION_FIVE_CROP: Augmentation.ValueType  # 2
-"""Four corners and the centre."""
+"""Four corners and the centre, in the place of the centre crop among the
+bundle's steps; FAILED_PRECONDITION when there is none.
+"""
 Global___Augmentation: _TypeAlias = Augmentation  # noqa: Y015
 
 @_typing.final
