@@ -445,6 +445,7 @@ def helpers() -> Any:
 
     class Helpers:
         Client = Client
+        FollowingServer = FollowingServer
         TIMEOUT = TIMEOUT
         graph = staticmethod(graph)
         manifest = staticmethod(manifest)

@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
@@ -63,6 +64,9 @@ class Manager:
                     self._reading = asyncio.create_task(self._drain_log(self.process.stderr))
                     return
         raise AssertionError("the manager did not start")
+
+    async def join(self, server_id: str) -> Any:
+        return await self._helpers.FollowingServer(self.client, server_id).open()
 
     @staticmethod
     async def _drain_log(log: asyncio.StreamReader) -> None:
@@ -409,3 +413,67 @@ async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
         (small_disk / "more").unlink()
         await suite.client.models.UpdateModel(update)
         assert (await suite.client.push(large)).revision.revision == 2
+
+
+async def test_a_rollout_survives_kills_at_any_moment(manager: Manager) -> None:
+    """Whatever the moment, it goes on at the step it was at, and never back to an earlier one."""
+    chance = random.Random(11)
+    await manager.start()
+    counters = {number: fleet_pb.Counters() for number in (1, 2)}
+    server = await manager.join("i1")
+    await manager.client.models.CreateRollout(
+        pb.CreateRolloutRequest(
+            parent="models/m",
+            rollout=pb.Rollout(
+                revision=2,
+                steps=[5, 25, 50, 100],
+                hold=Duration(nanos=20_000_000),
+                gates=pb.RolloutGates(min_requests=100),
+            ),
+        )
+    )
+
+    def report() -> None:
+        counters[1].succeeded += 400
+        counters[2].succeeded += 20
+        server.say(
+            report=fleet_pb.Report(
+                revisions=[
+                    fleet_pb.RevisionStatus(
+                        model=m.model,
+                        revision=r.revision,
+                        state=fleet_pb.REVISION_STATE_READY,
+                        counters=counters[r.revision],
+                    )
+                    for m in server.states[-1].models
+                    for r in m.revisions
+                ]
+            )
+        )
+
+    steps: list[int] = []
+    kills = 0
+    next_kill = asyncio.get_running_loop().time() + chance.uniform(0, 0.3)
+    async with asyncio.timeout(120):
+        while True:
+            if asyncio.get_running_loop().time() >= next_kill and kills < 4:
+                kills += 1
+                await manager.end()
+                await server.close()
+                await manager.start()
+                server = await manager.join("i1")
+                next_kill = asyncio.get_running_loop().time() + chance.uniform(0, 0.3)
+            found = await manager.client.models.GetRollout(
+                pb.GetRolloutRequest(name="models/m/rollouts/1")
+            )
+            steps.append(found.rollout.step)
+            if found.rollout.HasField("end_time"):
+                break
+            report()
+            await asyncio.sleep(0.01)
+    assert found.rollout.state == pb.Rollout.STATE_PROMOTED
+    assert steps == sorted(steps)
+    assert kills
+    alias = await manager.client.alias_when(lambda a: a.state == pb.Alias.STATE_ACTIVE)
+    assert (alias.revision, alias.previous_revision) == (2, 1)
+    await server.close()

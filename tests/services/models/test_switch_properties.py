@@ -21,8 +21,9 @@ from hypothesis.stateful import (
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.services.models import aliases
+from pollard.services.models.fleet_view import FleetView, RevisionReport, ServerView
 from pollard.services.models.store import Store
-from pollard.services.models.switch import FleetView, RevisionReport, ServerView, Switch
+from pollard.services.models.switch import Switch
 
 INFERENCE, PREPROCESS = fleet_pb.SERVER_KIND_INFERENCE, fleet_pb.SERVER_KIND_PREPROCESS
 READY, FAILED = fleet_pb.REVISION_STATE_READY, fleet_pb.REVISION_STATE_FAILED

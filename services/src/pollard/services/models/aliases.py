@@ -12,7 +12,8 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import FailedPrecondition, NotFound
 from pollard.services.models import names, registry
 from pollard.services.models.events import check_etag, record
-from pollard.services.models.schema import Alias, Draining
+from pollard.services.models.rollout_rows import drain, end, rollout_name, running
+from pollard.services.models.schema import Alias
 from pollard.services.models.store import now_us
 
 
@@ -75,7 +76,8 @@ def set_alias(
     Raises:
         NotFound: there is no such model or revision.
         Conflict: the etag is another one.
-        FailedPrecondition: the inputs differ from the current revision's.
+        FailedPrecondition: the inputs differ from the current revision's, or a
+            rollout moves the alias.
     """
     revision = registry.find_revision(session, model, number)
     row = session.get(Alias, (model, alias))
@@ -93,8 +95,9 @@ def set_alias(
         )
     else:
         check_etag(etag, row.etag, name)
+        _refuse_while_rolling_out(session, row)
         if row.revision and not allow_signature_change:
-            _check_signature(session, row, number)
+            check_signature(session, row, number)
     if number == row.pending_revision or (
         number == row.revision and not row.pending_revision and row.state != pb.Alias.STATE_FAILED
     ):
@@ -118,7 +121,25 @@ def set_alias(
     return row
 
 
-def _check_signature(session: Session, row: Alias, number: int) -> None:
+def _refuse_while_rolling_out(session: Session, row: Alias) -> None:
+    for rollout in running(session, row.model, row.name):
+        name = rollout_name(row.model, rollout.number)
+        raise FailedPrecondition(
+            f"{name} is moving {row.name!r} to revision {rollout.revision}; abort it first, or "
+            "promote it",
+            reason="ROLLOUT_RUNNING",
+            alias=alias_name(row.model, row.name),
+            rollout=name,
+        )
+
+
+def check_signature(session: Session, row: Alias, number: int) -> None:
+    """Compare the inputs of a revision with those of an alias's current one.
+
+    Raises:
+        NotFound: there is no such revision.
+        FailedPrecondition: they differ.
+    """
     current = registry.find_revision(session, row.model, row.revision, deleted=True)
     wanted = registry.find_revision(session, row.model, number)
     bundles = registry.bundles_of(session, [current, wanted])
@@ -157,7 +178,8 @@ def roll_back(session: Session, model: str, alias: str, *, etag: str, actor: str
     Raises:
         NotFound: there is no such model or alias, or the revision was deleted.
         Conflict: the etag is another one.
-        FailedPrecondition: there is nothing to go back to.
+        FailedPrecondition: there is nothing to go back to, or a rollout moves
+            the alias.
     """
     row = find_alias(session, model, alias)
     name = alias_name(model, alias)
@@ -175,7 +197,7 @@ def roll_back(session: Session, model: str, alias: str, *, etag: str, actor: str
 
 
 def delete_alias(session: Session, model: str, alias: str, *, etag: str, actor: str) -> None:
-    """Remove an alias; its revision is drained.
+    """Remove an alias; its revision is drained, and a rollout of it ends.
 
     Raises:
         NotFound: there is no such model or alias.
@@ -184,6 +206,15 @@ def delete_alias(session: Session, model: str, alias: str, *, etag: str, actor: 
     row = find_alias(session, model, alias)
     name = alias_name(model, alias)
     check_etag(etag, row.etag, name)
+    for rollout in running(session, model, alias):
+        end(
+            session,
+            rollout,
+            pb.Rollout.STATE_ROLLED_BACK,
+            actor=actor,
+            action="ROLLOUT_ABORTED",
+            detail=f"the alias {alias!r} was deleted",
+        )
     if row.revision:
         drain(session, model, row.revision)
     session.delete(row)
@@ -191,11 +222,21 @@ def delete_alias(session: Session, model: str, alias: str, *, etag: str, actor: 
     record(session, actor, "ALIAS_DELETED", name, detail, model=model)
 
 
-def drain(session: Session, model: str, number: int) -> None:
-    """Keep a revision loaded, from which a route was just taken, for requests in flight."""
-    row = session.get(Draining, (model, number))
-    if row is None:
-        session.add(Draining(model=model, revision=number))
-    else:
-        row.routes_version = None  # the clock starts anew with the next desired state
+def change_route(session: Session, row: Alias, number: int, *, actor: str) -> None:
+    """Point an alias at a revision that every server has; the one before is drained."""
+    before = row.revision
+    if before:
+        drain(session, row.model, before)
+        row.previous_revision = before
+    row.revision = number
+    row.pending_revision = 0
+    row.pending_version = None
+    row.routes_version = None
+    row.state = pb.Alias.STATE_SWITCHING
+    row.error = b""
+    row.failures = []
+    row.update_time = now_us()
+    name = alias_name(row.model, row.name)
+    detail = f"from revision {before or 'none'} to {number}"
+    row.etag = record(session, actor, "ALIAS_SWITCHED", name, detail, model=row.model)
     session.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
@@ -11,7 +12,8 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name
 from pollard.services.models.events import etag
-from pollard.services.models.schema import Alias, Bundle, Event, Model, Revision
+from pollard.services.models.rollout_rows import rollout_name
+from pollard.services.models.schema import Alias, Bundle, Event, Model, Revision, Rollout
 from pollard.services.models.verify import Progress
 
 
@@ -93,6 +95,31 @@ def verified(progress: Progress) -> pb.VerifyStoreResponse:
             )
             for each in progress.damaged
         ],
+    )
+
+
+def rollout(row: Rollout) -> pb.Rollout:
+    """Return a rollout."""
+    hold = Duration()
+    hold.FromMicroseconds(row.hold_us)
+    return pb.Rollout(
+        name=rollout_name(row.model, row.number),
+        alias=row.alias,
+        revision=row.revision,
+        base_revision=row.base_revision,
+        steps=row.steps,
+        hold=hold,
+        gates=pb.RolloutGates(
+            min_requests=row.min_requests,
+            max_error_rate=row.max_error_rate,
+            max_p99_ratio=row.max_p99_ratio,
+        ),
+        state=pb.Rollout.State.ValueType(row.state),
+        step=row.step,
+        error=status_pb2.Status.FromString(row.error) if row.error else None,
+        create_time=timestamp(row.create_time),
+        end_time=None if row.end_time is None else timestamp(row.end_time),
+        etag=etag(row.etag),
     )
 
 

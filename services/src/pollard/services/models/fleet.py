@@ -24,22 +24,19 @@ from pollard.services.common.errors import Conflict, InvalidRequest, ServiceErro
 from pollard.services.common.lifecycle import cancel
 from pollard.services.models import names
 from pollard.services.models.events import DAY_US
+from pollard.services.models.fleet_view import FleetView, Key, RevisionReport, ServerView
 from pollard.services.models.schema import Server as ServerRow
 from pollard.services.models.store import Store, now_us
-from pollard.services.models.switch import (
-    FleetView,
-    Key,
-    RevisionReport,
-    ServerView,
-    StepResult,
-    Switch,
-)
+from pollard.services.models.switch import StepResult, Switch
 
 _log = structlog.get_logger("pollard.fleet")
 
 MAX_REPORTED_REVISIONS = 10_000
 MAX_VERSION = 2**53
 RETRY_SECONDS = 1.0
+
+WATCHING_REPORT_SECONDS = 1.0
+"""Longest time between two reports while a rollout is judged by them."""
 
 
 @dataclass(eq=False)
@@ -158,7 +155,10 @@ class Connection:
             del self._nonces[old]
         if self.server.hello.kind != pb.SERVER_KIND_PREPROCESS:
             del message.inference_endpoints[:]
-        message.report_interval.FromNanoseconds(int(self._fleet.report_interval_seconds * 1e9))
+        seconds = self._fleet.report_interval_seconds
+        if self._fleet.watching:
+            seconds = min(seconds, WATCHING_REPORT_SECONDS)
+        message.report_interval.FromNanoseconds(int(seconds * 1e9))
         return message
 
     def received(self, message: pb.SyncRequest) -> None:
@@ -233,13 +233,16 @@ class Connection:
         before = (server.revisions, server.answered_before_report)
         server.revisions = {
             (entry.model, entry.revision): RevisionReport(
-                entry.state, entry.error if entry.HasField("error") else None
+                entry.state,
+                entry.error if entry.HasField("error") else None,
+                entry.counters if entry.HasField("counters") else None,
             )
             for entry in report.revisions
         }
         server.answered_before_report = max(server.acked, server.nacked)
-        # Most reports only bring new counters.
-        if (server.revisions, server.answered_before_report) != before:
+        # Most reports only bring new counters, which matter only to a rollout.
+        now = (server.revisions, server.answered_before_report)
+        if now != before or self._fleet.watching:
             self._fleet.poke()
 
 
@@ -268,6 +271,8 @@ class Fleet:
         """A stream on which nothing was heard for so long is ended."""
         self.state = pb.DesiredState()
         """The desired state in force; version 0 before :meth:`start`."""
+        self.watching = False
+        """Whether a rollout runs, so that every report counts."""
         self._store = store
         self._switch = switch
         self._lease_seconds = lease_seconds
@@ -429,6 +434,7 @@ class Fleet:
         return result
 
     def _apply(self, result: StepResult) -> None:
+        self.watching = result.watching
         if result.version == self.state.version:
             return
         self.state = result.state

@@ -97,6 +97,20 @@ def parse_alias(name: str, field: str = "name") -> tuple[str, str]:
     return check_model_id(parts[1], field), check_alias_id(parts[3], field)
 
 
+def parse_rollout(name: str, field: str = "name") -> tuple[str, int]:
+    """Return model and number of ``models/{model}/rollouts/{id}``.
+
+    Raises:
+        InvalidRequest: it is not such a name.
+    """
+    parts = name.split("/")
+    if len(parts) != 4 or parts[0] != "models" or parts[2] != "rollouts":
+        raise _refuse(field, name, "is not of the form models/{model}/rollouts/{id}")
+    if not re.fullmatch(r"[1-9][0-9]{0,14}", parts[3]):
+        raise _refuse(field, name, "does not end in the number of a rollout")
+    return check_model_id(parts[1], field), int(parts[3])
+
+
 def parse_target(name: str, field: str = "name") -> tuple[str, int | str]:
     """Return the model and a revision number or an alias, whichever ``name`` holds.
 

@@ -16,6 +16,7 @@ from pollard.runtime.tensors import protocol_name
 from pollard.services.common.errors import FailedPrecondition, InvalidRequest, NotFound
 from pollard.services.models import names
 from pollard.services.models.events import DAY_US, MANAGER, check_etag, record
+from pollard.services.models.rollout_rows import rollout_name, running
 from pollard.services.models.schema import Alias, Bundle, BundleFile, Draining, Model, Revision
 from pollard.services.models.store import now_us
 
@@ -433,7 +434,8 @@ def delete_revision(
     Raises:
         NotFound: there is no such revision.
         Conflict: the etag is another one.
-        FailedPrecondition: an alias points at it, or it is being drained.
+        FailedPrecondition: an alias points at it, a rollout moves one to it,
+            or it is being drained.
     """
     row = find_revision(session, model, number)
     name = revision_name(model, number)
@@ -450,6 +452,15 @@ def delete_revision(
             revision=name,
             aliases=",".join(users),
         )
+    for rollout in running(session, model):
+        if number == rollout.revision:
+            used_by = rollout_name(model, rollout.number)
+            raise FailedPrecondition(
+                f"{used_by} is moving {rollout.alias!r} to {name}; abort it first",
+                reason="REVISION_IN_USE",
+                revision=name,
+                rollout=used_by,
+            )
     if session.get(Draining, (model, number)) is not None:
         raise FailedPrecondition(
             f"{name} still answers requests in flight; try again when it is drained",

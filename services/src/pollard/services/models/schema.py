@@ -123,6 +123,42 @@ class Alias(Base):
     etag: Mapped[int] = mapped_column(BigInteger)
 
 
+class Rollout(Base):
+    """The way of an alias to a revision in steps, with gates."""
+
+    __tablename__ = "rollouts"
+
+    model: Mapped[str] = mapped_column(
+        ForeignKey("models.name", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    """Counts 1, 2, 3… in each model."""
+    alias: Mapped[str] = mapped_column(String(63))
+    revision: Mapped[int] = mapped_column(BigInteger)
+    base_revision: Mapped[int] = mapped_column(BigInteger)
+    steps: Mapped[list[float]] = mapped_column(JSON)
+    """Shares in percent; the last is 100."""
+    hold_us: Mapped[int] = mapped_column(BigInteger)
+    min_requests: Mapped[int] = mapped_column(BigInteger)
+    max_error_rate: Mapped[float]
+    max_p99_ratio: Mapped[float]
+    state: Mapped[int] = mapped_column(Integer)
+    """``Rollout.State`` of the contract."""
+    loaded: Mapped[bool] = mapped_column(default=False)
+    """Whether every expected server had the revision; no request goes to it before."""
+    step: Mapped[int] = mapped_column(Integer, default=0)
+    pending_version: Mapped[int | None] = mapped_column(BigInteger)
+    """First desired state that holds the revision; None until it is made."""
+    routes_version: Mapped[int | None] = mapped_column(BigInteger)
+    """First desired state with the weights of this step; None until it is made."""
+    error: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    """Serialised ``google.rpc.Status``; empty for none."""
+    creator: Mapped[str] = mapped_column(String(255))
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    end_time: Mapped[int | None] = mapped_column(BigInteger, index=True)
+    etag: Mapped[int] = mapped_column(BigInteger)
+
+
 class Draining(Base):
     """A revision that no route leads to any more, while requests may be in flight."""
 

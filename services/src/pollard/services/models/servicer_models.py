@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import unquote
+from collections.abc import AsyncIterator, Iterable, Sequence
 
-import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.models.v1 import model_service_pb2_grpc as pb_grpc
 from pollard.runtime.bundle import parse_manifest
 from pollard.services.common.errors import InvalidRequest, Unimplemented
 from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.schema import Model, Revision
+from pollard.services.models.servicer_rollouts import Context, RolloutMethods
+from pollard.services.models.servicer_rollouts import actor as actor_of
 from pollard.services.models.store import Store
 from pollard.services.models.uploads import UploadRequest, Uploads
 
-M = TypeVar("M", bound=Message)
-Context = grpc.aio.ServicerContext[Any, Any]
 
-
-class ModelServicer(pb_grpc.ModelServiceServicer):
+class ModelServicer(RolloutMethods):
     """Hands requests to registry, uploads and aliases."""
 
     def __init__(self, store: Store, blobs: Blobs, uploads: Uploads, fleet: Fleet) -> None:
-        self._store = store
+        super().__init__(store, fleet)
         self._blobs = blobs
         self._uploads = uploads
-        self._fleet = fleet
 
     # Bundles
 
@@ -49,7 +43,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
                 "the first message of an upload is its header", reason="HEADER_MISSING"
             )
         request = _decode_header(first.header)
-        uploaded = await self._uploads.receive(request, _chunks(incoming), _actor(context))
+        uploaded = await self._uploads.receive(request, _chunks(incoming), actor_of(context))
         self._fleet.poke()
         found = await self._revision(uploaded.model, uploaded.revision)
         return pb.UploadBundleResponse(revision=found, existed=uploaded.existed)
@@ -130,7 +124,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """Change description and labels."""
         model = names.parse_model(request.model.name, "model.name")
         masked = _masked(request.update_mask, request.model, ("description", "labels"))
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.UpdateModelResponse:
             row = registry.update_model(
@@ -150,7 +144,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.DeleteModelResponse:
         """Delete a model with its revisions."""
         model = names.parse_model(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.DeleteModelResponse:
             row = registry.find_model(session, model)
@@ -169,7 +163,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.UndeleteModelResponse:
         """Bring a model back."""
         model = names.parse_model(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.UndeleteModelResponse:
             row = registry.undelete_model(session, model, actor=actor)
@@ -213,7 +207,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """Change notes and labels."""
         model, number = names.parse_revision(request.revision.name, "revision.name")
         masked = _masked(request.update_mask, request.revision, ("notes", "labels"))
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.UpdateRevisionResponse:
             row = registry.update_revision(
@@ -234,7 +228,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.DeleteRevisionResponse:
         """Delete a revision."""
         model, number = names.parse_revision(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.DeleteRevisionResponse:
             row = registry.delete_revision(session, model, number, etag=request.etag, actor=actor)
@@ -247,7 +241,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.UndeleteRevisionResponse:
         """Bring a revision back."""
         model, number = names.parse_revision(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.UndeleteRevisionResponse:
             row = registry.undelete_revision(session, model, number, actor=actor)
@@ -285,7 +279,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """Store where an alias should point; the switch goes on by itself."""
         model, alias = names.parse_alias(request.name)
         number = names.check_number(str(request.revision), "revision")
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.SetAliasResponse:
             row = aliases.set_alias(
@@ -306,7 +300,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.RollbackAliasResponse:
         """Store that an alias should go back."""
         model, alias = names.parse_alias(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.RollbackAliasResponse:
             row = aliases.roll_back(session, model, alias, etag=request.etag, actor=actor)
@@ -319,7 +313,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.DeleteAliasResponse:
         """Remove an alias."""
         model, alias = names.parse_alias(request.name)
-        actor = _actor(context)
+        actor = actor_of(context)
 
         def work(session: Session) -> pb.DeleteAliasResponse:
             aliases.delete_alias(session, model, alias, etag=request.etag, actor=actor)
@@ -352,50 +346,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         )
         yield
 
-    # Rollouts
-
-    async def CreateRollout(self, request: pb.CreateRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def PauseRollout(self, request: pb.PauseRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def ResumeRollout(self, request: pb.ResumeRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
-    async def AbortRollout(self, request: pb.AbortRolloutRequest, context: Context) -> NoReturn:
-        """Not offered yet."""
-        _refuse_rollouts()
-
     # Shared
-
-    async def _change(
-        self, method: str, request: Message, work: Callable[[Session], M], kind: type[M]
-    ) -> M:
-        """Carry out a change once for its request id, and let the fleet look at it."""
-        request_id: str = request.request_id  # type: ignore[attr-defined]  # every caller's has it
-        response = await self._store.write(
-            lambda session: events.once(
-                session, method, request, request_id, lambda: work(session), kind
-            )
-        )
-        self._fleet.poke()
-        return response
 
     async def _revision(self, model: str, target: int | str) -> pb.Revision:
         """Return a revision with its manifest."""
@@ -433,14 +384,6 @@ async def _chunks(incoming: AsyncIterator[pb.UploadBundleRequest]) -> AsyncItera
         yield message.data
 
 
-def _actor(context: Context) -> str:
-    """Return who asks; without authentication that is the peer's address."""
-    peer = unquote(context.peer())
-    if peer.startswith(("ipv4:", "ipv6:")):
-        peer = peer.rpartition(":")[0]
-    return peer[:255]
-
-
 def _masked(mask: FieldMask, message: Message, allowed: Iterable[str]) -> set[str]:
     """Return which of the fields that may change are to be changed.
 
@@ -467,14 +410,6 @@ def _refuse_filter(text: str) -> None:
         raise Unimplemented(
             "filters are not offered by this version; list without one", reason="NOT_OFFERED"
         )
-
-
-def _refuse_rollouts() -> NoReturn:
-    raise Unimplemented(
-        "rollouts in steps are not offered by this version; SetAlias moves an alias at once and "
-        "RollbackAlias takes it back",
-        reason="NOT_OFFERED",
-    )
 
 
 def _model(session: Session, row: Model) -> pb.Model:

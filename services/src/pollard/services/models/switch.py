@@ -19,8 +19,8 @@ leaves the old state or the new one, and the next step goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from google.rpc import code_pb2, status_pb2
 from sqlalchemy import select
@@ -31,64 +31,15 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import DeadlineExceeded
 from pollard.services.common.status import to_proto
 from pollard.services.models import registry
-from pollard.services.models.aliases import alias_name, drain
+from pollard.services.models.aliases import alias_name, change_route
 from pollard.services.models.events import MANAGER, record
+from pollard.services.models.fleet_view import FleetView, Key, loading_of
+from pollard.services.models.rollout_rows import running, weights
+from pollard.services.models.rollout_steps import RolloutSteps
 from pollard.services.models.schema import Alias, Bundle, Draining, Meta, Revision
 from pollard.services.models.store import now_us
 
-Key = tuple[str, int]
-"""Model and revision number."""
-
 _DESIRED = "desired_state"
-
-
-@dataclass(frozen=True)
-class RevisionReport:
-    """What a server said of one revision."""
-
-    state: fleet_pb.RevisionState.ValueType
-    error: status_pb2.Status | None = None
-
-
-@dataclass(frozen=True)
-class ServerView:
-    """An expected server: connected, or gone for less than its lease."""
-
-    server_id: str
-    kind: fleet_pb.ServerKind.ValueType
-    address: str
-    connected: bool
-    serving: bool
-    """Has answered some desired state."""
-    applied_version: int = 0
-    """What it said to run when it connected."""
-    acked: int = 0
-    """Highest version acknowledged on this stream; 0 when not connected."""
-    nacked: int = 0
-    """Highest version refused on this stream."""
-    nack: status_pb2.Status | None = None
-    answered_before_report: int = 0
-    """Highest version it had answered when its last report came."""
-    revisions: Mapping[Key, RevisionReport] = field(default_factory=dict)
-
-    def report_of(self, key: Key, removed_version: int) -> RevisionReport | None:
-        """Return what it says of a revision, unless that may be old news.
-
-        A report carries no version. One that came before the server answered
-        the state that removed the revision may tell of an earlier load.
-        """
-        if self.answered_before_report < removed_version:
-            return None
-        return self.revisions.get(key)
-
-
-@dataclass(frozen=True)
-class FleetView:
-    """The expected servers at one moment."""
-
-    servers: Sequence[ServerView] = ()
-    fallback_endpoints: Sequence[tuple[str, str]] = ()
-    """Inference servers no longer expected: still better than none at all."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +52,8 @@ class StepResult:
     """It, with the endpoints, without nonce and report interval."""
     next_deadline: float | None
     """When time alone makes another step possible, by the switch's clock."""
+    watching: bool = False
+    """Whether a rollout runs, so that every report counts."""
 
 
 class Switch:
@@ -125,6 +78,9 @@ class Switch:
         # Clocks are not on disk: a restart begins them anew, which only waits longer.
         self._loading_since: dict[tuple[str, str, int, int], float] = {}
         self._draining_since: dict[tuple[str, int, int], float] = {}
+        self._rollouts = RolloutSteps(
+            load_timeout_seconds=load_timeout_seconds, settled=self._settled, clock=clock
+        )
 
     def step(self, session: Session, view: FleetView) -> StepResult:
         """Take every step that is possible now."""
@@ -138,13 +94,16 @@ class Switch:
         if seen > meta.number:
             meta.number = seen
             meta.content = b""
+        self._rollouts.observe(session, view)
         while True:
             self._publish(session, view, meta)
             if not self._advance(session, view):
                 break
         state = fleet_pb.DesiredState.FromString(meta.content)
         state.version = meta.number
-        return StepResult(meta.number, state, self._next_deadline())
+        return StepResult(
+            meta.number, state, self._next_deadline(), watching=self._rollouts.watching
+        )
 
     def _publish(self, session: Session, view: FleetView, meta: Meta) -> None:
         """Make what the tables say the desired state, with a new version if it differs."""
@@ -167,6 +126,11 @@ class Switch:
             alias.routes_version = meta.number
         for row in session.scalars(select(Draining).where(Draining.routes_version.is_(None))):
             row.routes_version = meta.number
+        for rollout in running(session):
+            if rollout.pending_version is None:
+                rollout.pending_version = meta.number
+            if rollout.loaded and rollout.routes_version is None:
+                rollout.routes_version = meta.number
         session.flush()
 
     def _advance(self, session: Session, view: FleetView) -> bool:
@@ -179,6 +143,7 @@ class Switch:
             since = loading[key] = self._loading_since.get(key, now)
             progress |= self._advance_loading(session, view, alias, now - since)
         self._loading_since = loading
+        progress |= self._rollouts.advance(session, view)
         switching = select(Alias).where(
             Alias.state == pb.Alias.STATE_SWITCHING, Alias.routes_version.is_not(None)
         )
@@ -211,14 +176,8 @@ class Switch:
             return False
         key = (alias.model, alias.pending_revision)
         revision = session.get_one(Revision, key)
-        refusals: dict[str, status_pb2.Status] = {}
-        waiting: list[str] = []
-        for server in view.servers:
-            refusal = _refusal(server, key, alias.pending_version, revision.removed_version)
-            if refusal is not None:
-                refusals[server.server_id] = refusal
-            elif not _is_ready(server, key, alias.pending_version, revision.removed_version):
-                waiting.append(server.server_id)
+        loading = loading_of(view, key, alias.pending_version, revision.removed_version)
+        refusals, waiting = loading.refusals, loading.waiting
         if refusals:
             first = next(iter(refusals))
             error = status_pb2.Status(
@@ -229,7 +188,7 @@ class Switch:
             _fail(session, alias, error, refusals)
             return True
         if not waiting:
-            _change_route(session, alias)
+            change_route(session, alias, alias.pending_revision, actor=MANAGER)
             return True
         if waited >= self._load_timeout_seconds:
             error = to_proto(
@@ -267,54 +226,20 @@ class Switch:
     def _next_deadline(self) -> float | None:
         deadlines = [since + self._load_timeout_seconds for since in self._loading_since.values()]
         deadlines += [since + self._drain_seconds for since in self._draining_since.values()]
+        deadlines += self._rollouts.deadlines()
         return min(deadlines, default=None)
 
 
-def _is_ready(server: ServerView, key: Key, pending_version: int, removed_version: int) -> bool:
-    if not server.connected:
-        return False
-    if server.acked >= pending_version:
-        return True
-    report = server.report_of(key, removed_version)
-    return report is not None and report.state == fleet_pb.REVISION_STATE_READY
-
-
-def _refusal(
-    server: ServerView, key: Key, pending_version: int, removed_version: int
-) -> status_pb2.Status | None:
-    """Return why a server refuses a revision; None when it does not."""
-    report = server.report_of(key, removed_version)
-    if report is not None:
-        if report.state == fleet_pb.REVISION_STATE_FAILED and server.acked < pending_version:
-            return report.error or server.nack or status_pb2.Status(message="no reason given")
-        return None  # a refusal of that version is about something else, or not its last word
-    if server.nacked >= pending_version > server.acked and key not in server.revisions:
-        return server.nack
-    return None
-
-
 def _routed_revisions(session: Session, model: str) -> list[Revision]:
-    numbers = select(Alias.revision).where(Alias.model == model, Alias.revision != 0)
+    numbers = set(
+        session.scalars(select(Alias.revision).where(Alias.model == model, Alias.revision != 0))
+    )
+    numbers.update(row.revision for row in running(session, model) if row.loaded)
     return list(
         session.scalars(
             select(Revision).where(Revision.model == model, Revision.number.in_(numbers))
         )
     )
-
-
-def _change_route(session: Session, alias: Alias) -> None:
-    old, new = alias.revision, alias.pending_revision
-    if old:
-        drain(session, alias.model, old)
-        alias.previous_revision = old
-    alias.revision = new
-    alias.pending_revision = 0
-    alias.pending_version = None
-    alias.routes_version = None
-    alias.state = pb.Alias.STATE_SWITCHING
-    alias.error = b""
-    alias.failures = []
-    _touch(session, alias, "ALIAS_SWITCHED", f"from revision {old or 'none'} to {new}")
 
 
 def _fail(
@@ -372,12 +297,18 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
 def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
     """Return what the tables and the fleet say, with models, revisions and aliases sorted."""
     wanted: dict[str, set[int]] = {}
-    routes: dict[str, list[tuple[str, int]]] = {}
+    routes: dict[str, list[tuple[str, list[tuple[int, int]]]]] = {}
+    rollouts = {(row.model, row.alias): row for row in running(session)}
     for alias in session.scalars(select(Alias).order_by(Alias.model, Alias.name)):
         numbers = wanted.setdefault(alias.model, set())
         numbers.update(number for number in (alias.revision, alias.pending_revision) if number)
         if alias.revision:
-            routes.setdefault(alias.model, []).append((alias.name, alias.revision))
+            rollout = rollouts.get((alias.model, alias.name))
+            targets = [(alias.revision, 1)]
+            if rollout is not None:
+                numbers.add(rollout.revision)
+                targets = weights(rollout) or targets
+            routes.setdefault(alias.model, []).append((alias.name, targets))
     for row in session.scalars(select(Draining)):
         wanted.setdefault(row.model, set()).add(row.revision)
     bundles = {
@@ -394,9 +325,10 @@ def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
         for number in sorted(wanted[model]):
             sha256, size = bundles[model, number]
             desired.revisions.add(revision=number, bundle_sha256=sha256, size_bytes=size)
-        for name, number in routes.get(model, []):
+        for name, targets in routes.get(model, []):
             route = desired.routes.add(alias=name)
-            route.targets.add(revision=number, weight=1)
+            for number, weight in targets:
+                route.targets.add(revision=number, weight=weight)
     for server_id, address in _endpoints(view):
         state.inference_endpoints.add(server_id=server_id, address=address)
     return state
