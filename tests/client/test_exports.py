@@ -56,6 +56,7 @@ EXPORTED = [
     "ResourceExhausted",
     "RetryPolicy",
     "Revision",
+    "Rollout",
     "ScoredLabel",
     "Server",
     "ServerFailure",

@@ -278,6 +278,28 @@ def damaged_file(message: model_service_pb2.DamagedFile) -> types.DamagedFile:
     )
 
 
+def rollout(message: model_service_pb2.Rollout) -> types.Rollout:
+    parts = message.name.split("/")
+    return types.Rollout(
+        model=parts[1] if len(parts) == 4 else "",
+        number=int(parts[3]) if len(parts) == 4 and parts[3].isdecimal() else 0,
+        alias=message.alias,
+        revision=message.revision,
+        base_revision=message.base_revision,
+        steps=tuple(message.steps),
+        step=message.step,
+        hold_seconds=_seconds(message.hold),
+        min_requests=message.gates.min_requests,
+        max_error_rate=message.gates.max_error_rate,
+        max_p99_ratio=message.gates.max_p99_ratio,
+        state=model_service_pb2.Rollout.State.Name(message.state).removeprefix("STATE_"),
+        error=message.error.message,
+        create_time=_time(message, "create_time"),
+        end_time=_time(message, "end_time"),
+        etag=message.etag,
+    )
+
+
 def event(message: model_service_pb2.Event) -> types.Event:
     return types.Event(
         sequence=message.sequence,

@@ -50,6 +50,13 @@ def alias_name(model: str, alias: str) -> str:
     return f"{model_name(model)}/aliases/{checked_alias(alias)}"
 
 
+def rollout_name(model: str, rollout: int) -> str:
+    """Return "models/{model}/rollouts/{n}"."""
+    if isinstance(rollout, bool) or not isinstance(rollout, int) or rollout < 1:
+        raise ValueError(f"rollout must be an integer from 1 on, not {rollout!r}")
+    return f"{model_name(model)}/rollouts/{rollout}"
+
+
 def choice_name(model: str, revision: int | None, alias: str | None) -> str:
     """Return the name of a revision, by number or alias; neither means "production"."""
     if revision is not None and alias is not None:

@@ -364,6 +364,44 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """The way of an alias to a revision in steps, with gates."""
+
+    model: str
+    """Model name."""
+    number: int
+    """Number, counting 1, 2, 3… in each model."""
+    alias: str
+    """Alias that moves."""
+    revision: int
+    """Revision that it moves to."""
+    base_revision: int
+    """Revision that it moves from."""
+    steps: tuple[float, ...]
+    """Shares of the steps in percent; the last is 100."""
+    step: int
+    """Index of the current step."""
+    hold_seconds: float
+    """How long each step lasts at least."""
+    min_requests: int
+    """Requests to the revision that each step must have seen."""
+    max_error_rate: float
+    """Largest rate of failed requests, 0 to 1."""
+    max_p99_ratio: float
+    """Largest ratio of the 99th percentiles of the latency to the base revision's."""
+    state: str
+    """CANARY, PAUSED, PROMOTED or ROLLED_BACK."""
+    error: str
+    """Which gate failed, with numbers, or which server refused; empty otherwise."""
+    create_time: datetime | None
+    """When it began, in UTC."""
+    end_time: datetime | None
+    """When it ended, in UTC; None while it goes on."""
+    etag: str
+    """Changes with every change."""
+
+
+@dataclass(frozen=True)
 class Event:
     """One change in the registry."""
 

@@ -13,6 +13,7 @@ import typer
 
 from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
 from pollard.client._names import checked_alias, checked_model
+from pollard.client.cli import rollout
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -39,6 +40,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+rollout.register(app)
 
 Server = ModelsServerOption
 _TIMEOUT = 30.0
