@@ -148,3 +148,9 @@ def make_bundle(tmp_path: Path) -> BundleMaker:
 def make_linear_model() -> Callable[..., bytes]:
     """:func:`linear_model`: an ONNX file with uint8 NHWC input."""
     return linear_model
+
+
+@pytest.fixture
+def make_golden() -> Callable[..., bytes]:
+    """:func:`golden_archive`: what an ONNX file answers for some images."""
+    return golden_archive

@@ -28,6 +28,17 @@ from pollard.preprocess.v1 import preprocess_service_pb2
 from pollard.vision.v1 import vision_service_pb2
 
 ALIAS_METADATA_KEY = "pollard-alias"
+STICKY_METADATA_KEY = "pollard-sticky-key"
+
+
+def sticky_metadata(key: str) -> str:
+    """Return a sticky key as metadata can carry it, or raise ValueError when it cannot."""
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise ValueError(
+            f"sticky key {key!r} is not valid here: metadata carries printable ASCII, without "
+            "spaces at either end"
+        )
+    return key
 
 
 # --- vision and preprocess ------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class InferenceClient(BaseClient):
         alias: str | None = None,
         outputs: Sequence[str] | None = None,
         request_id: str = "",
+        sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> InferResult:
         """Run a model once.
@@ -52,6 +53,7 @@ class InferenceClient(BaseClient):
             alias: Alias to ask; by default "production".
             outputs: Outputs wanted, by name; by default all.
             request_id: Given back in the answer.
+            sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
         Raises:
@@ -63,7 +65,11 @@ class InferenceClient(BaseClient):
         """
         if version is not None and alias is not None:
             raise ValueError("give a version or an alias, not both")
-        metadata = () if alias is None else ((_convert.ALIAS_METADATA_KEY, checked_alias(alias)),)
+        metadata: tuple[tuple[str, str], ...] = ()
+        if alias is not None:
+            metadata += ((_convert.ALIAS_METADATA_KEY, checked_alias(alias)),)
+        if sticky_key is not None:
+            metadata += ((_convert.STICKY_METADATA_KEY, _convert.sticky_metadata(sticky_key)),)
         request = _convert.infer_request(model, inputs, version, outputs, request_id)
         response = self._call(
             f"{_SERVICE}/ModelInfer", self._stub.ModelInfer, request, timeout, metadata
