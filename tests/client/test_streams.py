@@ -74,11 +74,15 @@ def test_batch_holds_answers_and_errors_in_order(runner: Any, address: str, scri
         for image in request.images:
             put_answer(response.results.add(), image.content)
         assert (request.options.top_k, request.model.alias) == (2, "canary")
+        assert request.options.augmentation == vision_service_pb2.AUGMENTATION_FLIP
         return response
 
     scripted.on("PredictBatch", answer)
     first, second, third = runner.call(
-        "vision", address, "predict_batch", [b"a", b"bad", b"c"], "m", alias="canary", top_k=2
+        *("vision", address, "predict_batch", [b"a", b"bad", b"c"], "m"),
+        alias="canary",
+        top_k=2,
+        augmentation="flip",
     )
     assert (first.model, third.model) == ("a", "c")
     assert isinstance(second, InvalidArgument)
@@ -146,3 +150,11 @@ def test_a_stream_may_be_left_early(stream: Any, scripted: Any) -> None:
     scripted.on("PredictStream", answer)
     assert len(stream("predict_stream", endless(), take=3)) == 3
     assert ended.wait(20)
+
+
+def test_an_augmentation_that_is_none_is_refused_before_anything_is_sent(
+    runner: Any, address: str, scripted: Any
+) -> None:
+    with pytest.raises(ValueError, match="five_crop"):
+        runner.call("vision", address, "predict", b"a", "m", augmentation="rotate")
+    assert scripted.calls == []

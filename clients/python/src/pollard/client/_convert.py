@@ -63,10 +63,23 @@ def image(source: ImageLike) -> preprocess_service_pb2.Image:
     return preprocess_service_pb2.Image(content=encoded(source))
 
 
-def options(top_k: int | None, embedding: bool) -> vision_service_pb2.PredictOptions:
+_AUGMENTATIONS = {
+    None: vision_service_pb2.AUGMENTATION_UNSPECIFIED,
+    "flip": vision_service_pb2.AUGMENTATION_FLIP,
+    "five_crop": vision_service_pb2.AUGMENTATION_FIVE_CROP,
+}
+
+
+def options(
+    top_k: int | None, embedding: bool, augmentation: str | None
+) -> vision_service_pb2.PredictOptions:
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be 1 or more, not {top_k}")
-    return vision_service_pb2.PredictOptions(top_k=top_k or 0, embedding=embedding)
+    if augmentation not in _AUGMENTATIONS:
+        raise ValueError(f'augmentation must be "flip" or "five_crop", not {augmentation!r}')
+    return vision_service_pb2.PredictOptions(
+        top_k=top_k or 0, embedding=embedding, augmentation=_AUGMENTATIONS[augmentation]
+    )
 
 
 def prediction(response: vision_service_pb2.PredictResponse) -> types.Prediction:

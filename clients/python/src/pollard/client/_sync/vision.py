@@ -45,6 +45,7 @@ class VisionClient(BaseClient):
         alias: str | None = None,
         top_k: int | None = None,
         embedding: bool = False,
+        augmentation: str | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> Prediction:
@@ -58,6 +59,8 @@ class VisionClient(BaseClient):
             alias: Alias to ask; by default "production".
             top_k: Number of labels; by default what the bundle says.
             embedding: Also give the embedding, where the bundle has one.
+            augmentation: Average over the image and its mirror image with "flip", over corners and
+                centre with "five_crop"; by default neither.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -71,7 +74,7 @@ class VisionClient(BaseClient):
         request = vision_service_pb2.PredictRequest(
             model=_convert.selector(model, revision, alias, sticky_key),
             image=_convert.image(image),
-            options=_convert.options(top_k, embedding),
+            options=_convert.options(top_k, embedding, augmentation),
         )
         name = "/pollard.vision.v1.VisionService/Predict"
         return _convert.prediction(self._call(name, self._vision.Predict, request, timeout))
@@ -85,6 +88,7 @@ class VisionClient(BaseClient):
         alias: str | None = None,
         top_k: int | None = None,
         embedding: bool = False,
+        augmentation: str | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> list[Prediction | RequestFailed]:
@@ -100,6 +104,8 @@ class VisionClient(BaseClient):
             alias: Alias to ask; by default "production".
             top_k: Number of labels; by default what the bundle says.
             embedding: Also give the embeddings, where the bundle has one.
+            augmentation: Average over the image and its mirror image with "flip", over corners and
+                centre with "five_crop"; by default neither.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -115,7 +121,7 @@ class VisionClient(BaseClient):
                 preprocess_service_pb2.Image(content=content)
                 for content in _images.encoded_all(images)
             ],
-            options=_convert.options(top_k, embedding),
+            options=_convert.options(top_k, embedding, augmentation),
         )
         response = self._call(_PREDICT_BATCH, self._vision.PredictBatch, request, timeout)
         return [
@@ -132,6 +138,7 @@ class VisionClient(BaseClient):
         alias: str | None = None,
         top_k: int | None = None,
         embedding: bool = False,
+        augmentation: str | None = None,
         sticky_key: str | None = None,
         timeout: float = _STREAM_TIMEOUT_SECONDS,
     ) -> Iterator[Prediction | RequestFailed]:
@@ -148,6 +155,8 @@ class VisionClient(BaseClient):
             alias: Alias to ask; by default "production".
             top_k: Number of labels; by default what the bundle says.
             embedding: Also give the embeddings, where the bundle has one.
+            augmentation: Average over the image and its mirror image with "flip", over corners and
+                centre with "five_crop"; by default neither.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline of the whole stream in seconds.
 
@@ -157,7 +166,7 @@ class VisionClient(BaseClient):
             OSError: A path cannot be read.
         """
         selector = _convert.selector(model, revision, alias, sticky_key)
-        options = _convert.options(top_k, embedding)
+        options = _convert.options(top_k, embedding, augmentation)
 
         def request(image: _images.ImageLike) -> vision_service_pb2.PredictStreamRequest:
             return vision_service_pb2.PredictStreamRequest(

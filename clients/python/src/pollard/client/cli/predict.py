@@ -63,6 +63,14 @@ def predict(
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="K", min=1, help="Number of labels.")
     ] = None,
+    augmentation: Annotated[
+        str | None,
+        typer.Option(
+            "--augment",
+            metavar="flip|five_crop",
+            help="Average over the image and its mirror image, or over five crops.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     server: Annotated[
         str,
@@ -79,12 +87,19 @@ def predict(
     """Ask a model about images. A bad image does not keep the others from being answered."""
     if revision is not None and alias is not None:
         raise typer.BadParameter("give --revision or --alias, not both")
+    if augmentation not in (None, "flip", "five_crop"):
+        raise typer.BadParameter("--augment is flip or five_crop")
     answers: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     failed = 0
     with VisionClient(server, timeout=timeout) as client:
         ask = functools.partial(
-            client.predict_batch, model=model, revision=revision, alias=alias, top_k=top_k
+            client.predict_batch,
+            model=model,
+            revision=revision,
+            alias=alias,
+            top_k=top_k,
+            augmentation=augmentation,
         )
         for image, answer in _answers(images, ask):
             if not isinstance(answer, Prediction):
