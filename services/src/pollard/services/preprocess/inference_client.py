@@ -127,8 +127,11 @@ class InferenceClient:
             InferenceFailed: the server failed, or its answer makes no sense.
         """
         request = _encode(work)
-        patient_until = min(deadline, asyncio.get_running_loop().time() + _PATIENCE_SECONDS)
+        clock = asyncio.get_running_loop().time
+        last_call = deadline - _MARGIN_SECONDS
+        patient_until = min(last_call, clock() + _PATIENCE_SECONDS)
         pause = _FIRST_PAUSE_SECONDS
+        words = ""
         while True:
             known = endpoints()
             if not known:
@@ -137,8 +140,10 @@ class InferenceClient:
                 )
             self._turn += 1
             gone = 0
-            words = ""
             for step in range(len(known)):
+                if words and clock() >= last_call:
+                    # What the servers said tells more than that the time is over.
+                    raise _unavailable(work, words)
                 address = known[(self._turn + step) % len(known)]
                 try:
                     return _decode(work, await self._call(address, request, deadline))
@@ -152,14 +157,8 @@ class InferenceClient:
             if gone == len(known):
                 raise RevisionGone
             pause_now = pause * random.uniform(0.5, 1.5)
-            if asyncio.get_running_loop().time() + pause_now >= patient_until:
-                raise InferenceUnavailable(
-                    f"no inference server could run revision {work.revision} of model "
-                    f"{work.model!r} now; the last one said: {words}",
-                    model=work.model,
-                    revision=work.revision,
-                    details=words,
-                )
+            if clock() + pause_now >= patient_until:
+                raise _unavailable(work, words)
             await asyncio.sleep(pause_now)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -173,6 +172,16 @@ class InferenceClient:
             self._channels[address] = (channel, channel.unary_unary(_METHOD))
         answer: bytes = await self._channels[address][1](request, timeout=left)
         return answer
+
+
+def _unavailable(work: Work, words: str) -> InferenceUnavailable:
+    return InferenceUnavailable(
+        f"no inference server could run revision {work.revision} of model {work.model!r} now; "
+        f"the last one said: {words}",
+        model=work.model,
+        revision=work.revision,
+        details=words,
+    )
 
 
 def _encode(work: Work) -> bytes:
