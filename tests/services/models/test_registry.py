@@ -393,8 +393,6 @@ async def test_what_comes_later_says_so(suite: Any, refused: Any) -> None:
             pass
 
     assert await refused(watch(), CODE.UNIMPLEMENTED) == "NOT_OFFERED"
-    filtered = models.ListModels(pb.ListModelsRequest(filter="a=b"))
-    assert await refused(filtered, CODE.UNIMPLEMENTED) == "NOT_OFFERED"
 
 
 async def test_everything_is_there_after_a_restart(suite: Any, bundles: Any) -> None:

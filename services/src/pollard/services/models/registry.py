@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.runtime.tensors import protocol_name
-from pollard.services.common.errors import FailedPrecondition, InvalidRequest, NotFound
-from pollard.services.models import names
+from pollard.services.common.errors import FailedPrecondition, NotFound
+from pollard.services.models import filters, names
 from pollard.services.models.events import DAY_US, MANAGER, check_etag, record
 from pollard.services.models.rollout_rows import rollout_name, running
 from pollard.services.models.schema import Alias, Bundle, BundleFile, Draining, Model, Revision
@@ -85,30 +85,35 @@ def find_model(session: Session, model: str, *, deleted: bool = False) -> Model:
 
 
 def list_models(
-    session: Session, *, page_size: int, page_token: str, show_deleted: bool, order_by: str
+    session: Session,
+    *,
+    page_size: int,
+    page_token: str,
+    show_deleted: bool,
+    order_by: str,
+    filter_text: str,
 ) -> tuple[list[Model], str]:
     """Return a page of models and the token of the next page.
 
     Raises:
-        InvalidRequest: page size, token or order is not valid.
+        InvalidRequest: page size, token, order or filter is not valid.
     """
     limit = names.page_limit(page_size)
-    field, _, direction = (order_by.strip() or "name").partition(" ")
     columns = {
         "name": Model.name,
         "create_time": Model.create_time,
         "update_time": Model.update_time,
     }
-    if field not in columns or direction.strip() not in ("", "asc", "desc"):
-        raise InvalidRequest(
-            f"order_by {order_by!r} is not name, create_time or update_time, with or without desc",
-            reason="ORDER_INVALID",
-            order_by=order_by,
-        )
-    column, down = columns[field], direction.strip() == "desc"
-    query = {"list": "models", "deleted": show_deleted, "order": [field, down]}
+    field, down = filters.parse_order(order_by, columns, "name")
+    column = columns[field]
+    query = {
+        "list": "models",
+        "deleted": show_deleted,
+        "order": [field, down],
+        "filter": filter_text,
+    }
     last = names.read_page_token(query, page_token, 2)
-    statement = select(Model).limit(limit + 1)
+    statement = select(Model).where(*filters.model_conditions(filter_text)).limit(limit + 1)
     statement = statement.order_by(
         column.desc() if down else column, Model.name.desc() if down else Model.name
     )
@@ -272,30 +277,54 @@ def resolve(session: Session, model: str, target: int | str, *, deleted: bool = 
 
 
 def list_revisions(
-    session: Session, model: str, *, page_size: int, page_token: str, show_deleted: bool
+    session: Session,
+    model: str,
+    *,
+    page_size: int,
+    page_token: str,
+    show_deleted: bool,
+    order_by: str,
+    filter_text: str,
 ) -> tuple[list[Revision], str]:
-    """Return a page of revisions, newest first, and the token of the next page.
+    """Return a page of revisions, newest first by default, and the token of the next page.
 
     Raises:
         NotFound: there is no such model.
-        InvalidRequest: page size or token is not valid.
+        InvalidRequest: page size, token, order or filter is not valid.
     """
     find_model(session, model, deleted=show_deleted)
     limit = names.page_limit(page_size)
-    query = {"list": "revisions", "model": model, "deleted": show_deleted}
-    last = names.read_page_token(query, page_token, 1)
+    columns = {"revision": Revision.number, "create_time": Revision.create_time}
+    field, down = filters.parse_order(order_by, columns, "revision desc")
+    column = columns[field]
+    query = {
+        "list": "revisions",
+        "model": model,
+        "deleted": show_deleted,
+        "order": [field, down],
+        "filter": filter_text,
+    }
+    last = names.read_page_token(query, page_token, 2)
     statement = (
         select(Revision)
-        .where(Revision.model == model)
-        .order_by(Revision.number.desc())
+        .where(Revision.model == model, *filters.revision_conditions(filter_text))
+        .order_by(
+            column.desc() if down else column,
+            Revision.number.desc() if down else Revision.number,
+        )
         .limit(limit + 1)
     )
     if not show_deleted:
         statement = statement.where(Revision.delete_time.is_(None))
     if last is not None:
-        statement = statement.where(Revision.number < last[0])
+        key = tuple_(column, Revision.number)
+        statement = statement.where(key < tuple(last) if down else key > tuple(last))
     found = list(session.scalars(statement))
-    token = names.make_page_token(query, [found[limit - 1].number]) if len(found) > limit else ""
+    token = ""
+    if len(found) > limit:
+        end = found[limit - 1]
+        value = end.number if field == "revision" else end.create_time
+        token = names.make_page_token(query, [value, end.number])
     return found[:limit], token
 
 

@@ -100,7 +100,6 @@ class ModelServicer(RolloutMethods):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """List models."""
-        _refuse_filter(request.filter)
 
         def work(session: Session) -> pb.ListModelsResponse:
             found, token = registry.list_models(
@@ -109,6 +108,7 @@ class ModelServicer(RolloutMethods):
                 page_token=request.page_token,
                 show_deleted=request.show_deleted,
                 order_by=request.order_by,
+                filter_text=request.filter,
             )
             by_model = registry.aliases_of(session, [row.name for row in found])
             return pb.ListModelsResponse(
@@ -185,7 +185,6 @@ class ModelServicer(RolloutMethods):
     ) -> pb.ListRevisionsResponse:
         """List revisions, newest first."""
         model = names.parse_model(request.parent, "parent")
-        _refuse_filter(request.filter)
 
         def work(session: Session) -> pb.ListRevisionsResponse:
             found, token = registry.list_revisions(
@@ -194,6 +193,8 @@ class ModelServicer(RolloutMethods):
                 page_size=request.page_size,
                 page_token=request.page_token,
                 show_deleted=request.show_deleted,
+                order_by=request.order_by,
+                filter_text=request.filter,
             )
             return pb.ListRevisionsResponse(
                 revisions=_encode_revisions(session, model, found), next_page_token=token
@@ -403,13 +404,6 @@ def _masked(mask: FieldMask, message: Message, allowed: Iterable[str]) -> set[st
                 path=path[:200],
             )
     return set(mask.paths)
-
-
-def _refuse_filter(text: str) -> None:
-    if text:
-        raise Unimplemented(
-            "filters are not offered by this version; list without one", reason="NOT_OFFERED"
-        )
 
 
 def _model(session: Session, row: Model) -> pb.Model:

@@ -798,7 +798,13 @@ class ListModelsRequest(_message.Message):
     show_deleted: _builtins.bool
     """Also those that are deleted."""
     filter: _builtins.str
-    """AIP-160 filter over name and labels; empty for all."""
+    """Filter over `name` and `labels`; empty for all. A part of AIP-160:
+    comparisons joined by AND, such as
+    `labels.team = "eyes" AND labels:reviewed`. `labels:KEY` and
+    `labels.KEY:*` ask for a label whatever its value. Keys and values of
+    other characters than letters are put in quotes. What else AIP-160 knows
+    (OR, NOT, parentheses, wildcards, order) fails with INVALID_ARGUMENT.
+    """
     order_by: _builtins.str
     """"name" (default), "create_time" or "update_time", with " desc" for the
     other way.
@@ -1073,6 +1079,7 @@ class ListRevisionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     SHOW_DELETED_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """"models/{model}"."""
     page_size: _builtins.int
@@ -1084,7 +1091,13 @@ class ListRevisionsRequest(_message.Message):
     show_deleted: _builtins.bool
     """Also those that are deleted."""
     filter: _builtins.str
-    """AIP-160 filter over labels and state; empty for all."""
+    """Filter over `state`, such as `state = READY`, `creator`, `bundle_sha256`
+    and `labels`, as in ListModelsRequest; empty for all.
+    """
+    order_by: _builtins.str
+    """"revision" or "create_time", with " desc" for the other way; empty means
+    "revision desc".
+    """
     def __init__(
         self,
         *,
@@ -1093,10 +1106,11 @@ class ListRevisionsRequest(_message.Message):
         page_token: _builtins.str = ...,
         show_deleted: _builtins.bool = ...,
         filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "show_deleted", b"show_deleted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

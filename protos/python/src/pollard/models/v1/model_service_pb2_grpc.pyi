@@ -93,7 +93,7 @@ class ModelServiceStub:
     GetRevision: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetRevisionRequest, _model_service_pb2.GetRevisionResponse]
     """GetRevision gets one revision with its manifest."""
     ListRevisions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListRevisionsRequest, _model_service_pb2.ListRevisionsResponse]
-    """ListRevisions lists the revisions of a model, newest first."""
+    """ListRevisions lists the revisions of a model, by default newest first."""
     UpdateRevision: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UpdateRevisionRequest, _model_service_pb2.UpdateRevisionResponse]
     """UpdateRevision changes notes and labels."""
     DeleteRevision: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteRevisionRequest, _model_service_pb2.DeleteRevisionResponse]
@@ -209,7 +209,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetRevision: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetRevisionRequest, _model_service_pb2.GetRevisionResponse]  # type: ignore[assignment]
     """GetRevision gets one revision with its manifest."""
     ListRevisions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListRevisionsRequest, _model_service_pb2.ListRevisionsResponse]  # type: ignore[assignment]
-    """ListRevisions lists the revisions of a model, newest first."""
+    """ListRevisions lists the revisions of a model, by default newest first."""
     UpdateRevision: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UpdateRevisionRequest, _model_service_pb2.UpdateRevisionResponse]  # type: ignore[assignment]
     """UpdateRevision changes notes and labels."""
     DeleteRevision: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteRevisionRequest, _model_service_pb2.DeleteRevisionResponse]  # type: ignore[assignment]
@@ -388,7 +388,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListRevisionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListRevisionsResponse, _abc.Awaitable[_model_service_pb2.ListRevisionsResponse]]:
-        """ListRevisions lists the revisions of a model, newest first."""
+        """ListRevisions lists the revisions of a model, by default newest first."""
 
     @_abc_1.abstractmethod
     def UpdateRevision(
