@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import io
 import os
 import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.errors import (
@@ -202,10 +205,33 @@ async def test_more_than_may_wait_is_refused_at_once(start_pool, make_picture):
 
 
 async def test_an_image_that_needs_more_memory_than_allowed_is_too_large(start_pool, make_picture):
-    pool = await start_pool(memory_bytes=256 * 1024**2)
+    pool = await start_pool(memory_bytes=256 * 1024**2, max_image_pixels=100_000_000)
     with pytest.raises(ImageTooLarge, match="memory"):
         await pool.transform(STEPS, make_picture(width=9000, height=9000))
     assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+
+
+def peak_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+async def test_large_jpegs_are_decoded_within_300_mb_or_refused(start_pool, make_picture):
+    pool = await start_pool()
+    (pid,) = pool.pids
+    await pool.transform(STEPS, make_picture())
+    idle = peak_bytes(pid)
+    for side in (10_000, 6_000):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        file = io.BytesIO()
+        Image.new("L", (side, side), 90).convert("RGB").save(file, "JPEG", exif=exif)
+        if side * side > pool.limits.max_image_pixels:
+            with pytest.raises(ImageTooLarge, match="10000 × 10000"):
+                await pool.transform(STEPS, file.getvalue())
+        else:
+            assert (await pool.transform(STEPS, file.getvalue())).array.shape == (12, 16, 3)
+    assert peak_bytes(pid) - idle < 300e6
+    assert pool.pids == [pid]
 
 
 def test_workers_end_with_their_parent():

@@ -51,8 +51,10 @@ class ImageLimits:
 
     max_bytes: int = 32 * 1024**2
     """Largest encoded file, in bytes."""
-    max_pixels: int = 100_000_000
-    """Most pixels, width times height: of the file, and of any size in between."""
+    max_pixels: int = 36_000_000
+    """Most pixels, width times height: of the file, and of any size in between. Pillow
+    takes 4 bytes for a pixel, and twice that while it turns the image upright: a JPEG
+    of this size is decoded within 300 MB."""
     max_pixels_per_byte: int = 10_000
     """Most pixels for each byte of the file, beyond one megapixel. Blank pages have
     up to 8,000; files with more are made to cost more than they do to send."""

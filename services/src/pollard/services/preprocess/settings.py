@@ -43,7 +43,11 @@ class PreprocessSettings(ServiceSettings):
         2 * 1024**3, ge=256 * 1024**2, description="Largest address space of a decode worker."
     )
     max_image_bytes: int = Field(32 * 1024**2, ge=1, description="Largest encoded image, in bytes.")
-    max_image_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image.")
+    max_image_pixels: int = Field(
+        36_000_000,
+        ge=1,
+        description="Most pixels of an image; each takes 8 to 16 bytes while it is decoded.",
+    )
     max_pixels_per_byte: int = Field(
         10_000,
         ge=1,

@@ -40,7 +40,7 @@ class WorkerLimits:
 
     max_image_bytes: int = 32 * 1024**2
     """Largest encoded image, in bytes."""
-    max_image_pixels: int = 100_000_000
+    max_image_pixels: int = 36_000_000
     """Most pixels of an image."""
     max_pixels_per_byte: int = 10_000
     """Most pixels for each byte of an encoded image, beyond one megapixel."""

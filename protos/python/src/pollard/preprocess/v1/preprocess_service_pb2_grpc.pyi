@@ -32,7 +32,7 @@ class PreprocessServiceStub:
 
     Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
     or, where the server's Pillow has it, AVIF; they are recognised by their
-    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    content. Limits, all configurable: 32 MiB and 36 megapixels an image, 10,000
     pixels for each byte beyond one megapixel, 10 s to decode. An image that is
     empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
@@ -60,7 +60,7 @@ class PreprocessServiceAsyncStub(PreprocessServiceStub):
 
     Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
     or, where the server's Pillow has it, AVIF; they are recognised by their
-    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    content. Limits, all configurable: 32 MiB and 36 megapixels an image, 10,000
     pixels for each byte beyond one megapixel, 10 s to decode. An image that is
     empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
@@ -84,7 +84,7 @@ class PreprocessServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Images are JPEG, PNG, WebP, GIF (the first frame), TIFF (the first page), BMP
     or, where the server's Pillow has it, AVIF; they are recognised by their
-    content. Limits, all configurable: 32 MiB and 100 megapixels an image, 10,000
+    content. Limits, all configurable: 32 MiB and 36 megapixels an image, 10,000
     pixels for each byte beyond one megapixel, 10 s to decode. An image that is
     empty, damaged, too large or none at all fails with INVALID_ARGUMENT
     and one google.rpc.ErrorInfo that says which. Nothing is stored or logged.
