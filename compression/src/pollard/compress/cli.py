@@ -66,9 +66,34 @@ def register(app: typer.Typer) -> None:
 
 
 def compress(
-    model: _Model,
-    data: _Data,
-    out: _Out,
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="zoo:NAME, or package.module:factory; or in the recipe.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="As for the other commands; or in the recipe.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of the bundle.", show_default=False)
+    ] = None,
+    recipe_path: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Recipe in YAML or JSON; flags go before what it says."),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option("--init", help="Write a commented recipe with these flags, and end."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, if it can be, and how long."),
+    ] = False,
     weights: _Weights = "",
     target: Annotated[
         str, typer.Option("--target", help="cpu-int8 (float files compete, too) or cpu-fp32.")
@@ -116,31 +141,76 @@ def compress(
     faster than the parent.
     """
     with _errors(json_file) as console:
+        from pollard.compress import recipe_file
+        from pollard.compress.errors import UsageInvalid
+
+        flags = {
+            "model": model,
+            "data": data,
+            "weights": weights,
+            "target": target,
+            "prune": prune,
+            "max_drop": max_drop,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "calibration_images": calibration_images,
+            "vnni": vnni,
+            "max_train_images": train_images,
+            "keep_whole": tuple(keep_whole or ()),
+            "seed": seed,
+            "threads": threads,
+        }
+        fields = recipe_file.read(recipe_path) if recipe_path else {}
+        if fields.get("spec") is not None:
+            fields["spec"] = recipe_file.make_spec(fields["spec"])
+        fields |= {
+            _FIELD_OF.get(name, name): flags[_FIELD_OF.get(name, name)]
+            for name in context.params
+            if _given(context, name) and _FIELD_OF.get(name, name) in flags
+        }
+        if (size := _spec(input_size, mean, std)) is not None:
+            fields["spec"] = size
+        if init is not None:
+            if init.exists() and not force:
+                raise UsageInvalid(f"{init} exists; choose another name, or --force to replace it")
+            from pollard.compress.recipe import Recipe
+
+            Recipe(**{"model": "", "data": "", "weights": "", **fields})
+            init.write_text(recipe_file.render(fields), encoding="utf-8")
+            console.print(f"Recipe: {init}", highlight=False)
+            return
+        for name, flag in (("model", "MODEL"), ("data", "--data")):
+            if not fields.get(name):
+                raise UsageInvalid(f"give {flag}, or a --recipe that has {name}")
+        if out is None and not dry_run:
+            raise UsageInvalid("give --out, the directory of the bundle")
         from pollard.compress import pipeline
         from pollard.compress.recipe import Recipe
 
-        recipe = Recipe(
-            model=model,
-            data=data,
-            weights=weights,
-            target=target,  # type: ignore[arg-type]  # the recipe checks it
-            prune=prune,
-            max_drop=max_drop,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            calibration_images=calibration_images,
-            vnni=vnni,
-            max_train_images=train_images,
-            keep_whole=tuple(keep_whole or ()),
-            seed=seed,
-            threads=threads,
-            spec=_spec(input_size, mean, std),
-        )
+        recipe = Recipe(**{"weights": "", **fields})
+        if dry_run:
+            from pollard.compress.plan import make_plan
+
+            plan = make_plan(recipe)
+            for line in plan.lines(recipe):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(0 if plan.speed_is_met else 3)
+        if out is None:
+            return
         result = pipeline.compress(recipe, out, force=force, reporter=_reporter(console))
         _write_json(json_file, result.report)
         _print_comparison(console, result.report)
         console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
+
+
+# Parameters of the command that are called otherwise in recipes.
+_FIELD_OF = {"train_images": "max_train_images"}
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def bundle(

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pollard.compress.errors import UsageInvalid
+from pollard.compress.recipe_file import SCHEMA_VERSION
 from pollard.compress.spec import InputSpec
 
 Target = Literal["cpu-int8", "cpu-fp32"]
 TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)

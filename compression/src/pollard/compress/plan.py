@@ -1,0 +1,172 @@
+"""What a run would do, how long it would take, and whether its goal can be met.
+
+Latency hardly depends on what the weights are: the untrained pruned model is timed as
+it would be served. What accuracy recovery reaches cannot be known before, and is not guessed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pollard.compress.candidates import build
+from pollard.compress.data import Part, split_items
+from pollard.compress.errors import DataInvalid
+from pollard.compress.export import probe_images
+from pollard.compress.macs import total_macs
+from pollard.compress.models import LoadedModel, load_model, resolve
+from pollard.compress.pipeline import require_weights, torch_threads
+from pollard.compress.prune import Pruned, prune
+from pollard.compress.quantize import QuantizeConfig
+from pollard.compress.recipe import Recipe
+from pollard.compress.sources import open_source
+from pollard.compress.verify import MIN_SPEEDUP
+from pollard.runtime.machine import Machine
+from pollard.runtime.measure import Ratio, interleaved, ratio
+from pollard.runtime.sessions import open_session
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`make_plan` found."""
+
+    images: dict[str, int]
+    """Images by part, as listed; none has been decoded."""
+    classes: int
+    epochs: int
+    macs: int
+    pruned: Pruned | None
+    speedups: dict[str, Ratio]
+    """Candidate → how many times faster than the parent's float file."""
+    recovery_seconds: float
+    other_seconds: float
+    """Everything but recovery, roughly: export, quantization and measuring."""
+
+    @property
+    def speed_is_met(self) -> bool:
+        """Whether some candidate is faster than the parent."""
+        return any(found.lower >= MIN_SPEEDUP for found in self.speedups.values())
+
+    def lines(self, recipe: Recipe) -> list[str]:
+        """Return the plan in words."""
+        told = [
+            f"Model {recipe.model}, {self.macs:,} MACs, {self.classes} classes; images: "
+            + ", ".join(f"{count} {name}" for name, count in self.images.items())
+        ]
+        if self.pruned is None:
+            told.append("Pruning: none asked for")
+        else:
+            told.append(
+                f"Pruning: {recipe.prune:.0%} of the MACs asked for, {self.pruned.removed:.1%} can "
+                f"be removed with widths in steps of {self.pruned.rounding}"
+            )
+            told += [
+                f"  {group.name}: {group.width} → {group.kept} channels"
+                for group in self.pruned.groups
+                if group.kept < group.width
+            ]
+            told += [f"  {name} stays whole: {why}" for name, why in self.pruned.left_whole.items()]
+            told.append(f"Recovery: {self.epochs} epochs")
+        told += [
+            f"Speed of {name} before recovery: {found.estimate:.2f} × the parent "
+            f"(lower bound {found.lower:.2f})"
+            for name, found in self.speedups.items()
+        ]
+        told.append(
+            f"Faster than the parent (lower bound {MIN_SPEEDUP:g}): "
+            + ("can be met" if self.speed_is_met else "CANNOT be met on this machine")
+        )
+        told.append(
+            f"Accuracy within {recipe.max_drop:g} points: known only after recovery and measuring"
+        )
+        total = self.recovery_seconds + self.other_seconds
+        told.append(
+            f"Time: about {_duration(total)}, of which recovery {_duration(self.recovery_seconds)}"
+        )
+        return told
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Look at model and data, prune a copy, time it; write nothing.
+
+    Raises:
+        PruneFailed: the share of the MACs cannot be removed; the message says how much can.
+        CompressionError: see :mod:`pollard.compress.errors`.
+    """
+    source = resolve(recipe.model, recipe.spec)
+    require_weights(recipe.weights, source)
+    items = open_source(recipe.data).items
+    labels = sorted({item.label for item in items})
+    if len(labels) < 2:
+        raise DataInvalid(f"{recipe.data} holds one class only ({labels[0]})")
+    parts, _ = split_items(items, labels)
+    images = {name: len(members) for name, members in parts.items()}
+    if recipe.max_train_images is not None:
+        images["train"] = min(images["train"], recipe.max_train_images)
+    parent = load_model(source, recipe.weights, classes=len(labels))
+    epochs = source.training.recover_epochs if recipe.epochs is None else recipe.epochs
+    with torch_threads(recipe.threads):
+        pruned = None
+        recovery = 0.0
+        if recipe.prune:
+            pruned = prune(parent.module, source.spec, recipe.prune, keep_whole=recipe.keep_whole)
+            batch = recipe.batch_size or source.training.batch_size
+            recovery = _step_seconds(parent, pruned, batch) * epochs * images["train"] / batch
+        else:
+            epochs = 0
+        started = time.monotonic()
+        speedups = _speedups(recipe, parent, pruned)
+        other = 3 * (time.monotonic() - started)
+    macs = total_macs(parent.module, source.spec)
+    return Plan(images, len(labels), epochs, macs, pruned, speedups, recovery, other)
+
+
+def _step_seconds(parent: LoadedModel, pruned: Pruned, batch: int) -> float:
+    """Median time of a step of distillation."""
+    inputs = parent.spec.normalize(
+        np.resize(probe_images(parent.spec), (batch, *parent.spec.shape))
+    )
+    pruned.module.train()
+    times: list[float] = []
+    for _ in range(4):
+        started = time.perf_counter()
+        with torch.no_grad():
+            parent.module(inputs)
+        pruned.module(inputs).square().mean().backward()
+        times.append(time.perf_counter() - started)
+    pruned.module.zero_grad(set_to_none=True)
+    pruned.module.eval()
+    return float(np.median(times[1:]))
+
+
+def _speedups(recipe: Recipe, parent: LoadedModel, pruned: Pruned | None) -> dict[str, Ratio]:
+    spec = parent.spec
+    probes = probe_images(spec, 32)
+    part = Part("probe", probes, np.zeros(len(probes), np.int64))
+    config = None
+    if recipe.target == "cpu-int8":
+        vnni = Machine.detect().has_vnni if recipe.vnni is None else recipe.vnni
+        config = QuantizeConfig(len(probes), reduce_range=not vnni)
+    with tempfile.TemporaryDirectory(prefix="pollard-plan-") as folder:
+        built = build("parent", parent.module, spec, Path(folder), part, config)
+        if pruned is not None:
+            # Statistics of the parent, over channels that are gone, leave nothing but speed.
+            built += build("pruned", pruned.module, spec, Path(folder), part, config)
+        sessions = [open_session(c.path, target=c.target) for c in built]
+        calls = [
+            lambda s=session: s.raw.run(None, {s.inputs[0].name: probes[:1]})
+            for session in sessions
+        ]
+        turns = interleaved(calls, rounds=20)
+    return {c.name: ratio(turns[0], times) for c, times in zip(built[1:], turns[1:], strict=True)}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
