@@ -54,6 +54,42 @@ def often_failing(model: bytes) -> bytes:
     return made.SerializeToString()
 
 
+def slow(model: bytes) -> bytes:
+    """A model that answers the same after many times the work."""
+    made = onnx.load_from_string(model)
+    graph = made.graph
+    for node in graph.node:
+        if node.output[0] == "scores":
+            node.output[0] = "plain"
+    generator = np.random.default_rng(0)
+
+    def weights(rows: int, columns: int, name: str) -> None:
+        values = generator.normal(0, rows**-0.5, (rows, columns)).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(values, name))
+
+    last, size = "flat", 64
+    for layer in range(12):
+        weights(size, 1024, f"w{layer}")
+        graph.node.append(helper.make_node("MatMul", [last, f"w{layer}"], [f"h{layer}"]))
+        last, size = f"h{layer}", 1024
+    graph.initializer.append(numpy_helper.from_array(np.zeros((1024, 3), np.float32), "nothing"))
+    graph.node.append(helper.make_node("MatMul", [last, "nothing"], ["zero"]))
+    graph.node.append(helper.make_node("Add", ["plain", "zero"], ["scores"]))
+    onnx.checker.check_model(made)
+    return made.SerializeToString()
+
+
+@pytest.fixture
+def slow_bundle(
+    make_bundle: BundleMaker,
+    make_linear_model: Callable[..., bytes],
+    make_golden: Callable[..., bytes],
+) -> Bundle:
+    plain = make_linear_model(seed=23)
+    files = {"cpu-fp32/model.onnx": slow(plain), "cpu-fp32/golden.npz": make_golden(plain)}
+    return make_bundle(seed=23, files=files)
+
+
 @pytest.fixture
 def failing_bundle(
     make_bundle: BundleMaker,
@@ -153,6 +189,23 @@ async def test_a_revision_that_fails_one_in_five_is_taken_back(
         assert (await models.alias("spoilt")).revision == 1
         with pytest.raises(FailedPrecondition, match="has ended"):
             await models.promote_rollout("spoilt", started.number)
+
+
+async def test_a_revision_that_takes_many_times_as_long_is_taken_back(
+    up: Any, make_bundle: BundleMaker, slow_bundle: Bundle
+) -> None:
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(make_bundle(seed=20).path, "tardy", alias="production")
+        await models.push(slow_bundle.path, "tardy")
+        async with Clients(up, "tardy") as clients:
+            began = time.monotonic()
+            started = await models.start_rollout("tardy", 2, steps=[10, 100])
+            found = await ended(models, "tardy", started.number)
+            print(f"taken back after {time.monotonic() - began:.2f} s, {clients.answered}")
+        assert found.state == "ROLLED_BACK"
+        assert found.error.startswith("gate max_p99_ratio: the p")
+        assert clients.failed == []
+        assert (await models.alias("tardy")).revision == 1
 
 
 async def test_a_key_gets_the_same_revision_from_both_services(
