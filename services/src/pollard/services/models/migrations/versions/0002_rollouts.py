@@ -39,8 +39,3 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("model", "number"),
     )
     op.create_index("ix_rollouts_end_time", "rollouts", ["end_time"], unique=False)
-
-
-def downgrade() -> None:
-    """Not offered: an older version would not know what runs."""
-    raise NotImplementedError("restore the backup that was made before the upgrade")
