@@ -106,6 +106,7 @@ def test_transform_stream(stream: Any, scripted: Any) -> None:
                 response.error.code = INVALID
             else:
                 response.response.revision = 4
+                response.response.geometries.add(width=6, height=4, transposed=True)
                 tensor = response.response.tensor
                 tensor.datatype, tensor.content = "UINT8", b"\1\2"
                 tensor.shape.extend([1, 2])
@@ -115,6 +116,7 @@ def test_transform_stream(stream: Any, scripted: Any) -> None:
     good, bad = stream("transform_stream", [b"a", b"bad"])
     assert isinstance(good, Transformed)
     assert good.tensor.tolist() == [[1, 2]]
+    assert (good.geometries[0].width, good.geometries[0].transposed) == (6, True)
     assert isinstance(bad, InvalidArgument)
 
 

@@ -115,7 +115,9 @@ def transformed(response: preprocess_service_pb2.TransformResponse) -> types.Tra
         name=tensor.name,
         tensor=from_raw(tensor.datatype, tensor.shape, tensor.content),
         geometries=tuple(
-            types.Geometry(g.width, g.height, g.scale_x, g.scale_y, g.offset_x, g.offset_y)
+            types.Geometry(
+                g.width, g.height, g.scale_x, g.scale_y, g.offset_x, g.offset_y, g.transposed
+            )
             for g in response.geometries
         ),
     )

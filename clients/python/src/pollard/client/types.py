@@ -58,7 +58,8 @@ class Prediction:
 class Geometry:
     """Maps points of the tensor back to the upright image.
 
-    A point (x, y) of the tensor lies at ((x - offset_x) / scale_x, (y - offset_y) / scale_y).
+    A point (x, y) of the tensor lies at ((x - offset_x) / scale_x, (y - offset_y) / scale_y), or,
+    when `transposed`, at ((y - offset_y) / scale_y, (x - offset_x) / scale_x).
     """
 
     width: int
@@ -73,6 +74,8 @@ class Geometry:
     """Horizontal offset in pixels of the tensor."""
     offset_y: float
     """Vertical offset in pixels of the tensor."""
+    transposed: bool = False
+    """Whether a quarter turn has exchanged the axes."""
 
 
 @dataclass(frozen=True)
