@@ -6,7 +6,7 @@ import pollard.compress
 
 
 def test_every_public_name_is_there() -> None:
-    assert len(pollard.compress.__all__) == 17
+    assert len(pollard.compress.__all__) == 18
     for name in pollard.compress.__all__:
         assert getattr(pollard.compress, name).__name__ == name
 

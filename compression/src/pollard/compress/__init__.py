@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pollard.compress.anydata import CompressedModel, ModelRecipe, compress_model
+    from pollard.compress.blocks import remove_blocks
     from pollard.compress.channel_map import load_pruned, save_pruned
     from pollard.compress.data import Dataset, load_data
     from pollard.compress.errors import CompressionError, GateRefused
@@ -41,6 +42,7 @@ __all__ = [
     "load_data",
     "load_model",
     "load_pruned",
+    "remove_blocks",
     "save_pruned",
 ]
 
@@ -61,6 +63,7 @@ _HOMES = {
     "load_data": "data",
     "load_model": "models",
     "load_pruned": "channel_map",
+    "remove_blocks": "blocks",
     "save_pruned": "channel_map",
 }
 
