@@ -187,7 +187,7 @@ def main(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".md").write_text(written)
         content = {
-            "command": sys.argv,
+            "command": ["python", "-m", "bench.serving", *sys.argv[1:]],
             "environment": before,
             "note": note,
             "raw_limits": limits,
