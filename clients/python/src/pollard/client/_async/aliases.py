@@ -1,0 +1,149 @@
+"""Aliases: where they point, and waiting until they have moved."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from pollard.client import _channel, _convert
+from pollard.client._async import _io
+from pollard.client._async._manager import SERVICE, AsyncManagerClient
+from pollard.client._names import alias_name, revision_name
+from pollard.client._switch import has_moved
+from pollard.client.errors import AliasSwitchTimeout, DeadlineExceeded, Unavailable
+from pollard.client.types import Alias
+from pollard.models.v1 import model_service_pb2
+
+_FIRST_POLL_SECONDS = 0.02
+_LAST_POLL_SECONDS = 0.5
+
+
+class AliasMethods(AsyncManagerClient):
+    """Methods of the models client that concern aliases."""
+
+    async def alias(self, model: str, alias: str = "production") -> Alias:
+        """Get one alias with the state of its switch."""
+        request = model_service_pb2.GetAliasRequest(name=alias_name(model, alias))
+        response = await self._call(f"{SERVICE}/GetAlias", self._stub.GetAlias, request, None)
+        return _convert.alias(response.alias)
+
+    async def set_alias(
+        self,
+        model: str,
+        alias: str,
+        revision: int,
+        *,
+        etag: str = "",
+        allow_signature_change: bool = False,
+        wait: bool = True,
+        wait_timeout: float = 120.0,
+    ) -> Alias:
+        """Point an alias at a revision, creating it when needed.
+
+        Every inference server loads the revision beside the old one; only then the routes change.
+
+        Args:
+            model: Model name.
+            alias: Alias, such as "production".
+            revision: Revision number.
+            etag: Guards against a change in between; empty for no guard.
+            allow_signature_change: Let the inputs differ from the current revision's.
+            wait: Whether to wait until the alias has moved or its switch has failed.
+            wait_timeout: How long to wait, in seconds.
+
+        Raises:
+            NotFound: There is no such model or revision.
+            FailedPrecondition: The inputs differ and that was not allowed.
+            Aborted: The alias changed in between.
+            AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
+            AliasSwitchTimeout: The switch had not ended in time; it goes on.
+        """
+        request = model_service_pb2.SetAliasRequest(
+            name=alias_name(model, alias),
+            revision=revision,
+            etag=etag,
+            allow_signature_change=allow_signature_change,
+            request_id=str(uuid.uuid4()),
+        )
+        revision_name(model, revision)  # checks the number
+        response = await self._call(f"{SERVICE}/SetAlias", self._stub.SetAlias, request, None)
+        if not wait:
+            return _convert.alias(response.alias)
+        return await self.wait_alias(model, alias, revision, wait_timeout=wait_timeout)
+
+    async def rollback(
+        self,
+        model: str,
+        alias: str = "production",
+        *,
+        etag: str = "",
+        wait: bool = True,
+        wait_timeout: float = 120.0,
+    ) -> Alias:
+        """Point an alias back at the revision that it pointed at before.
+
+        Args:
+            model: Model name.
+            alias: Alias to move.
+            etag: Guards against a change in between; empty for no guard.
+            wait: Whether to wait until the alias has moved or its switch has failed.
+            wait_timeout: How long to wait, in seconds.
+
+        Raises:
+            FailedPrecondition: There is no revision before.
+            AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
+        """
+        request = model_service_pb2.RollbackAliasRequest(
+            name=alias_name(model, alias), etag=etag, request_id=str(uuid.uuid4())
+        )
+        response = await self._call(
+            f"{SERVICE}/RollbackAlias", self._stub.RollbackAlias, request, None
+        )
+        found = _convert.alias(response.alias)
+        if not wait:
+            return found
+        return await self.wait_alias(
+            model, alias, found.pending_revision or found.revision, wait_timeout=wait_timeout
+        )
+
+    async def wait_alias(
+        self, model: str, alias: str, revision: int, *, wait_timeout: float = 120.0
+    ) -> Alias:
+        """Wait until an alias leads to a revision everywhere, or its switch has failed.
+
+        A manager that is away for a while is waited for, within the same time.
+
+        Raises:
+            AliasSwitchFailed: The switch failed, or another one overtook it.
+            AliasSwitchTimeout: It had not ended in time; it goes on.
+        """
+        give_up = time.monotonic() + _channel.checked_timeout(wait_timeout, wait_timeout)
+        pause = _FIRST_POLL_SECONDS
+        current: Alias | None = None
+        while True:
+            try:
+                current = await self.alias(model, alias)
+            except (Unavailable, DeadlineExceeded):
+                if time.monotonic() >= give_up:
+                    raise
+            else:
+                if has_moved(current, revision):
+                    return current
+                if time.monotonic() >= give_up:
+                    raise AliasSwitchTimeout(
+                        f"alias {alias!r} of {model!r} is still {current.state} towards revision "
+                        f"{revision} after {wait_timeout:g} s; the switch goes on. See `pollard "
+                        f"models show {model}` and `pollard fleet`",
+                        alias=alias_name(model, alias),
+                        wanted=revision,
+                        serving=current.revision,
+                    )
+            await _io.sleep(min(pause, max(0.0, give_up - time.monotonic())))
+            pause = min(pause * 1.5, _LAST_POLL_SECONDS)
+
+    async def delete_alias(self, model: str, alias: str, *, etag: str = "") -> None:
+        """Remove an alias; requests that name it then get NOT_FOUND."""
+        request = model_service_pb2.DeleteAliasRequest(
+            name=alias_name(model, alias), etag=etag, request_id=str(uuid.uuid4())
+        )
+        await self._call(f"{SERVICE}/DeleteAlias", self._stub.DeleteAlias, request, None)

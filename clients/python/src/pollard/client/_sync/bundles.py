@@ -1,0 +1,222 @@
+# Made by clients/python/generate_sync.py from _async/bundles.py; change that file instead.
+"""Bundles into the registry and out of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import grpc
+
+from pollard.client import _convert
+from pollard.client._bundle import BundleTar, BundleWriter
+from pollard.client._names import checked_alias, model_name, revision_name
+from pollard.client._sync import _io
+from pollard.client._sync._manager import SERVICE
+from pollard.client._sync.aliases import AliasMethods
+from pollard.client._sync.revisions import RevisionMethods
+from pollard.client._upload import ProgressCallback, Upload, transfer_timeout
+from pollard.client.errors import (
+    DeadlineExceeded,
+    InvalidAnswer,
+    InvalidBundle,
+    NotFound,
+    Unavailable,
+    from_rpc_error,
+)
+from pollard.client.types import DamagedFile, Progress, Pushed, Revision, Verified
+from pollard.models.v1 import model_service_pb2
+
+# Reading a large store from a slow disk may well take hours.
+_VERIFY_SECONDS = 24 * 3600.0
+
+
+class BundleMethods(AliasMethods, RevisionMethods):
+    """Methods of the models client that move bundles."""
+
+    def push(
+        self,
+        directory: str | os.PathLike[str],
+        model: str,
+        *,
+        alias: str | None = None,
+        notes: str = "",
+        labels: Mapping[str, str] | None = None,
+        allow_signature_change: bool = False,
+        wait: bool = True,
+        wait_timeout: float = 120.0,
+        idle_timeout: float = 60.0,
+        progress: ProgressCallback | None = None,
+    ) -> Pushed:
+        """Store a bundle as the next revision of a model, and point an alias at it if asked to.
+
+        Every file is checked against the manifest before anything is sent. An upload that breaks
+        goes on from what the server has on disk, until nothing has moved for `idle_timeout`.
+
+        Args:
+            directory: The bundle.
+            model: Model name; the model is created when it does not exist.
+            alias: Alias to point at the new revision; None for none.
+            notes: Free text kept with the revision.
+            labels: Labels kept with the revision, at most 64.
+            allow_signature_change: Let the inputs differ from the alias's current revision.
+            wait: Whether to wait until the alias has moved.
+            wait_timeout: How long to wait for that, in seconds.
+            idle_timeout: How long, in seconds, nothing may move while uploading.
+            progress: Called as bytes go out.
+
+        Raises:
+            InvalidBundle: The directory is no bundle, or a file differs from its digest.
+            InvalidArgument, DataLoss: The server's own checks refused the bundle.
+            ResourceExhausted: The server's disk is full.
+            AliasSwitchFailed: The revision is stored, but the alias did not move to it.
+            RequestFailed: Anything else that the server answers.
+        """
+        parent = model_name(model)
+        if alias is not None:
+            checked_alias(alias)
+        tar, sha256 = _io.run_blocking(BundleTar.open, os.fspath(directory))
+        upload = Upload(
+            tar,
+            sha256,
+            parent,
+            notes=notes,
+            labels=dict(labels or {}),
+            alias=alias or "",
+            allow_signature_change=allow_signature_change,
+            idle_seconds=idle_timeout,
+            progress=progress,
+        )
+        response = self._upload(upload)
+        revision = _convert.revision(response.revision)
+        if revision.bundle_sha256 != tar.bundle_sha256:
+            raise InvalidAnswer(
+                f"the server stored the bundle {revision.bundle_sha256} instead of "
+                f"{tar.bundle_sha256}"
+            )
+        current = None
+        if alias is not None and wait:
+            current = self.wait_alias(model, alias, revision.revision, wait_timeout=wait_timeout)
+        return Pushed(revision, response.existed, current)
+
+    def pull(
+        self,
+        model: str,
+        directory: str | os.PathLike[str],
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Revision:
+        """Fetch a bundle into a directory that does not exist yet or is empty.
+
+        The bundle is written beside the directory, checked, and renamed when it is whole.
+
+        Args:
+            model: Model name.
+            directory: Where to put it.
+            revision: Revision to fetch; by default the one that the alias points at.
+            alias: Alias to follow; by default "production".
+            progress: Called as bytes come in.
+
+        Raises:
+            FileExistsError: The directory holds something.
+            NotFound: There is no such model, revision or alias.
+            InvalidBundle: What came does not fit its digests; nothing is left behind.
+            RequestFailed: Anything else that the server answers.
+        """
+        found = self.revision(model, revision=revision, alias=alias)
+        request = model_service_pb2.DownloadBundleRequest(name=revision_name(model, found.revision))
+        done = 0
+        with BundleWriter(directory) as writer:
+            call = self._stub.DownloadBundle(request, timeout=transfer_timeout(found.size_bytes))
+            try:
+                for piece in call:
+                    writer.write(piece.path, piece.offset, piece.data, piece.total_bytes)
+                    done += len(piece.data)
+                    if progress is not None:
+                        progress(Progress(done, max(done, found.size_bytes)))
+            except grpc.RpcError as error:
+                raise from_rpc_error(
+                    error, address=self.address, method=f"{SERVICE}/DownloadBundle"
+                ) from None
+            except (InvalidBundle, OSError):
+                call.cancel()
+                raise
+            _io.run_blocking(writer.finish, found.bundle_sha256)
+        return found
+
+    def verify(
+        self, model: str | None = None, *, progress: ProgressCallback | None = None
+    ) -> Verified:
+        """Let the manager read every stored file again and compare it with its digest.
+
+        Nothing is changed. To make a damaged file whole, push its bundle again.
+
+        Args:
+            model: Only the revisions of this model; None for all.
+            progress: Called now and then with the bytes read.
+
+        Raises:
+            NotFound: There is no such model.
+        """
+        request = model_service_pb2.VerifyStoreRequest(
+            parent="" if model is None else model_name(model)
+        )
+        damaged: list[DamagedFile] = []
+        last = model_service_pb2.VerifyStoreResponse()
+        try:
+            for last in self._stub.VerifyStore(request, timeout=_VERIFY_SECONDS):
+                damaged += [_convert.damaged_file(item) for item in last.damaged]
+                if progress is not None:
+                    progress(Progress(last.checked_bytes, last.total_bytes))
+        except grpc.RpcError as error:
+            raise from_rpc_error(
+                error, address=self.address, method=f"{SERVICE}/VerifyStore"
+            ) from None
+        return Verified(last.checked_files, last.checked_bytes, tuple(damaged))
+
+    def _upload(self, upload: Upload) -> model_service_pb2.UploadBundleResponse:
+        # Asking first costs one round trip and tells a server that is not there at once, where
+        # the upload itself would be tried again for a minute.
+        offset = self._committed(upload)
+        furthest = offset
+        give_up = time.monotonic() + upload.idle_seconds
+        pause = 0.2
+        timeout = transfer_timeout(upload.tar.total_bytes)
+        while True:
+            try:
+                return _io.send_upload(self._stub.UploadBundle, upload, offset, timeout)
+            except grpc.RpcError as error:
+                failure = upload.failure(
+                    from_rpc_error(error, address=self.address, method=f"{SERVICE}/UploadBundle")
+                )
+            if upload.error is not None:
+                raise upload.error
+            if not upload.may_resume(failure):
+                raise failure
+            while True:
+                _io.sleep(pause)
+                pause = min(pause * 1.5, 2.0)
+                try:
+                    offset = self._committed(upload)
+                    break
+                except (Unavailable, DeadlineExceeded):
+                    if time.monotonic() >= give_up:
+                        raise failure from None
+            if offset > furthest:
+                furthest, pause = offset, 0.2
+                give_up = time.monotonic() + upload.idle_seconds
+            elif time.monotonic() >= give_up:
+                raise failure
+
+    def _committed(self, upload: Upload) -> int:
+        request = model_service_pb2.GetUploadRequest(
+            parent=upload.parent, upload_id=upload.upload_id
+        )
+        try:
+            response = self._call(f"{SERVICE}/GetUpload", self._stub.GetUpload, request, None)
+        except NotFound:
+            return 0
+        return response.committed_bytes

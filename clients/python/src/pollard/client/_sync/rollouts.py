@@ -1,0 +1,130 @@
+# Made by clients/python/generate_sync.py from _async/rollouts.py; change that file instead.
+"""Rollouts: the way of an alias to a revision in steps, with gates."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from pollard.client import _convert
+from pollard.client._names import checked_alias, model_name, revision_name, rollout_name
+from pollard.client._sync._manager import PAGE, SERVICE, ManagerClient
+from pollard.client.types import Rollout
+from pollard.models.v1 import model_service_pb2
+
+
+class RolloutMethods(ManagerClient):
+    """Methods of the models client that concern rollouts."""
+
+    def start_rollout(
+        self,
+        model: str,
+        revision: int,
+        *,
+        alias: str = "production",
+        steps: Sequence[float] = (),
+        hold: float | None = None,
+        min_requests: int = 0,
+        max_error_rate: float = 0.0,
+        max_p99_ratio: float = 0.0,
+        shadow_percent: float = 0.0,
+        min_agreement: float = 0.0,
+    ) -> Rollout:
+        """Move an alias to a revision in steps; the manager takes it back when it is worse.
+
+        Args:
+            model: Model name.
+            revision: Revision to move to.
+            alias: Alias that moves.
+            steps: Growing shares in percent, the last 100; empty for 5, 25, 50, 100.
+            hold: Seconds that each step lasts at least; None for 60.
+            min_requests: Requests to the revision that each step must have seen; 0 for 200.
+            max_error_rate: Largest rate of failed requests, 0 to 1; 0 for 0.005.
+            max_p99_ratio: Largest ratio of the 99th percentiles of the latency; 0 for 1.2.
+            shadow_percent: Share of requests also sent as shadows; 0 for none.
+            min_agreement: Smallest share of shadows whose first answer agrees.
+
+        Raises:
+            InvalidArgument: A value is out of its range.
+            NotFound: There is no such model, alias or revision.
+            FailedPrecondition: The alias is moved already or leads there, or the inputs differ.
+            Unimplemented: The manager offers no shadows.
+        """
+        revision_name(model, revision)  # checks the number
+        rollout = model_service_pb2.Rollout(
+            alias=checked_alias(alias),
+            revision=revision,
+            steps=steps,
+            shadow_percent=shadow_percent,
+            gates=model_service_pb2.RolloutGates(
+                min_requests=min_requests,
+                max_error_rate=max_error_rate,
+                max_p99_ratio=max_p99_ratio,
+                min_agreement=min_agreement,
+            ),
+        )
+        if hold is not None:
+            rollout.hold.FromMicroseconds(round(hold * 1e6))
+        request = model_service_pb2.CreateRolloutRequest(
+            parent=model_name(model), rollout=rollout, request_id=str(uuid.uuid4())
+        )
+        response = self._call(f"{SERVICE}/CreateRollout", self._stub.CreateRollout, request, None)
+        return _convert.rollout(response.rollout)
+
+    def rollout(self, model: str, rollout: int) -> Rollout:
+        """Get one rollout. Raises NotFound when there is none."""
+        request = model_service_pb2.GetRolloutRequest(name=rollout_name(model, rollout))
+        response = self._call(f"{SERVICE}/GetRollout", self._stub.GetRollout, request, None)
+        return _convert.rollout(response.rollout)
+
+    def rollouts(self, model: str) -> list[Rollout]:
+        """List the rollouts of a model, newest first."""
+        rollouts: list[Rollout] = []
+        token = ""
+        while True:
+            request = model_service_pb2.ListRolloutsRequest(
+                parent=model_name(model), page_size=PAGE, page_token=token
+            )
+            page = self._call(f"{SERVICE}/ListRollouts", self._stub.ListRollouts, request, None)
+            rollouts += [_convert.rollout(item) for item in page.rollouts]
+            token = page.next_page_token
+            if not token:
+                return rollouts
+
+    def pause_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+        """Keep a rollout at its step; it is still taken back when it is worse.
+
+        Raises:
+            NotFound: There is no such rollout.
+            FailedPrecondition: It has ended.
+            Aborted: It changed in between.
+        """
+        request = model_service_pb2.PauseRolloutRequest(
+            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+        )
+        response = self._call(f"{SERVICE}/PauseRollout", self._stub.PauseRollout, request, None)
+        return _convert.rollout(response.rollout)
+
+    def resume_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+        """Go on with a paused rollout. Raises as `pause_rollout`."""
+        request = model_service_pb2.ResumeRolloutRequest(
+            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+        )
+        response = self._call(f"{SERVICE}/ResumeRollout", self._stub.ResumeRollout, request, None)
+        return _convert.rollout(response.rollout)
+
+    def promote_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+        """End a rollout at 100 % now. Raises as `pause_rollout`."""
+        request = model_service_pb2.PromoteRolloutRequest(
+            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+        )
+        response = self._call(f"{SERVICE}/PromoteRollout", self._stub.PromoteRollout, request, None)
+        return _convert.rollout(response.rollout)
+
+    def abort_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+        """End a rollout; all requests go to the revision before. Raises as `pause_rollout`."""
+        request = model_service_pb2.AbortRolloutRequest(
+            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+        )
+        response = self._call(f"{SERVICE}/AbortRollout", self._stub.AbortRollout, request, None)
+        return _convert.rollout(response.rollout)
