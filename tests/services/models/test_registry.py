@@ -388,12 +388,6 @@ async def test_what_comes_later_says_so(suite: Any, refused: Any) -> None:
     )
     assert await refused(models.CreateRollout(shadowed), CODE.UNIMPLEMENTED) == "NOT_OFFERED"
 
-    async def watch() -> None:
-        async for _ in models.WatchEvents(pb.WatchEventsRequest()):
-            pass
-
-    assert await refused(watch(), CODE.UNIMPLEMENTED) == "NOT_OFFERED"
-
 
 async def test_everything_is_there_after_a_restart(suite: Any, bundles: Any) -> None:
     bundle = bundles.make(1)

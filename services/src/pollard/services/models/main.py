@@ -27,6 +27,7 @@ from pollard.services.models.settings import ModelsSettings
 from pollard.services.models.store import Store
 from pollard.services.models.switch import Switch
 from pollard.services.models.uploads import Uploads
+from pollard.services.models.watch import EventFeed, forget
 
 SERVICES = ("pollard.models.v1.ModelService", "pollard.models.v1.FleetService")
 
@@ -62,6 +63,7 @@ class ModelsService:
             lease_seconds=settings.server_lease_seconds,
             report_interval_seconds=settings.report_interval_seconds,
         )
+        self.events = EventFeed(self.store)
         self.grpc = GrpcServer(
             Listen(
                 host=settings.host,
@@ -73,7 +75,8 @@ class ModelsService:
             interceptors=[ErrorInterceptor()],
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(self.store, self.blobs, self.uploads, self.fleet), self.grpc.server
+            ModelServicer(self.store, self.blobs, self.uploads, self.fleet, self.events),
+            self.grpc.server,
         )
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
             FleetServicer(self.fleet), self.grpc.server
@@ -95,8 +98,10 @@ class ModelsService:
         try:
             await asyncio.to_thread(self.uploads.clean, starting=True)
             await self.fleet.start()
+            self.events.start()
             await self.grpc.start()
         except BaseException as error:
+            await self.events.stop()
             await self.fleet.stop()
             await asyncio.to_thread(self.store.close)
             if isinstance(error, (OSError, ServiceError)):
@@ -112,16 +117,24 @@ class ModelsService:
         """End the streams, finish the requests in flight, and close the store."""
         await self.grpc.set_serving(False)
         await cancel(*self._tasks)
-        # Sync streams never end by themselves.
+        # Watches and Sync streams never end by themselves.
+        await self.events.stop()
         await self.fleet.stop()
         await self.grpc.stop(grace_seconds)
         await asyncio.to_thread(self.store.close)
+
+    async def forget_events(self) -> None:
+        """Forget the events that are older than the retention."""
+        days = self.settings.event_retention_days
+        while days and await self.store.write(lambda session: forget(session, days)):
+            pass
 
     async def _clean_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(CLEAN_EVERY_SECONDS)
             try:
                 await asyncio.to_thread(self.uploads.clean)
+                await self.forget_events()
             except Exception:
                 _log.exception("cleaning failed; it is tried again later")
 

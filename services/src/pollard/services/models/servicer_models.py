@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.runtime.bundle import parse_manifest
-from pollard.services.common.errors import InvalidRequest, Unimplemented
+from pollard.services.common.errors import InvalidRequest
 from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
@@ -20,15 +20,19 @@ from pollard.services.models.servicer_rollouts import Context, RolloutMethods
 from pollard.services.models.servicer_rollouts import actor as actor_of
 from pollard.services.models.store import Store
 from pollard.services.models.uploads import UploadRequest, Uploads
+from pollard.services.models.watch import EventFeed
 
 
 class ModelServicer(RolloutMethods):
     """Hands requests to registry, uploads and aliases."""
 
-    def __init__(self, store: Store, blobs: Blobs, uploads: Uploads, fleet: Fleet) -> None:
+    def __init__(
+        self, store: Store, blobs: Blobs, uploads: Uploads, fleet: Fleet, feed: EventFeed
+    ) -> None:
         super().__init__(store, fleet)
         self._blobs = blobs
         self._uploads = uploads
+        self._feed = feed
 
     # Bundles
 
@@ -341,11 +345,17 @@ class ModelServicer(RolloutMethods):
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
-        """Not offered yet."""
-        raise Unimplemented(
-            "WatchEvents is not offered by this version; poll ListEvents", reason="NOT_OFFERED"
-        )
-        yield
+        """Send changes as they happen."""
+        if request.start_sequence < 0:
+            raise InvalidRequest(
+                f"start_sequence {request.start_sequence} is negative; the first event is 1, and 0 "
+                "means from now on",
+                reason="SEQUENCE_INVALID",
+                start_sequence=request.start_sequence,
+            )
+        model = names.parse_model(request.model, "model") if request.model else ""
+        async for step in self._feed.watch(request.start_sequence, model):
+            yield pb.WatchEventsResponse(event=step.event, sequence=step.sequence)
 
     # Shared
 

@@ -50,3 +50,9 @@ class ModelsSettings(ServiceSettings):
         "its size.",
     )
     parallel_checks: int = Field(2, ge=1, description="Bundles that are checked at the same time.")
+    event_retention_days: float = Field(
+        400.0,
+        ge=0,
+        description="How long events of the audit log are kept; 0 keeps them for ever. A watch "
+        "that begins before the oldest one kept is refused.",
+    )

@@ -52,6 +52,8 @@ class Store:
         self._engine: Engine | None = None
         # SQLite has one writer at a time; waiting here is fair and never times out.
         self._writing = threading.Lock()
+        self.after_write: list[Callable[[], None]] = []
+        """Called after every transaction that was committed, in the thread of its writer."""
 
     def open(self) -> None:
         """Lock the directory, bring the database up to date and check it.
@@ -135,7 +137,9 @@ class Store:
             except BaseException:
                 session.rollback()
                 raise
-            return result
+        for note in tuple(self.after_write):
+            note()
+        return result
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` as :meth:`read_now` in another thread."""

@@ -2192,10 +2192,12 @@ class WatchEventsResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """All events up to this one have been sent."""
+    """All events up to this one that the watch wants have been sent."""
     @_builtins.property
     def event(self) -> Global___Event:
-        """The event; unset in a sign of life, which comes every 30 s without events."""
+        """The event; unset in a sign of life, which comes first, and after 30 s
+        without an event that the watch wants.
+        """
 
     def __init__(
         self,

@@ -418,9 +418,14 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchEvents(self, request, context):
-        """WatchEvents sends changes as they happen. A watch that begins at an event
-        already forgotten fails with OUT_OF_RANGE: list again, then watch from
-        there.
+        """WatchEvents sends changes as they happen, each event once and in order.
+
+        The first message comes at once and says where the watch stands. To go on
+        after a stream broke, begin a new one at the last `sequence` plus 1: nothing
+        is lost and nothing comes twice. A watch that begins at an event already
+        forgotten, or that reads so slowly that events are forgotten before it gets
+        to them, fails with OUT_OF_RANGE, and so does one that begins after events
+        that never were: list again, then watch from there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

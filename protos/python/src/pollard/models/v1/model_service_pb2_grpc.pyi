@@ -139,9 +139,14 @@ class ModelServiceStub:
     AbortRollout: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AbortRolloutRequest, _model_service_pb2.AbortRolloutResponse]
     """AbortRollout ends a rollout and goes back to the revision before."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_model_service_pb2.WatchEventsRequest, _model_service_pb2.WatchEventsResponse]
-    """WatchEvents sends changes as they happen. A watch that begins at an event
-    already forgotten fails with OUT_OF_RANGE: list again, then watch from
-    there.
+    """WatchEvents sends changes as they happen, each event once and in order.
+
+    The first message comes at once and says where the watch stands. To go on
+    after a stream broke, begin a new one at the last `sequence` plus 1: nothing
+    is lost and nothing comes twice. A watch that begins at an event already
+    forgotten, or that reads so slowly that events are forgotten before it gets
+    to them, fails with OUT_OF_RANGE, and so does one that begins after events
+    that never were: list again, then watch from there.
     """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListEventsRequest, _model_service_pb2.ListEventsResponse]
     """ListEvents lists the audit log, newest first."""
@@ -255,9 +260,14 @@ class ModelServiceAsyncStub(ModelServiceStub):
     AbortRollout: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AbortRolloutRequest, _model_service_pb2.AbortRolloutResponse]  # type: ignore[assignment]
     """AbortRollout ends a rollout and goes back to the revision before."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_model_service_pb2.WatchEventsRequest, _model_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
-    """WatchEvents sends changes as they happen. A watch that begins at an event
-    already forgotten fails with OUT_OF_RANGE: list again, then watch from
-    there.
+    """WatchEvents sends changes as they happen, each event once and in order.
+
+    The first message comes at once and says where the watch stands. To go on
+    after a stream broke, begin a new one at the last `sequence` plus 1: nothing
+    is lost and nothing comes twice. A watch that begins at an event already
+    forgotten, or that reads so slowly that events are forgotten before it gets
+    to them, fails with OUT_OF_RANGE, and so does one that begins after events
+    that never were: list again, then watch from there.
     """
     ListEvents: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListEventsRequest, _model_service_pb2.ListEventsResponse]  # type: ignore[assignment]
     """ListEvents lists the audit log, newest first."""
@@ -530,9 +540,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.WatchEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_model_service_pb2.WatchEventsResponse]]:
-        """WatchEvents sends changes as they happen. A watch that begins at an event
-        already forgotten fails with OUT_OF_RANGE: list again, then watch from
-        there.
+        """WatchEvents sends changes as they happen, each event once and in order.
+
+        The first message comes at once and says where the watch stands. To go on
+        after a stream broke, begin a new one at the last `sequence` plus 1: nothing
+        is lost and nothing comes twice. A watch that begins at an event already
+        forgotten, or that reads so slowly that events are forgotten before it gets
+        to them, fails with OUT_OF_RANGE, and so does one that begins after events
+        that never were: list again, then watch from there.
         """
 
     @_abc_1.abstractmethod
