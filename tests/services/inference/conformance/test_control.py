@@ -370,3 +370,56 @@ def test_requests_that_wait_for_others_fill_batches(serve, zoo, inputs, tmp_path
         (stats,) = client.get_inference_statistics("adder").model_stats
         assert (stats.inference_count, stats.execution_count) == (8, 2)
         assert [batch.batch_size for batch in stats.batch_stats] == [4]
+
+
+def load_in_background(client, name: str, **options: object) -> tuple[threading.Thread, list]:
+    """Load a model on another thread; gives the thread and, at its end, the outcome."""
+    outcome: list[InferenceServerException | None] = []
+
+    def load() -> None:
+        try:
+            client.load_model(name, **options)
+            outcome.append(None)
+        except InferenceServerException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    return thread, outcome
+
+
+@pytest.mark.parametrize("newer", ["load", "unload"])
+def test_a_load_that_a_newer_order_overtakes_is_out_dated(
+    explicit, ask, zoo, tmp_path, newer
+) -> None:
+    explicit.load_model("adder")
+    # Its runs before it is ready take a while.
+    zoo["put"](tmp_path, "adder", {2: zoo["slow"](1500)}, "max_batch_size: 1")
+    thread, outcome = load_in_background(explicit, "adder")
+    until(lambda: states(explicit, "adder").get("2") == ("LOADING", ""))
+    assert ask(explicit) == 1
+    if newer == "load":
+        explicit.load_model("adder", config="{}", files={"file:3/model.onnx": zoo["adder"](3)})
+        assert ask(explicit) == 3
+    else:
+        explicit.unload_model("adder")
+        assert refused(ask, explicit)[0] == "UNAVAILABLE"
+    thread.join(60)
+    (error,) = outcome
+    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    assert "load failed for model 'adder': it is out-dated" in error.message()
+    state, reason = states(explicit, "adder").get("2", ("UNAVAILABLE", "out-dated"))
+    assert (state, "out-dated" in reason) == ("UNAVAILABLE", True)
+
+
+def test_loads_of_the_same_do_not_overtake_one_another(explicit, ask, zoo, tmp_path) -> None:
+    zoo["put"](tmp_path, "adder", {2: zoo["slow"](600)}, "max_batch_size: 1")
+    under_way = [load_in_background(explicit, "adder") for _ in range(3)]
+    until(lambda: states(explicit, "adder").get("2") == ("LOADING", ""))
+    under_way.append(load_in_background(explicit, "adder"))
+    # What cannot be read does not overtake anything either.
+    assert refused(explicit.load_model, "adder", config="{")[0] == "INTERNAL"
+    for thread, _ in under_way:
+        thread.join(60)
+    assert [outcome for _, outcome in under_way] == [[None]] * 4
+    assert states(explicit, "adder")["2"] == ("READY", "")

@@ -3,7 +3,8 @@
 ::
 
     InvalidRequest
-    └── RequestInvalid     the request does not fit the model
+    ├── RequestInvalid     the request does not fit the model
+    └── LoadOutdated       a newer order for the same model has overtaken the load
     NotFound
     ├── ModelUnknown       no such model, version or alias on this server
     └── RegionUnknown      no shared memory region of this name
@@ -14,7 +15,8 @@
     ├── QueueFull          more requests wait than may wait
     ├── QueueTimeout       it waited longer than it may
     ├── ServerStopping     the server, or the revision, takes no new requests
-    └── ControlDisabled    models are not loaded and unloaded by request here
+    ├── ControlDisabled    models are not loaded and unloaded by request here
+    └── ProtocolRestricted the call lacks the key that its method is restricted to
     DeadlineExceeded
     └── RequestExpired     its deadline passed before it was run
     Unimplemented
@@ -43,6 +45,13 @@ class RequestInvalid(errors.InvalidRequest):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="REQUEST_INVALID", **metadata)
+
+
+class LoadOutdated(errors.InvalidRequest):
+    """A newer order for the same model has overtaken the load."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="LOAD_OUTDATED", **metadata)
 
 
 class ModelUnknown(errors.NotFound):
@@ -85,6 +94,13 @@ class ControlDisabled(errors.Unavailable):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="CONTROL_DISABLED", **metadata)
+
+
+class ProtocolRestricted(errors.Unavailable):
+    """The call lacks the metadata that its method is restricted to."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="PROTOCOL_RESTRICTED", **metadata)
 
 
 class ModelNotReady(errors.Unavailable):

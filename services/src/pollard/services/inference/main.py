@@ -221,7 +221,13 @@ def _front(
     methods = ProtocolMethods(engine, catalogue, shared)
     if make_front is not None:
         front = make_front(
-            GrpcApplication(engine, methods, shared, max_message_bytes=settings.max_message_bytes)
+            GrpcApplication(
+                engine,
+                methods,
+                shared,
+                max_message_bytes=settings.max_message_bytes,
+                restrictions=settings.restrictions,
+            )
         )
         return front, front
     grpc_server = GrpcServer(
@@ -234,7 +240,7 @@ def _front(
         ),
         [SERVICE_NAME],
     )
-    servicer = InferenceServicer(engine, methods, shared)
+    servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
     servicer.add_to(grpc_server.server)
     return grpc_server, servicer
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RequestInvalid
 from pollard.services.inference.methods import Call, ProtocolMethods, Unary
 from pollard.services.inference.parameters import RequestOptions
+from pollard.services.inference.restrictions import Restriction
 from pollard.services.inference.shared_memory import SharedMemory
 from pollard.services.inference.streaming import stream_infer
 
@@ -28,15 +30,24 @@ STREAM_STATUS_METADATA = "triton_grpc_error"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_UNRESTRICTED: Mapping[str, Restriction] = MappingProxyType({})
+
 
 class InferenceServicer:
     """Answers `inference.GRPCInferenceService`."""
 
-    def __init__(self, engine: Engine, methods: ProtocolMethods, shared: SharedMemory) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        methods: ProtocolMethods,
+        shared: SharedMemory,
+        restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
+    ) -> None:
         """Serve `engine`, with everything but inference from `methods`."""
         self._engine = engine
         self._methods = methods
         self._shared = shared
+        self._restrictions = restrictions
         self._stopping = asyncio.Event()
 
     def stop_streams(self) -> None:
@@ -93,18 +104,33 @@ class InferenceServicer:
         """Register the methods with a server."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             # No serialisers: these paths take and give bytes.
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(_guarded(self.model_infer)),
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(
+                self._guarded("ModelInfer", self.model_infer)
+            ),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
-                _guarded(self.model_stream_infer)
+                self._guarded("ModelStreamInfer", self.model_stream_infer)
             ),
         }
         for name, (kind, method) in self._methods.unary.items():
             handlers[name] = grpc.unary_unary_rpc_method_handler(
-                _guarded(_from_bytes(kind, method)), response_serializer=_serialize
+                self._guarded(name, _from_bytes(kind, method)), response_serializer=_serialize
             )
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
         )
+
+    def _guarded(
+        self, name: str, method: Callable[[Any, Context], Awaitable[Any]]
+    ) -> Callable[..., Awaitable[Any]]:
+        restriction = self._restrictions.get(name)
+        if restriction is None:
+            return _guarded(method)
+
+        async def checked(request: Any, context: Context) -> Any:
+            restriction.check(context.invocation_metadata() or ())
+            return await method(request, context)
+
+        return _guarded(checked)
 
 
 def _serialize(message: Message) -> bytes:

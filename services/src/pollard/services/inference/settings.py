@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
 from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.loader import EngineOptions
+from pollard.services.inference.restrictions import Restriction, parse_restrictions
 
 
 class InferenceSettings(ServiceSettings):
@@ -76,6 +78,14 @@ class InferenceSettings(ServiceSettings):
         "that the server then reads and writes with its own rights.",
     )
 
+    restricted_protocol: tuple[SecretStr, ...] = Field(
+        (),
+        description="PROTOCOL[,PROTOCOL...]:KEY=VALUE: calls of these groups of methods must carry "
+        "the metadata triton-grpc-protocol-KEY: VALUE; may be repeated. Groups are health, "
+        "metadata, inference, shared-memory, model-config, model-repository, statistics, trace, "
+        "logging. Others see the flags of a process: the environment or the file keep it secret.",
+    )
+
     repository: Path | None = Field(
         None,
         description="Serve this folder of models in Triton's layout, without a manager.",
@@ -100,6 +110,17 @@ class InferenceSettings(ServiceSettings):
         "configuration; 0 for none.",
     )
 
+    @field_validator("restricted_protocol")
+    @classmethod
+    def _check_restrictions(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        parse_restrictions(each.get_secret_value() for each in value)
+        return value
+
+    @field_serializer("restricted_protocol", when_used="json")
+    def _reveal(self, value: tuple[SecretStr, ...]) -> list[str]:
+        # As JSON the settings go to the process that serves, and nowhere else.
+        return [each.get_secret_value() for each in value]
+
     @model_validator(mode="after")
     def _check_repository(self) -> Self:
         if self.repository is None and self.model_control != "none":
@@ -107,6 +128,11 @@ class InferenceSettings(ServiceSettings):
         if self.load_model and self.model_control != "explicit":
             raise ValueError("load_model needs --model-control explicit")
         return self
+
+    @property
+    def restrictions(self) -> Mapping[str, Restriction]:
+        """What calls must carry, by method."""
+        return parse_restrictions(each.get_secret_value() for each in self.restricted_protocol)
 
     @property
     def engine_options(self) -> EngineOptions:

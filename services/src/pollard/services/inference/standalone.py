@@ -8,6 +8,7 @@ load, nothing changes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,13 @@ from pollard.services.common.routing import PRODUCTION
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
 from pollard.services.inference.config import poll_failed
 from pollard.services.inference.engine import Engine, ServedModel
-from pollard.services.inference.errors import ControlDisabled, PollFailed, RequestInvalid
+from pollard.services.inference.errors import (
+    ControlDisabled,
+    LoadOutdated,
+    PollFailed,
+    RequestInvalid,
+)
+from pollard.services.inference.load_request import read_parameters, write_files
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.repository import (
     Limits,
@@ -44,11 +51,29 @@ _SETTLE_SECONDS = 0.2
 """A model whose files change within this time is still being copied."""
 
 
+@dataclass(eq=False)
+class _Order:
+    """One wish for what a model should be."""
+
+    number: int
+    """Grows with each."""
+    entry: RepositoryEntry | None
+    """What should be loaded; None for nothing."""
+    outdated: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when another order has come after it."""
+
+
 @dataclass
 class _Model:
     """What is known of one model beside what the engine serves."""
 
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    order: _Order | None = None
+    """The newest one that could be read."""
+    arrivals: int = 0
+    """Orders so far."""
+    pending: int = 0
+    """Loads under way."""
     stamp: Stamp = ()
     """Of what was loaded last, or could not be."""
     entry: RepositoryEntry | None = None
@@ -126,7 +151,7 @@ class StandaloneCatalogue:
     async def load_model(self, model: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Load a model, or load it again; see `Catalogue.load_model`."""
         self._require_explicit()
-        config, files = _load_parameters(model, parameters)
+        config, files = read_parameters(model, parameters)
         # Not cancelled with the request: whoever asked may have gone, the order stands.
         task = asyncio.create_task(self._load(model, config, files), name=f"load-{model}")
         self._tasks.add(task)
@@ -161,32 +186,60 @@ class StandaloneCatalogue:
         self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
         model = self._models.setdefault(name, _Model())
-        async with model.changing:
-            try:
+        model.arrivals += 1
+        number = model.arrivals
+        model.pending += 1
+        try:
+            with contextlib.ExitStack() as held:
                 if files:
-                    with tempfile.TemporaryDirectory(prefix="pollard-load-") as folder:
-                        await asyncio.to_thread(_write, Path(folder), files)
-                        entry = await asyncio.to_thread(read_folder, name, Path(folder), config)
-                        await self._replace(model, entry, {})
-                    model.stamp, model.entry = (), None
-                    return
-                entry = await asyncio.to_thread(self._repository.read, name, config)
-                model.stamp = entry.stamp
-                if not _same(entry, model.entry):
-                    await self._replace(model, entry, self._reusable(model, entry))
-                model.entry = entry
-            except PollFailed as error:
-                self._refused(name, model, error.message)
-                raise
-            except OSError as error:
-                failed = poll_failed(name, f"its files cannot be read: {error}")
-                self._refused(name, model, failed.message)
-                raise failed from error
-            except (ServiceError, RuntimeFault) as error:
-                self._refused(name, model, error.message)
-                raise RequestInvalid(
-                    f"load failed for model '{name}': {error.message}", model=name
-                ) from error
+                    folder = Path(
+                        held.enter_context(tempfile.TemporaryDirectory(prefix="pollard-load-"))
+                    )
+                    await asyncio.to_thread(write_files, folder, files)
+                    entry = await asyncio.to_thread(read_folder, name, folder, config)
+                else:
+                    entry = await asyncio.to_thread(self._repository.read, name, config)
+                order = _newest(model, _Order(number, entry))
+                async with model.changing:
+                    if not files:
+                        model.stamp = entry.stamp
+                    await self._carry_out(model, name, order)
+                    model.stamp, model.entry = ((), None) if files else (entry.stamp, entry)
+        except (PollFailed, LoadOutdated) as error:
+            self._refused(name, model, error.message)
+            raise
+        except OSError as error:
+            failed = poll_failed(name, f"its files cannot be read: {error}")
+            self._refused(name, model, failed.message)
+            raise failed from error
+        except (ServiceError, RuntimeFault) as error:
+            self._refused(name, model, error.message)
+            raise RequestInvalid(
+                f"load failed for model '{name}': {error.message}", model=name
+            ) from error
+        finally:
+            model.pending -= 1
+
+    async def _carry_out(self, model: _Model, name: str, order: _Order) -> None:
+        """Bring a model to what an order wants, unless a newer one comes first.
+
+        Raises:
+            LoadOutdated: a newer one has come; what serves is as it was.
+        """
+        entry = order.entry
+        if order.outdated.is_set() or entry is None:
+            raise _outdated(name)
+        if _same(entry, model.entry):
+            return
+        replacing = asyncio.create_task(self._replace(model, entry, self._reusable(model, entry)))
+        overtaken = asyncio.create_task(order.outdated.wait())
+        try:
+            await asyncio.wait({replacing, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel(replacing, overtaken)
+        if replacing.cancelled():
+            raise _outdated(name)
+        replacing.result()
 
     async def _replace(
         self, model: _Model, entry: RepositoryEntry, kept: dict[int, LoadedRevision]
@@ -248,7 +301,12 @@ class StandaloneCatalogue:
         model = self._models.get(name)
         if model is None:
             return
+        model.arrivals += 1
+        order = _newest(model, _Order(model.arrivals, None))
         async with model.changing:
+            if order.outdated.is_set():
+                # It is to be loaded again.
+                return
             served = self._engine.table.models.get(name)
             model.stamp, model.entry = (), None
             if served is None:
@@ -274,6 +332,9 @@ class StandaloneCatalogue:
     def _refused(self, name: str, model: _Model, reason: str) -> None:
         """Note why a load failed; what serves is as it was."""
         _log.warning("refused", model=name, error=reason)
+        if model.pending > 1:
+            # What another load does to the model's states stands.
+            return
         served = self._engine.table.models.get(name)
         ready = set(map(str, served.revisions)) if served else set()
         for version, (state, _) in list(model.states.items()):
@@ -325,6 +386,33 @@ class StandaloneCatalogue:
             await self._unload(name)
 
 
+def _newest(model: _Model, order: _Order) -> _Order:
+    """Make an order the newest of its model; one that wants something else is out of date."""
+    before = model.order
+    if before is not None:
+        if (
+            before.entry is not None
+            and order.entry is not None
+            and _same(order.entry, before.entry)
+        ):
+            return before
+        if before.number > order.number:
+            # It took longer to read than the one that came after it.
+            order.outdated.set()
+            return order
+        before.outdated.set()
+    model.order = order
+    return order
+
+
+def _outdated(name: str) -> LoadOutdated:
+    return LoadOutdated(
+        f"load failed for model '{name}': it is out-dated, a newer order for this model has "
+        "overtaken it",
+        model=name,
+    )
+
+
 def _same(entry: RepositoryEntry, loaded: RepositoryEntry | None) -> bool:
     return (
         loaded is not None
@@ -332,41 +420,3 @@ def _same(entry: RepositoryEntry, loaded: RepositoryEntry | None) -> bool:
         and entry.config == loaded.config
         and entry.batch_size_given == loaded.batch_size_given
     )
-
-
-def _load_parameters(
-    model: str, parameters: Mapping[str, LoadParameter]
-) -> tuple[str | None, dict[str, bytes]]:
-    config: str | None = None
-    files: dict[str, bytes] = {}
-    for name, value in parameters.items():
-        if name == "config":
-            if not isinstance(value, str):
-                raise RequestInvalid("'config' must be a string of JSON", parameter=name)
-            config = value
-        elif name.startswith("file:"):
-            path = PurePosixPath(name.removeprefix("file:"))
-            if not isinstance(value, bytes):
-                raise RequestInvalid(f"'{name}' must be the bytes of a file", parameter=name)
-            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in str(path):
-                raise RequestInvalid(
-                    f"'{name}' must be a path within the model's folder, such as "
-                    "'file:1/model.onnx'",
-                    parameter=name,
-                )
-            files[str(path)] = value
-        else:
-            raise RequestInvalid(f"unrecognized parameter '{name}' in load", parameter=name)
-    if files and config is None:
-        raise RequestInvalid(
-            f"override model directory of '{model}' requires also the parameter 'config'",
-            model=model,
-        )
-    return config, files
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -35,11 +36,14 @@ from pollard.services.inference.frontends.framing import (
 )
 from pollard.services.inference.methods import Call, ProtocolMethods, Unary
 from pollard.services.inference.parameters import RequestOptions
+from pollard.services.inference.restrictions import Restriction
 from pollard.services.inference.servicer import SERVICE_NAME, STREAM_STATUS_METADATA
 from pollard.services.inference.shared_memory import SharedMemory
 from pollard.services.inference.streaming import stream_infer
 
 _HEALTH = "grpc.health.v1.Health"
+
+_UNRESTRICTED: Mapping[str, Restriction] = MappingProxyType({})
 
 _ALIAS, _STICKY = ALIAS_METADATA.encode(), STICKY_METADATA.encode()
 _STRICT = STREAM_STATUS_METADATA.encode()
@@ -97,6 +101,7 @@ class GrpcApplication:
         shared: SharedMemory,
         *,
         max_message_bytes: int,
+        restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
     ) -> None:
         """Serve `engine`, with everything but inference from `methods`."""
         self._engine = engine
@@ -109,6 +114,7 @@ class GrpcApplication:
         self._health: dict[str, int] = {}
         self._health_changed = asyncio.Event()
         prefix = f"/{SERVICE_NAME}/"
+        self._restrictions = {prefix + name: each for name, each in restrictions.items()}
         self._unary: dict[str, UnaryMethod] = {prefix + "ModelInfer": self._infer}
         for name, (kind, method) in methods.unary.items():
             self._unary[prefix + name] = _with_messages(kind, method)
@@ -145,6 +151,10 @@ class GrpcApplication:
         self._in_flight += 1
         self._idle.clear()
         try:
+            if self._restrictions:
+                restriction = self._restrictions.get(scope["path"])
+                if restriction is not None:
+                    restriction.check(scope["headers"])
             unary = self._unary.get(scope["path"])
             if unary is not None:
                 await self._answer(unary, headers, receive, send)
