@@ -35,6 +35,7 @@ def loaded_after(module: str) -> set[str]:
 @pytest.mark.parametrize("module", CLIENT)
 def test_the_client_loads_neither_onnxruntime_nor_torch_nor_a_database(module):
     heavy = {"onnxruntime", "onnx", "torch", "sqlalchemy", "sklearn", "scipy", "plotly"}
+    heavy |= {"model_signing", "sigstore", "cryptography"}
     assert not loaded_after(module) & heavy
 
 
@@ -49,8 +50,17 @@ def test_the_command_s_plug_ins_are_light():
 
 
 def test_the_runtime_loads_neither_grpc_nor_torch():
-    for module in ("bundle", "archive", "machine", "sessions", "transforms", "postprocess"):
-        assert not loaded_after(f"pollard.runtime.{module}") & {"grpc", "torch"}
+    for module in (
+        "bundle",
+        "archive",
+        "machine",
+        "sessions",
+        "signing",
+        "transforms",
+        "postprocess",
+    ):
+        loaded = loaded_after(f"pollard.runtime.{module}")
+        assert not loaded & {"grpc", "torch", "model_signing", "cryptography"}
 
 
 def test_the_namespace_has_no_init():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
-from pollard.runtime.bundle import MANIFEST, Bundle
+from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle
 from pollard.runtime.errors import BundleCorrupt, BundleError
 from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.errors import StartupError
@@ -42,6 +42,23 @@ def test_a_description_is_manifest_and_labels(cache, make_bundle) -> None:
     receive(staging, bundle, [MANIFEST, "labels.txt"])
     path = staging.commit()
     assert sorted(p.name for p in path.iterdir()) == ["labels.txt", MANIFEST]
+
+
+def test_a_signature_comes_with_the_bundle(cache, make_bundle) -> None:
+    bundle = make_bundle()
+    (bundle.path / SIGNATURE).write_bytes(b"signed")
+    staging = cache.stage(bundle.digest, whole=True)
+    receive(staging, bundle, [MANIFEST, SIGNATURE, *(file.path for file in bundle.manifest.files)])
+    assert (staging.commit() / SIGNATURE).read_bytes() == b"signed"
+
+
+def test_a_signature_without_end_is_refused(cache, make_bundle) -> None:
+    bundle = make_bundle()
+    staging = cache.stage(bundle.digest, whole=True)
+    staging.add(SIGNATURE, 0, b"x", 2)
+    with pytest.raises(BundleCorrupt, match="longer than"):
+        staging.add(SIGNATURE, 1, b"x", 1 << 40)
+    staging.abort()
 
 
 def test_what_is_missing_is_noticed(cache, make_bundle) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pollard.client.cli.signing import SignOption, signer
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -132,6 +134,7 @@ def compress(
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
+    sign: SignOption = None,
     json_file: _Json = None,
     force: _Force = False,
 ) -> None:
@@ -198,10 +201,13 @@ def compress(
             raise typer.Exit(0 if plan.speed_is_met else 3)
         if out is None:
             return
+        make_signature = signer(sign)
         result = pipeline.compress(recipe, out, force=force, reporter=_reporter(console))
+        signed = make_signature(out) if make_signature is not None else ""
         _write_json(json_file, result.report)
         _print_comparison(console, result.report)
         console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
+        _say_signed(console, signed)
 
 
 # Parameters of the command that are called otherwise in recipes.
@@ -223,6 +229,7 @@ def bundle(
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
+    sign: SignOption = None,
     json_file: _Json = None,
     force: _Force = False,
 ) -> None:
@@ -241,7 +248,9 @@ def bundle(
             threads=threads,
             spec=_spec(input_size, mean, std),
         )
+        make_signature = signer(sign)
         result = pipeline.bundle_parent(recipe, out, force=force, reporter=_reporter(console))
+        signed = make_signature(out) if make_signature is not None else ""
         _write_json(json_file, result.report)
         console.print(
             f"Accuracy {result.measured.accuracy}, {result.measured.latency_us:.1f} µs an image, "
@@ -249,6 +258,7 @@ def bundle(
             f"Bundle: {out}\nReport: {out / 'report.html'}",
             highlight=False,
         )
+        _say_signed(console, signed)
 
 
 def train(
@@ -356,6 +366,7 @@ def _errors(json_file: Path | None) -> Iterator[Console]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
+    from pollard.client.errors import PollardError
     from pollard.compress.errors import CompressionError, GateRefused
     from pollard.runtime.errors import RuntimeFault
 
@@ -369,9 +380,14 @@ def _errors(json_file: Path | None) -> Iterator[Console]:
     except CompressionError as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
-    except (RuntimeFault, OSError) as error:
+    except (RuntimeFault, PollardError, OSError) as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _say_signed(console: Console, fingerprint: str) -> None:
+    if fingerprint:
+        console.print(f"Signed with the key {fingerprint}", highlight=False, soft_wrap=True)
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from pollard.runtime.bundle import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_SIGNATURE_BYTES,
     SIGNATURE,
     Bundle,
     is_safe_path,
@@ -119,6 +120,11 @@ def _extract(
         if name == MANIFEST and member.size > MAX_MANIFEST_BYTES:
             raise ArchiveInvalid(
                 f"{MANIFEST} is longer than {MAX_MANIFEST_BYTES} bytes", limit=MAX_MANIFEST_BYTES
+            )
+        if name == SIGNATURE and member.size > MAX_SIGNATURE_BYTES:
+            raise ArchiveInvalid(
+                f"{SIGNATURE} is longer than {MAX_SIGNATURE_BYTES} bytes",
+                limit=MAX_SIGNATURE_BYTES,
             )
         path = directory / name
         try:

@@ -29,6 +29,9 @@ SCHEMA_VERSION = 1
 # Far above any real manifest; a longer one is an attack on the parser.
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
+# Far above the signature of the largest bundle, for the same reason.
+MAX_SIGNATURE_BYTES = 8 * 1024 * 1024
+
 TARGETS = ("cpu-fp32", "cpu-int8", "cuda-fp16", "tensorrt-int8")
 
 

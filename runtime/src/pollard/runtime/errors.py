@@ -6,7 +6,10 @@
     ├── BundleError            a bundle cannot be used
     │   ├── ManifestInvalid      the manifest says something impossible
     │   ├── BundleCorrupt        a file differs from its digest, is missing, or is not listed
-    │   └── ArchiveInvalid       the tar is malformed, unsafe or too large
+    │   ├── ArchiveInvalid       the tar is malformed, unsafe or too large
+    │   ├── SignatureInvalid     the bundle's signature is damaged, forged, or of other files
+    │   └── SignatureUntrusted   the bundle is not signed with a key that is trusted here
+    ├── KeyInvalid             a key for signatures cannot be used
     ├── ModelError             a model file cannot be run
     │   ├── RequirementsNotMet   this machine lacks something that the variant needs
     │   ├── ModelLoadFailed      onnxruntime refuses the file
@@ -70,6 +73,24 @@ class ArchiveInvalid(BundleError):
     """The tar is malformed, unsafe or too large."""
 
     reason = "ARCHIVE_INVALID"
+
+
+class SignatureInvalid(BundleError):
+    """The bundle's signature is damaged, forged, or of other files."""
+
+    reason = "SIGNATURE_INVALID"
+
+
+class SignatureUntrusted(BundleError):
+    """The bundle is not signed, or not with a key that is trusted here."""
+
+    reason = "SIGNATURE_UNTRUSTED"
+
+
+class KeyInvalid(RuntimeFault):
+    """A key for signatures cannot be used."""
+
+    reason = "KEY_INVALID"
 
 
 class ModelError(RuntimeFault):

@@ -32,6 +32,8 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.bundle import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE,
     Bundle,
     check_file,
     is_safe_path,
@@ -176,6 +178,8 @@ class Staging:
             )
         if path == MANIFEST:
             self._add_manifest(data, total_bytes)
+        elif path == SIGNATURE:
+            self._add_signature(data, total_bytes)
         else:
             self._add_file(path, data)
         self._received[path] = offset + len(data)
@@ -192,7 +196,7 @@ class Staging:
         if self._whole:
             Bundle.open(self._folder, verify=True, expect=self._digest)
         else:
-            for path in self._received.keys() - {MANIFEST}:
+            for path in self._received.keys() - {MANIFEST, SIGNATURE}:
                 check_file(self._folder, self._files[path])
         for directory, _, names in os.walk(self._folder):
             for name in names:
@@ -228,6 +232,17 @@ class Staging:
         self.manifest = parse_manifest(self._manifest_bytes)
         self._files = {file.path: file for file in self.manifest.files}
         (self._folder / MANIFEST).write_bytes(self._manifest_bytes)
+
+    def _add_signature(self, data: bytes, total_bytes: int) -> None:
+        # No digest tells what it should be; whoever wants it signed checks it.
+        if total_bytes > MAX_SIGNATURE_BYTES or self._received.get(SIGNATURE, 0) + len(data) > (
+            MAX_SIGNATURE_BYTES
+        ):
+            raise BundleCorrupt(
+                f"{SIGNATURE} is longer than {MAX_SIGNATURE_BYTES} bytes", path=SIGNATURE
+            )
+        with (self._folder / SIGNATURE).open("ab") as out:
+            out.write(data)
 
     def _add_file(self, path: str, data: bytes) -> None:
         file = self._files.get(path)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pollard.client.cli import fleet, models, predict
+from pollard.client.cli import fleet, keys, models, predict
 from pollard.client.cli._common import fail
 from pollard.client.errors import PollardError, RequestFailed
 
@@ -51,6 +51,7 @@ def build_app() -> typer.Typer:
         """Compress convolutional networks, serve them over gRPC, swap them under load."""
 
     app.add_typer(models.app, name="models")
+    app.add_typer(keys.app, name="keys")
     fleet.register(app)
     predict.register(app)
 

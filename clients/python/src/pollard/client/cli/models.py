@@ -34,6 +34,7 @@ from pollard.client.cli._common import (
     show_table,
     size,
 )
+from pollard.client.cli.signing import SignOption, signer
 
 app = typer.Typer(
     help="Put models into the registry, and decide which revision is served.",
@@ -69,6 +70,7 @@ def push(
     ] = None,
     alias: AliasOption = None,
     notes: Annotated[str, typer.Option(help="Free text kept with the revision.")] = "",
+    sign: SignOption = None,
     allow_signature_change: SignatureOption = False,
     wait: WaitOption = True,
     wait_timeout: WaitTimeoutOption = _WAIT,
@@ -79,12 +81,17 @@ def push(
     """Store a bundle as the next revision of a model.
 
     The first revision of a model becomes `production`; later ones move an alias only when --alias
-    names one. Of a plain ONNX file a manifest is derived from its graph, and shown.
+    names one. Of a plain ONNX file a manifest is derived from its graph, and shown. With --sign the
+    bundle's file `signature` is written first; pushing a bundle again, now signed, signs its
+    revision.
     """
+    make_signature = signer(sign)
     with (
         _as_bundle(source, labels, quiet=as_json) as directory,
         ModelsClient(server, timeout=timeout) as client,
     ):
+        if make_signature is not None:
+            make_signature(directory)
         first = _is_first(client, model)
         chosen = alias or ("production" if first else None)
         with TransferBar(f"pushing to {model}") as moved:
