@@ -11,6 +11,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pollard.compress.cli import register
+from pollard.runtime.bundle import Bundle
+from pollard.runtime.keys import TrustedKeys, create_key_pair
+from pollard.runtime.signing import require_signature
 
 Invoke = Callable[..., Result]
 Tree = Callable[..., Path]
@@ -47,6 +50,7 @@ def test_train_bundle_and_eval_agree(invoke: Invoke, write_images: Tree, tmp_pat
         "        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(392, 3))\n"
     )
     data, weights = write_images("train", "test", per_class=16), tmp_path / "w.safetensors"
+    keys = create_key_pair(tmp_path / "team")
     shape = ["--input-size", "16x16x3", "--mean", "0.4,0.5,0.6", "--std", "0.25"]
     common = ["own_net:net", "--data", data, *shape, "--threads", 2]
     sys.path.insert(0, str(tmp_path))
@@ -64,8 +68,12 @@ def test_train_bundle_and_eval_agree(invoke: Invoke, write_images: Tree, tmp_pat
             tmp_path / "b",
             "--json",
             tmp_path / "b.json",
+            "--sign",
+            keys.private,
         )
         assert done.exit_code == 0, done.output
+        trusted = TrustedKeys({keys.fingerprint: keys.public})
+        assert require_signature(Bundle.open(tmp_path / "b"), trusted)
         model = invoke("eval", *common, "--weights", weights, "--json", tmp_path / "e.json")
         packed = invoke("eval", tmp_path / "b", "--data", data, "--json", tmp_path / "p.json")
     finally:
@@ -75,6 +83,17 @@ def test_train_bundle_and_eval_agree(invoke: Invoke, write_images: Tree, tmp_pat
     assert files["t"]["accuracy"] == files["e"] == files["p"] == files["b"]["parent"]["accuracy"]
     assert files["e"]["value"] > 0.9
     assert "n = 24" in model.output
+
+
+@pytest.mark.parametrize("command", ["compress", "bundle"])
+def test_a_key_that_cannot_sign_is_told_before_any_work(
+    invoke: Invoke, tmp_path: Path, command: str
+) -> None:
+    arguments = ["zoo:small-cnn-28", "--data", "digits", "--out", tmp_path / "b"]
+    done = invoke(command, *arguments, "--sign", tmp_path / "missing.key")
+    assert done.exit_code == 1
+    assert "missing.key" in done.output
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

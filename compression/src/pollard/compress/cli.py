@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from pollard.client.cli.signing import SignOption, signer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +36,16 @@ _Weights = Annotated[
     str, typer.Option("--weights", help="Trained parent: .pt state dict or .safetensors.")
 ]
 _Out = Annotated[Path, typer.Option("--out", help="Directory of the bundle.", show_default=False)]
+_Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY",
+        help="Sign the bundle with this private key (`pollard keys create` makes one). A "
+        "passphrase is taken from POLLARD_KEY_PASSPHRASE, or asked for.",
+        show_default=False,
+    ),
+]
 _Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 _Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
@@ -134,7 +142,7 @@ def compress(
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
-    sign: SignOption = None,
+    sign: _Sign = None,
     json_file: _Json = None,
     force: _Force = False,
 ) -> None:
@@ -201,7 +209,7 @@ def compress(
             raise typer.Exit(0 if plan.speed_is_met else 3)
         if out is None:
             return
-        make_signature = signer(sign)
+        make_signature = _signer(sign)
         result = pipeline.compress(recipe, out, force=force, reporter=_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
         _write_json(json_file, result.report)
@@ -229,7 +237,7 @@ def bundle(
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
-    sign: SignOption = None,
+    sign: _Sign = None,
     json_file: _Json = None,
     force: _Force = False,
 ) -> None:
@@ -248,7 +256,7 @@ def bundle(
             threads=threads,
             spec=_spec(input_size, mean, std),
         )
-        make_signature = signer(sign)
+        make_signature = _signer(sign)
         result = pipeline.bundle_parent(recipe, out, force=force, reporter=_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
         _write_json(json_file, result.report)
@@ -383,6 +391,12 @@ def _errors(json_file: Path | None) -> Iterator[Console]:
     except (RuntimeFault, PollardError, OSError) as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _signer(key: Path | None) -> Callable[[Path], str] | None:
+    from pollard.client.cli.signing import signer
+
+    return signer(key)
 
 
 def _say_signed(console: Console, fingerprint: str) -> None:
