@@ -44,6 +44,8 @@ note(f"started {os.getpid()}")
 while not stop:
     if behaviour == "dies" and os.path.exists(journal + ".die"):
         os._exit(7)
+    if behaviour == "moody" and os.path.exists(journal + ".moody"):
+        servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     time.sleep(0.02)
 note("stopped")
 server.stop(0)

@@ -122,6 +122,86 @@ async def test_a_service_that_keeps_dying_ends_everything_in_words(
     assert watched.pids == {}
 
 
+async def test_a_service_that_hangs_is_killed_and_started_again(
+    watch: Any, fake_plans: Plans
+) -> None:
+    watched = watch(fake_plans(), hang_seconds=3.0)
+    await watched.run()
+    before = watched.pids
+    watched.healthy.clear()
+    # Alive for the kernel, and its port still takes connections; but nobody answers.
+    os.kill(before["inference"], signal.SIGSTOP)
+    await asyncio.wait_for(watched.healthy.wait(), 30)
+    after = watched.pids
+    assert not psutil.pid_exists(before["inference"])
+    assert after["inference"] != before["inference"]
+    assert {**after, "inference": 0} == {**before, "inference": 0}
+    said = "\n".join(watched.notices)
+    assert f"inference (process {before['inference']}) has not answered a health check for" in said
+    assert "inference hung and was killed; starting it again in 0.2 s" in said
+    assert "inference is healthy again" in said
+    assert await watched.stop() == 0
+
+
+async def test_a_service_that_hangs_before_it_is_healthy_again_is_killed_too(
+    watch: Any, fake_plans: Plans
+) -> None:
+    watched = watch(fake_plans(), hang_seconds=3.0)
+    await watched.run()
+    first = watched.pids["inference"]
+    # Its next process gets to nothing before it is stopped.
+    watched.supervisor._start_timeout = 3.0
+    os.kill(first, signal.SIGKILL)
+    while watched.pids.get("inference", first) == first:
+        await asyncio.sleep(0.001)
+    second = watched.pids["inference"]
+    os.kill(second, signal.SIGSTOP)
+    watched.healthy.clear()
+    await asyncio.wait_for(watched.healthy.wait(), 30)
+    assert watched.pids["inference"] not in (first, second)
+    assert any(f"inference (process {second}) has not" in notice for notice in watched.notices)
+    assert await watched.stop() == 0
+
+
+async def test_one_that_answers_that_it_does_not_serve_is_left_alone(
+    watch: Any, fake_plans: Plans, tmp_path: Path
+) -> None:
+    watched = watch(fake_plans(preprocess="moody"), hang_seconds=3.0)
+    await watched.run()
+    before = watched.pids
+    (tmp_path / "preprocess.journal.moody").touch()
+    await asyncio.sleep(4.0)
+    assert watched.pids == before
+    assert not any("hangs" in notice for notice in watched.notices)
+    assert await watched.stop() == 0
+
+
+async def test_hangs_are_not_looked_for_when_nobody_wants_that(
+    watch: Any, fake_plans: Plans
+) -> None:
+    watched = watch(fake_plans(), hang_seconds=0)
+    await watched.run()
+    pid = watched.pids["models"]
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.sleep(0.5)
+    assert watched.pids["models"] == pid
+    os.kill(pid, signal.SIGCONT)
+    assert await watched.stop() == 0
+
+
+async def test_the_pause_grows_while_a_service_keeps_dying(
+    watch: Any, fake_plans: Plans, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pollard.services.up.supervisor._FIRST_BACKOFF_SECONDS", 0.01)
+    watched = watch(fake_plans(preprocess="dies"))
+    await watched.run()
+    (tmp_path / "preprocess.journal.die").touch()
+    with pytest.raises(StartupError, match="preprocess died 6 times"):
+        await watched.task
+    pauses = [n.rsplit(" in ")[-1] for n in watched.notices if "starting it again in" in n]
+    assert pauses == ["0.01 s", "0.02 s", "0.04 s", "0.08 s", "0.16 s"]
+
+
 async def test_a_service_that_cannot_start_ends_everything_with_what_it_said(
     watch: Any, fake_plans: Plans
 ) -> None:

@@ -92,6 +92,15 @@ def up(
         float,
         typer.Option(metavar="SECONDS", min=0, help="How long requests in flight may take to end."),
     ] = 10.0,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="How long a service may leave health checks without an answer before it is killed "
+            "and started again; 0 never does that.",
+        ),
+    ] = 20.0,
     stop_with_parent: Annotated[
         bool,
         typer.Option(
@@ -102,8 +111,8 @@ def up(
 ) -> None:
     """Start the three services on this machine, and keep them running.
 
-    Ctrl-C or SIGTERM stops them cleanly. A service that dies is started again. Kept data lies in
-    --data-dir; the same directory gives the same models again.
+    Ctrl-C or SIGTERM stops them cleanly. A service that dies or hangs is started again. Kept data
+    lies in --data-dir; the same directory gives the same models again.
     """
     from pollard.services.up.command import run_up
     from pollard.services.up.plan import UpOptions
@@ -128,6 +137,7 @@ def up(
         ready_file=ready_file,
         start_timeout_seconds=start_timeout,
         grace_seconds=grace,
+        hang_seconds=hang_timeout,
         quiet=quiet,
     )
     raise typer.Exit(run_up(options))

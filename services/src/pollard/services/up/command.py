@@ -62,6 +62,7 @@ async def _run(options: UpOptions) -> int:
         changed=changed,
         start_timeout_seconds=options.start_timeout_seconds,
         grace_seconds=options.grace_seconds,
+        hang_seconds=options.hang_seconds,
     )
     install_signals(supervisor)
     if options.ready_file is not None:

@@ -50,6 +50,9 @@ class UpOptions:
     """How long all services may take to be healthy."""
     grace_seconds: float = 10.0
     """How long requests in flight may take to end."""
+    hang_seconds: float = 20.0
+    """How long a service may leave health checks unanswered before it is started again; 0 for
+    ever."""
     quiet: bool = False
     """Only write warnings and errors."""
 

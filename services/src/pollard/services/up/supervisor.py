@@ -24,6 +24,8 @@ _LAST_BACKOFF_SECONDS = 10.0
 _QUICK_DEATH_SECONDS = 10.0
 _QUICK_DEATHS = 5
 _HEALTH_POLL_SECONDS = 0.1
+# Several checks fit into the time after which a service counts as hung: one may go wrong.
+_CHECKS_BEFORE_HUNG = 4
 # A service keeps to the grace by itself; only one that does not is killed, this much later.
 _KILL_AFTER_GRACE_SECONDS = 5.0
 _LONGEST_LINE_BYTES = 1 << 20
@@ -39,6 +41,8 @@ class Child:
     plan: ServicePlan
     process: asyncio.subprocess.Process | None = None
     started: float = 0.0
+    last_answer: float = 0.0
+    """When it last answered a health check; 0 before it has."""
     quick_deaths: int = 0
     restarts: int = 0
     last_lines: list[str] = field(default_factory=list)
@@ -55,6 +59,7 @@ class Child:
         """Start the process and pass its lines on."""
         self.last_lines.clear()
         self.started = time.monotonic()
+        self.last_answer = 0.0
         self.process = await asyncio.create_subprocess_exec(
             *self.plan.command(),
             stdin=asyncio.subprocess.DEVNULL,
@@ -118,6 +123,7 @@ class Supervisor:
         changed: Callable[[], None],
         start_timeout_seconds: float = 60.0,
         grace_seconds: float = 10.0,
+        hang_seconds: float = 20.0,
     ) -> None:
         """Make a supervisor; nothing is started yet.
 
@@ -128,6 +134,8 @@ class Supervisor:
             changed: Called when processes have changed and all services are healthy.
             start_timeout_seconds: How long all may take to be healthy.
             grace_seconds: How long requests in flight may take to end.
+            hang_seconds: How long a service may leave health checks without an answer before it is
+                killed and started again; 0 for ever.
         """
         self.children = {plan.name: Child(plan) for plan in plans}
         self._notice = notice
@@ -135,6 +143,7 @@ class Supervisor:
         self._changed = changed
         self._start_timeout = start_timeout_seconds
         self._grace = grace_seconds
+        self._hang = hang_seconds
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -215,36 +224,83 @@ class Supervisor:
             await cancel(*tasks)
 
     async def _keep(self, child: Child) -> None:
-        """Start a service again whenever it dies.
+        """Start a service again whenever it dies or hangs.
 
         Raises:
             StartupError: It has died too often in a row.
         """
         name = child.plan.name
         while True:
-            code = await child.wait()
-            lived = time.monotonic() - child.started
-            child.quick_deaths = child.quick_deaths + 1 if lived < _QUICK_DEATH_SECONDS else 1
+            code, hung = await self._until_ended(child)
+            # One that hung was of use only as long as it answered.
+            ended = max(child.started, child.last_answer) if hung else time.monotonic()
+            quick = ended - child.started < _QUICK_DEATH_SECONDS
+            child.quick_deaths = child.quick_deaths + 1 if quick else 1
+            how = "hung and was killed" if hung else _how(code)
             if child.quick_deaths > _QUICK_DEATHS:
                 raise StartupError(
                     f"{name} died {child.quick_deaths} times, each time within "
-                    f"{_QUICK_DEATH_SECONDS:g} s ({_how(code)}), so all services are stopped."
+                    f"{_QUICK_DEATH_SECONDS:g} s ({how}), so all services are stopped."
                     + _said(child)
                 )
             pause = min(
                 _FIRST_BACKOFF_SECONDS * 2 ** (child.quick_deaths - 1), _LAST_BACKOFF_SECONDS
             )
-            self._notice(f"{name} {_how(code)}; starting it again in {pause:g} s")
+            self._notice(f"{name} {how}; starting it again in {pause:g} s")
             await asyncio.sleep(pause)
             await child.start(self._write_line)
             child.restarts += 1
             self._notice(f"{name} runs again as process {child.pid}")
-            healthy = asyncio.create_task(self._announce(child))
-            died = asyncio.create_task(child.process.wait() if child.process else child.wait())
-            try:
-                await asyncio.wait({healthy, died}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                await cancel(healthy, died)
+
+    async def _until_ended(self, child: Child) -> tuple[int, bool]:
+        """Wait until a service has ended; return its exit code, and whether it hung and was killed.
+
+        One that was started again is announced once it is healthy.
+        """
+        died = asyncio.create_task(child.wait())
+        hung = asyncio.create_task(self._until_hung(child))
+        tasks: list[asyncio.Task[Any]] = [died, hung]
+        if child.restarts:
+            tasks.append(asyncio.create_task(self._announce(child)))
+        try:
+            await asyncio.wait({died, hung}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                return died.result(), False
+            since = time.monotonic() - max(child.started, child.last_answer)
+            self._notice(
+                f"{child.plan.name} (process {child.pid}) has not answered a health check for "
+                f"{since:.0f} s: it hangs, and is killed"
+            )
+            child.kill()
+            return await died, True
+        finally:
+            await cancel(*tasks)
+
+    async def _until_hung(self, child: Child) -> None:
+        """Return when a service has left health checks without any answer for too long.
+
+        An answer that it does not serve now is an answer. Until the first one it has the time that
+        a start may take.
+        """
+        if self._hang <= 0:
+            await asyncio.Event().wait()
+        pause = self._hang / _CHECKS_BEFORE_HUNG
+        async with _channel(child) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while True:
+                try:
+                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=pause)
+                    child.last_answer = time.monotonic()
+                except grpc.RpcError:
+                    limit = (
+                        self._hang if child.last_answer else max(self._hang, self._start_timeout)
+                    )
+                    if time.monotonic() - max(child.started, child.last_answer) >= limit:
+                        return
+                    # A check that failed by its deadline has taken its time already.
+                    await asyncio.sleep(min(pause, 0.2))
+                else:
+                    await asyncio.sleep(pause)
 
     async def _announce(self, child: Child) -> None:
         await self._healthy(child)
@@ -253,12 +309,12 @@ class Supervisor:
 
     async def _healthy(self, child: Child) -> None:
         """Return when a service says that it serves."""
-        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
-        async with grpc.aio.insecure_channel(child.plan.address, options=options) as channel:
+        async with _channel(child) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 try:
                     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+                    child.last_answer = time.monotonic()
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                 except grpc.RpcError:
@@ -290,6 +346,11 @@ class Supervisor:
                 clean = False
                 self._notice(f"{name} {_how(code)} while stopping")
         return clean
+
+
+def _channel(child: Child) -> grpc.aio.Channel:
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
+    return grpc.aio.insecure_channel(child.plan.address, options=options)
 
 
 def _how(code: int) -> str:
