@@ -477,3 +477,71 @@ async def test_a_rollout_survives_kills_at_any_moment(manager: Manager) -> None:
     alias = await manager.client.alias_when(lambda a: a.state == pb.Alias.STATE_ACTIVE)
     assert (alias.revision, alias.previous_revision) == (2, 1)
     await server.close()
+
+
+async def test_what_a_step_has_seen_survives_a_kill(manager: Manager, helpers: Any) -> None:
+    """Counters go on from where they stood, also with what came while there was no manager."""
+    await manager.start()
+    server = await manager.join("i1")
+    name = "models/m/rollouts/1"
+    made = pb.Rollout(
+        revision=2,
+        steps=[5, 100],
+        hold=Duration(seconds=3600),
+        gates=pb.RolloutGates(min_requests=100),
+    )
+    await manager.client.models.CreateRollout(
+        pb.CreateRolloutRequest(parent="models/m", rollout=made)
+    )
+    await server.state_when(
+        lambda state: len(state.models[0].routes[0].targets) == 2 and state is server.states[-1]
+    )
+
+    def report(canary: int, base: int, run: str = "first") -> None:
+        counts = {1: (base, 0), 2: (canary - 1, 1) if canary else (0, 0)}
+        server.say(
+            report=fleet_pb.Report(
+                revisions=[
+                    fleet_pb.RevisionStatus(
+                        model="m",
+                        revision=number,
+                        state=fleet_pb.REVISION_STATE_READY,
+                        counters=fleet_pb.Counters(succeeded=succeeded, failed=failed, run_id=run),
+                    )
+                    for number, (succeeded, failed) in counts.items()
+                ]
+            )
+        )
+
+    async def seen(requests: int) -> pb.RolloutEvidence:
+        async def look() -> pb.RolloutEvidence:
+            asking = pb.GetRolloutRequest(name=name)
+            return (await manager.client.models.GetRollout(asking)).rollout.evidence
+
+        found: pb.RolloutEvidence = await helpers.eventually(
+            look, lambda evidence: evidence.revision.requests == requests
+        )
+        return found
+
+    async def look() -> bool:
+        asking = pb.GetRolloutRequest(name=name)
+        found = (await manager.client.models.GetRollout(asking)).rollout
+        return bool(found.HasField("evidence"))
+
+    await helpers.eventually(look, bool)
+    report(10, 200)  # before the step: where the counters stand
+    report(70, 1400)
+    evidence = await seen(60)
+    assert (evidence.revision.failed, evidence.base.requests) == (0, 1200)
+    assert "40 of 100 requests" in evidence.waiting_for[-1]
+    await manager.end()
+    await server.close()
+    await manager.start()
+    assert (await seen(60)).base.requests == 1200
+    server = await manager.join("i1")
+    report(100, 2000)
+    assert (await seen(90)).base.requests == 1800
+    # A server that started anew has counted all of it since, however much that is.
+    report(500, 9000, run="second")
+    assert (await seen(590)).base.requests == 10_800
+    await server.close()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.services.models.histograms import Latencies, upper_tail
-from pollard.services.models.rollout_gates import Judge, Limits, Tally
+from pollard.services.models.rollout_gates import Judge, Limits
+from pollard.services.models.rollout_tallies import Tally
 
 LIMITS = Limits(max_error_rate=0.005, max_p99_ratio=1.2, steps=3)
 STEPS = (0.05, 0.25, 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 
@@ -11,6 +12,10 @@ _SCALE = 16
 
 _BUCKETS = _SCALE * 32
 """From 1 µs to over an hour."""
+
+_DISTANCE_SCALE = 4
+_DISTANCE_BUCKETS = _DISTANCE_SCALE * 40
+"""From a millionth to a million times the length."""
 
 
 class RequestCounters:
@@ -23,6 +28,8 @@ class RequestCounters:
         self.succeeded = 0
         self.failed = 0
         self.rejected = 0
+        self.shadow: ShadowCounters | None = None
+        """Of copies that ran on the revision; None while there were none."""
         self._counts = [0] * _BUCKETS
         self._sum_us = 0.0
 
@@ -42,18 +49,77 @@ class RequestCounters:
         """Count a request that failed for a reason of the client's."""
         self.rejected += 1
 
+    def shadows(self) -> ShadowCounters:
+        """Return the counters of copies, making them."""
+        if self.shadow is None:
+            self.shadow = ShadowCounters()
+        return self.shadow
+
     def to_proto(self) -> fleet_pb.Counters:
         """Return the counters as they stand; empty buckets at either end are left out."""
-        used = [index for index, count in enumerate(self._counts) if count]
-        first, end = (used[0], used[-1] + 1) if used else (0, 0)
         return fleet_pb.Counters(
             succeeded=self.succeeded,
             failed=self.failed,
             rejected=self.rejected,
-            latency=fleet_pb.Histogram(
-                scale=_SCALE,
-                offset=first,
-                counts=self._counts[first:end],
-                sum_us=self._sum_us,
-            ),
+            latency=_histogram(_SCALE, self._counts, self._sum_us),
+            shadow=None if self.shadow is None else self.shadow.to_proto(),
         )
+
+
+class ShadowCounters:
+    """Counts of the copies that ran on one revision; they only grow. Safe on every thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._compared = self._items = self._agreed = self._dropped = self._failed = 0
+        self._distances = [0] * _DISTANCE_BUCKETS
+        self._sum = 0.0
+
+    def compare(self, agreed: int, distances: list[float]) -> None:
+        """Count a copy that was compared.
+
+        Args:
+            agreed: How many of its items have the same first answer.
+            distances: Relative distance of each item's scores, 0 or more.
+        """
+        with self._lock:
+            self._compared += 1
+            self._items += len(distances)
+            self._agreed += agreed
+            for distance in distances:
+                millionths = distance * 1e6
+                bucket = 0
+                if millionths > 1:
+                    bucket = _DISTANCE_BUCKETS - 1
+                    if millionths < 1e12:
+                        self._sum += millionths
+                        bucket = int(math.log2(millionths) * _DISTANCE_SCALE)
+                self._distances[min(bucket, _DISTANCE_BUCKETS - 1)] += 1
+
+    def drop(self) -> None:
+        """Count a copy that was not run."""
+        with self._lock:
+            self._dropped += 1
+
+    def fail(self) -> None:
+        """Count a copy that the revision failed."""
+        with self._lock:
+            self._failed += 1
+
+    def to_proto(self) -> fleet_pb.ShadowCounters:
+        """Return the counters as they stand at one moment."""
+        with self._lock:
+            return fleet_pb.ShadowCounters(
+                compared=self._compared,
+                items=self._items,
+                agreed=self._agreed,
+                dropped=self._dropped,
+                failed=self._failed,
+                distance=_histogram(_DISTANCE_SCALE, self._distances, self._sum),
+            )
+
+
+def _histogram(scale: int, counts: list[int], total: float) -> fleet_pb.Histogram:
+    used = [index for index, count in enumerate(counts) if count]
+    first, end = (used[0], used[-1] + 1) if used else (0, 0)
+    return fleet_pb.Histogram(scale=scale, offset=first, counts=counts[first:end], sum_us=total)

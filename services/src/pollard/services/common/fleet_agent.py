@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class FleetAgent:
         """Set once a state, from the cache or the manager, has been applied as far as it can be."""
         self._channel: grpc.aio.Channel | None = None
         self.bundles = BundleSource(self.cache, lambda: self._channel)
+        self._run_id = secrets.token_hex(8)
         self._saved = fleet_pb.DesiredState()
         self._order: fleet_pb.DesiredState | None = None
         self._ordered = asyncio.Event()
@@ -237,9 +239,11 @@ class FleetAgent:
     def _report(self) -> fleet_pb.SyncRequest:
         now = timestamp_pb2.Timestamp()
         now.GetCurrentTime()
-        return fleet_pb.SyncRequest(
-            report=fleet_pb.Report(revisions=self._member.statuses(), time=now)
-        )
+        statuses = self._member.statuses()
+        for status in statuses:
+            if status.HasField("counters"):
+                status.counters.run_id = self._run_id
+        return fleet_pb.SyncRequest(report=fleet_pb.Report(revisions=statuses, time=now))
 
     # Applying.
 

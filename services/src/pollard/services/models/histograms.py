@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 
@@ -28,6 +29,16 @@ class Latencies:
         counts = {message.offset + i: count for i, count in enumerate(message.counts) if count}
         return cls(message.scale or _DEFAULT_SCALE, counts)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it in a form that can be stored."""
+        counts = {str(index): count for index, count in sorted(self.counts.items())}
+        return {"scale": self.scale, "counts": counts}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Latencies:
+        """Return what was stored."""
+        return cls(value["scale"], {int(index): n for index, n in value["counts"].items()})
+
     @property
     def total(self) -> int:
         """Number of values."""
@@ -35,7 +46,7 @@ class Latencies:
 
     def since(self, earlier: Latencies) -> Latencies | None:
         """Return what was added after ``earlier``; None if it is no later state of the same."""
-        if earlier.scale not in (0, self.scale):
+        if earlier.counts and earlier.scale != self.scale:
             return None
         added = dict(self.counts)
         for index, count in earlier.counts.items():
@@ -76,6 +87,15 @@ class Latencies:
     def edge(self, index: int) -> float:
         """Return the lower edge of a bucket in microseconds."""
         return float(2.0 ** (index / self.scale))
+
+    def estimate(self, quantile: float) -> float:
+        """Return a quantile in microseconds, to half a bucket; 0 if there is nothing."""
+        left = quantile * self.total
+        for index in sorted(self.counts):
+            left -= self.counts[index]
+            if left <= 0:
+                return self.edge(index) * float(2.0 ** (0.5 / self.scale))
+        return 0.0
 
     def at_least(self, quantile: float, alpha: float) -> int | None:
         """Return a bucket whose lower edge the true quantile reaches, at confidence 1 - alpha.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from google.rpc import status_pb2
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models.events import record
-from pollard.services.models.schema import Draining, Rollout
+from pollard.services.models.schema import Draining, Rollout, RolloutBaseline
 from pollard.services.models.store import now_us
 
 WEIGHTS = 100_000
@@ -36,11 +37,34 @@ def weights(row: Rollout) -> list[tuple[int, int]]:
     The sum is always the same, and routing goes by the order of the revisions: so a sticky key
     that has come to the new revision stays there while its share grows.
     """
-    if not row.loaded:
+    if not row.loaded or row.step < 0:
         return []
     share = round(row.steps[row.step] / 100 * WEIGHTS)
     targets = [(row.base_revision, WEIGHTS - share), (row.revision, share)]
     return sorted(target for target in targets if target[1])
+
+
+def shadow(row: Rollout) -> fleet_pb.Shadow | None:
+    """Return which requests are copied; None for none."""
+    if not row.loaded or not row.shadow_ppm or share_of(row) >= 100:
+        return None
+    return fleet_pb.Shadow(
+        revision=row.revision,
+        base_revision=row.base_revision,
+        share_ppm=row.shadow_ppm,
+        output=row.shadow_output,
+        transform_again=row.shadow_transforms,
+    )
+
+
+def share_of(row: Rollout) -> float:
+    """Return the share of the requests that go to the revision at this step, in percent."""
+    return row.steps[row.step] if row.loaded and row.step >= 0 else 0.0
+
+
+def moving_state(row: Rollout) -> pb.Rollout.State.ValueType:
+    """Return the state of a rollout that goes on at its step."""
+    return pb.Rollout.STATE_SHADOW if row.step < 0 else pb.Rollout.STATE_CANARY
 
 
 def change(session: Session, row: Rollout, *, actor: str, action: str, detail: str) -> None:
@@ -66,6 +90,12 @@ def end(
     row.error = b"" if error is None else error.SerializeToString()
     if state == pb.Rollout.STATE_ROLLED_BACK and row.loaded:
         drain(session, row.model, row.revision)
+    # What was seen is kept; where the counters stood is of no use any more.
+    session.execute(
+        delete(RolloutBaseline).where(
+            RolloutBaseline.model == row.model, RolloutBaseline.number == row.number
+        )
+    )
     change(session, row, actor=actor, action=action, detail=detail)
 
 

@@ -2,59 +2,51 @@
 
 ::
 
-    every expected server     the share of this step      the last share below 100 %
-    has loaded the revision   was held, seen and judged   has passed
+    every expected server     this step was held,           the last share below 100 %
+    has loaded the revision   seen and judged               has passed
         │                         │                           │
-    loading ─── desired ──► CANARY 5 % ──► 25 % ──► 50 % ──► the alias switches: PROMOTED,
-               state                 │                        and the base revision drains
+    loading ──► SHADOW ──► CANARY 5 % ──► 25 % ──► 50 % ──► the alias switches: PROMOTED,
+        │      (if wanted)           │                        and the base revision drains
         └── a server refuses ────────┴── a gate fails ──► ROLLED_BACK; the routes go back at once
 
-Which step a rollout is at is on disk. What was seen in the step is not: after a restart of the
-manager the step begins anew, which only takes longer.
+Which step a rollout is at, and what was seen in it, are on disk (`rollout_evidence`): a manager
+that was killed in the middle of a step goes on with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from google.rpc import code_pb2, status_pb2
 from sqlalchemy.orm import Session
 
-from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import DeadlineExceeded
 from pollard.services.common.status import to_proto
+from pollard.services.models import rollout_evidence
 from pollard.services.models.aliases import change_route
 from pollard.services.models.events import MANAGER
 from pollard.services.models.fleet_view import FleetView, Key, loading_of
-from pollard.services.models.histograms import Latencies
-from pollard.services.models.rollout_gates import Judge, Limits, Tally
-from pollard.services.models.rollout_rows import change, end, running
-from pollard.services.models.schema import Alias, Revision, Rollout
+from pollard.services.models.rollout_gates import Judge
+from pollard.services.models.rollout_rows import change, end, moving_state, running, share_of
+from pollard.services.models.schema import Alias, Revision, Rollout, RolloutEvidence
+
+_LOOK_SECONDS = 10.0
+"""Longest time between two looks that counts as holding a step."""
 
 Settled = Callable[[Session, FleetView, str, int], bool]
 """Whether every expected server has the routes of a model of a desired state."""
 
 
 @dataclass
-class _Step:
-    """What was seen in the present step of a rollout."""
-
-    step: int
-    judge: Judge
-    since: float
-
-
-@dataclass
 class _Watch:
-    """What is known of a rollout beyond its row."""
+    """What is known of a rollout beyond what is on disk: clocks, which a restart begins anew."""
 
     loading_since: float
-    current: _Step | None = None
+    looked: float | None = None
+    """When the held time of the step was brought up to date last."""
     hold_ends: float | None = None
-    seen: dict[tuple[str, Key], Tally] = field(default_factory=dict)
-    """The counters that each server reported last."""
 
 
 class RolloutSteps:
@@ -83,19 +75,8 @@ class RolloutSteps:
         """Take in what the servers have counted since the last call."""
         rows = {(row.model, row.number): row for row in running(session)}
         self._watches = {key: self._watches.get(key) or _Watch(self._clock()) for key in rows}
-        for key, row in rows.items():
-            watch = self._watches[key]
-            for server in view.servers:
-                if server.kind != fleet_pb.SERVER_KIND_INFERENCE:
-                    continue
-                added = []
-                for number in (row.revision, row.base_revision):
-                    revision = (row.model, number)
-                    report = server.revisions.get(revision)
-                    counters = report.counters if report is not None else None
-                    added.append(_added(watch.seen, (server.server_id, revision), counters))
-                if watch.current is not None and watch.current.step == row.step:
-                    watch.current.judge.observe(*added)
+        for row in rows.values():
+            rollout_evidence.observe(session, row, view)
 
     def advance(self, session: Session, view: FleetView) -> bool:
         """Take every step that is possible now; tell whether any was."""
@@ -118,7 +99,7 @@ class RolloutSteps:
         return ends + [
             watch.loading_since + self._load_timeout_seconds
             for watch in self._watches.values()
-            if watch.current is None and watch.loading_since + self._load_timeout_seconds > now
+            if watch.looked is None and watch.loading_since + self._load_timeout_seconds > now
         ]
 
     def _advance(self, session: Session, view: FleetView, row: Rollout, watch: _Watch) -> bool:
@@ -137,7 +118,7 @@ class RolloutSteps:
             return True
         if not row.loaded:
             return self._advance_loading(session, row, watch, list(loading.waiting))
-        if row.steps[row.step] >= 100:
+        if row.step >= 0 and row.steps[row.step] >= 100:
             alias = session.get_one(Alias, (row.model, row.alias))
             change_route(session, alias, row.revision, actor=MANAGER)
             detail = f"all requests go to revision {row.revision}"
@@ -146,16 +127,24 @@ class RolloutSteps:
             return True
         if row.routes_version is None:
             return False
-        if watch.current is None or watch.current.step != row.step:
-            watch.hold_ends = None
+        evidence = rollout_evidence.find(session, row)
+        if evidence is None or evidence.step != row.step:
+            watch.looked = watch.hold_ends = None
             if not self._settled(session, view, row.model, row.routes_version):
                 return False
-            judged = sum(share < 100 for share in row.steps)
-            limits = Limits(row.max_error_rate, row.max_p99_ratio, judged)
-            judge = Judge(limits, row.revision, row.base_revision)
-            watch.current = _Step(row.step, judge, self._clock())
-            watch.hold_ends = watch.current.since + row.hold_us / 1e6
-        return self._judge(session, row, watch, watch.current)
+            evidence = rollout_evidence.begin(session, row)
+        self._hold(row, watch, evidence)
+        return self._judge(session, row, evidence)
+
+    def _hold(self, row: Rollout, watch: _Watch, evidence: RolloutEvidence) -> None:
+        """Count the time since the last look as part of the step."""
+        now = self._clock()
+        if watch.looked is not None:
+            # Never more at once: another manager may have gone on meanwhile.
+            evidence.held_us += round(min(now - watch.looked, _LOOK_SECONDS) * 1e6)
+        watch.looked = now
+        left = (row.hold_us - evidence.held_us) / 1e6
+        watch.hold_ends = now + min(left, _LOOK_SECONDS) if left > 0 else None
 
     def _advance_loading(
         self, session: Session, row: Rollout, watch: _Watch, waiting: list[str]
@@ -182,44 +171,37 @@ class RolloutSteps:
         _roll_back(session, row, error)
         return True
 
-    def _judge(self, session: Session, row: Rollout, watch: _Watch, current: _Step) -> bool:
-        failed = current.judge.verdict()
+    def _judge(self, session: Session, row: Rollout, evidence: RolloutEvidence) -> bool:
+        judge = rollout_evidence.judge_of(row, evidence)
+        failed = judge.verdict()
+        evidence.seen = judge.to_json()  # a look at the latencies is spent
         if failed is not None:
             _roll_back(session, row, to_proto(failed))
             return True
-        held = watch.hold_ends is not None and self._clock() >= watch.hold_ends
-        enough = current.judge.canary.requests >= row.min_requests
-        if row.state == pb.Rollout.STATE_PAUSED or not held or not enough:
+        if row.state == pb.Rollout.STATE_PAUSED or evidence.held_us < row.hold_us:
+            return False
+        if seen_in_step(row, judge) < row.min_requests:
             return False
         row.step += 1
+        row.state = moving_state(row)
         row.routes_version = None
         _say_step(session, row)
         return True
 
 
-def _added(
-    seen: dict[tuple[str, Key], Tally],
-    key: tuple[str, Key],
-    counters: fleet_pb.Counters | None,
-) -> Tally:
-    """Return what was counted since the last look, and remember where it stands now."""
-    if counters is None:
-        return Tally()
-    now = Tally(counters.succeeded, counters.failed, Latencies.of(counters.latency))
-    before = seen.get(key)
-    seen[key] = now
-    if before is None:
-        return Tally()  # what was before the rollout is not its doing
-    latencies = now.latencies.since(before.latencies)
-    if now.succeeded < before.succeeded or now.failed < before.failed or latencies is None:
-        # The server has started anew.
-        return Tally(now.succeeded, now.failed, Latencies.of(counters.latency))
-    return Tally(now.succeeded - before.succeeded, now.failed - before.failed, latencies)
+def seen_in_step(row: Rollout, judge: Judge) -> int:
+    """Return how many requests, or copies, the step has seen that it must see."""
+    return judge.copies.compared if row.step < 0 else judge.canary.requests
 
 
 def _say_step(session: Session, row: Rollout) -> None:
-    share = row.steps[row.step]
+    share = share_of(row)
     detail = f"{share:g} % of the requests of {row.alias!r} go to revision {row.revision}"
+    if row.step < 0:
+        detail = (
+            f"{row.shadow_ppm / 1e4:g} % of the requests of revision {row.base_revision} are also "
+            f"run on revision {row.revision}"
+        )
     change(session, row, actor=MANAGER, action="ROLLOUT_STEP", detail=detail)
 
 

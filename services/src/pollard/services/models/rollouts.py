@@ -11,14 +11,22 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import (
+    Conflict,
     FailedPrecondition,
     InvalidRequest,
     NotFound,
-    Unimplemented,
 )
 from pollard.services.models import aliases, names, registry
 from pollard.services.models.events import check_etag
-from pollard.services.models.rollout_rows import change, end, rollout_name, running
+from pollard.services.models.rollout_rows import (
+    change,
+    end,
+    moving_state,
+    rollout_name,
+    running,
+    share_of,
+)
+from pollard.services.models.rollout_shadow import Comparison
 from pollard.services.models.schema import Rollout
 from pollard.services.models.store import now_us
 
@@ -47,21 +55,16 @@ class Plan:
     max_error_rate: float = DEFAULT_MAX_ERROR_RATE
     max_p99_ratio: float = DEFAULT_MAX_P99_RATIO
     shadow_percent: float = 0.0
-    min_agreement: float = 0.0
+    """Share of the base revision's requests that are copied."""
+    min_agreement: float | None = None
+    """Smallest share of items that agree; None takes the measured one, 0 does not judge it."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done.
 
         Raises:
             InvalidRequest: a value is out of its range.
-            Unimplemented: shadows are wanted.
         """
-        if self.shadow_percent or self.min_agreement:
-            raise Unimplemented(
-                "shadows are not offered by this version: leave shadow_percent and min_agreement "
-                "at 0; the canary steps compare errors and latency",
-                reason="NOT_OFFERED",
-            )
         steps = self.steps
         growing = all(before < after for before, after in itertools.pairwise(steps))
         if (
@@ -85,6 +88,29 @@ class Plan:
             raise _invalid("gates.max_error_rate", self.max_error_rate, "must be above 0, up to 1")
         if not 1 <= self.max_p99_ratio < math.inf:
             raise _invalid("gates.max_p99_ratio", self.max_p99_ratio, "must be 1 or more")
+        if self.shadow_percent and not MIN_SHARE_PERCENT <= self.shadow_percent <= 100:
+            raise _invalid(
+                "shadow_percent",
+                self.shadow_percent,
+                f"must be 0 for no shadows, or {MIN_SHARE_PERCENT:g} to 100",
+            )
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise _invalid("gates.min_agreement", self.min_agreement, "must be 0 to 1")
+        if self.min_agreement and not self.shadow_percent:
+            raise _invalid(
+                "gates.min_agreement",
+                self.min_agreement,
+                "needs shadows to be compared: set shadow_percent, or leave it out",
+            )
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """How the answers of copies are compared."""
+
+    base_revision: int
+    """Whose requests are copied."""
+    how: Comparison
 
 
 def _invalid(field: str, value: object, why: str) -> InvalidRequest:
@@ -96,10 +122,20 @@ def _invalid(field: str, value: object, why: str) -> InvalidRequest:
     )
 
 
-def create(session: Session, model: str, plan: Plan, *, actor: str) -> Rollout:
+def create(
+    session: Session, model: str, plan: Plan, shadow: Shadow | None = None, *, actor: str
+) -> Rollout:
     """Begin a rollout.
 
+    Args:
+        session: Transaction.
+        model: Name of the model.
+        plan: How it should go.
+        shadow: How answers are compared, if the plan wants shadows.
+        actor: Who asks.
+
     Raises:
+        Conflict: the alias has moved since the comparison was made.
         NotFound: there is no such model, alias or revision.
         FailedPrecondition: the alias is moved already, is there already or
             leads nowhere, or the inputs differ.
@@ -132,6 +168,13 @@ def create(session: Session, model: str, plan: Plan, *, actor: str) -> Rollout:
             revision=plan.revision,
         )
     aliases.check_signature(session, alias, plan.revision)
+    if shadow is not None and shadow.base_revision != alias.revision:
+        raise Conflict(
+            f"{name} has moved to revision {alias.revision} meanwhile; begin again",
+            reason="ALIAS_MOVED",
+            alias=name,
+            revision=alias.revision,
+        )
     last = session.scalar(select(func.max(Rollout.number)).where(Rollout.model == model))
     row = Rollout(
         model=model,
@@ -144,9 +187,13 @@ def create(session: Session, model: str, plan: Plan, *, actor: str) -> Rollout:
         min_requests=plan.min_requests,
         max_error_rate=plan.max_error_rate,
         max_p99_ratio=plan.max_p99_ratio,
-        state=pb.Rollout.STATE_CANARY,
+        shadow_ppm=round(plan.shadow_percent * 1e4) if shadow is not None else 0,
+        shadow_output=shadow.how.output if shadow is not None else "",
+        shadow_transforms=shadow.how.transform_again if shadow is not None else False,
+        min_agreement=shadow.how.min_agreement if shadow is not None else 0.0,
+        state=pb.Rollout.STATE_CANARY if shadow is None else pb.Rollout.STATE_SHADOW,
         loaded=False,
-        step=0,
+        step=0 if shadow is None else -1,
         error=b"",
         creator=actor,
         create_time=now_us(),
@@ -157,6 +204,8 @@ def create(session: Session, model: str, plan: Plan, *, actor: str) -> Rollout:
     detail = (
         f"{plan.alias!r} from revision {alias.revision} to {plan.revision} in steps of {shares} %"
     )
+    if shadow is not None:
+        detail += f", {plan.shadow_percent:g} % as shadows"
     change(session, row, actor=actor, action="ROLLOUT_CREATED", detail=detail)
     return row
 
@@ -211,8 +260,8 @@ def pause(session: Session, model: str, number: int, *, etag: str, actor: str) -
     row = _find_running(session, model, number, etag)
     if row.state != pb.Rollout.STATE_PAUSED:
         row.state = pb.Rollout.STATE_PAUSED
-        share = row.steps[row.step] if row.loaded else 0
-        change(session, row, actor=actor, action="ROLLOUT_PAUSED", detail=f"at {share:g} %")
+        detail = f"at {share_of(row):g} %"
+        change(session, row, actor=actor, action="ROLLOUT_PAUSED", detail=detail)
     return row
 
 
@@ -226,7 +275,7 @@ def resume(session: Session, model: str, number: int, *, etag: str, actor: str) 
     """
     row = _find_running(session, model, number, etag)
     if row.state == pb.Rollout.STATE_PAUSED:
-        row.state = pb.Rollout.STATE_CANARY
+        row.state = moving_state(row)
         change(session, row, actor=actor, action="ROLLOUT_RESUMED", detail="goes on")
     return row
 
@@ -241,7 +290,7 @@ def promote(session: Session, model: str, number: int, *, etag: str, actor: str)
     """
     row = _find_running(session, model, number, etag)
     row.state = pb.Rollout.STATE_CANARY
-    if row.steps[row.step] < 100:
+    if row.step < 0 or row.steps[row.step] < 100:
         row.step = len(row.steps) - 1
         row.routes_version = None
     change(session, row, actor=actor, action="ROLLOUT_PROMOTE", detail="goes to 100 % now")

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # SQLite numbers rows by itself only for columns of the type INTEGER.
@@ -142,11 +152,20 @@ class Rollout(Base):
     min_requests: Mapped[int] = mapped_column(BigInteger)
     max_error_rate: Mapped[float]
     max_p99_ratio: Mapped[float]
+    shadow_ppm: Mapped[int] = mapped_column(Integer, default=0)
+    """Share of the base revision's requests that are copied, in millionths; 0 for none."""
+    shadow_output: Mapped[str] = mapped_column(Text, default="")
+    """Output that is compared."""
+    shadow_transforms: Mapped[bool] = mapped_column(default=False)
+    """Whether the revisions prepare images differently, so that tensors cannot be copied."""
+    min_agreement: Mapped[float] = mapped_column(default=0.0)
+    """Smallest share of items that agree; 0 does not judge it."""
     state: Mapped[int] = mapped_column(Integer)
     """``Rollout.State`` of the contract."""
     loaded: Mapped[bool] = mapped_column(default=False)
     """Whether every expected server had the revision; no request goes to it before."""
     step: Mapped[int] = mapped_column(Integer, default=0)
+    """Index in ``steps``; -1 while only copies go to the revision."""
     pending_version: Mapped[int | None] = mapped_column(BigInteger)
     """First desired state that holds the revision; None until it is made."""
     routes_version: Mapped[int | None] = mapped_column(BigInteger)
@@ -157,6 +176,45 @@ class Rollout(Base):
     create_time: Mapped[int] = mapped_column(BigInteger)
     end_time: Mapped[int | None] = mapped_column(BigInteger, index=True)
     etag: Mapped[int] = mapped_column(BigInteger)
+
+
+class RolloutEvidence(Base):
+    """What was seen in the present step of a rollout; the last one's once it has ended."""
+
+    __tablename__ = "rollout_evidence"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["model", "number"], ["rollouts.model", "rollouts.number"], ondelete="CASCADE"
+        ),
+    )
+
+    model: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    step: Mapped[int] = mapped_column(Integer)
+    held_us: Mapped[int] = mapped_column(BigInteger, default=0)
+    """How long the step has lasted, by the clocks of the managers that were there."""
+    seen: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """What the judge has seen, in its own form."""
+
+
+class RolloutBaseline(Base):
+    """Where a server's counters of one revision stood when they were looked at last."""
+
+    __tablename__ = "rollout_baselines"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["model", "number"], ["rollouts.model", "rollouts.number"], ondelete="CASCADE"
+        ),
+    )
+
+    model: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    server_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    run_id: Mapped[str] = mapped_column(String(64), default="")
+    """Which run of the server counted; empty if it does not say."""
+    counters: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    """Serialised ``Counters`` of the contract."""
 
 
 class Draining(Base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -12,7 +13,16 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.models.v1 import model_service_pb2_grpc as pb_grpc
-from pollard.services.models import encode, events, names, rollouts
+from pollard.services.common.errors import Unimplemented
+from pollard.services.models import (
+    aliases,
+    encode,
+    events,
+    names,
+    rollout_shadow,
+    rollout_words,
+    rollouts,
+)
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.store import Store
 
@@ -34,22 +44,49 @@ class RolloutMethods(pb_grpc.ModelServiceServicer):
         model = names.parse_model(request.parent, "parent")
         plan = _decode_plan(request.rollout)
         by = actor(context)
+        shadow: rollouts.Shadow | None = None
 
         def work(session: Session) -> pb.CreateRolloutResponse:
-            row = rollouts.create(session, model, plan, actor=by)
+            row = rollouts.create(session, model, plan, shadow, actor=by)
             return pb.CreateRolloutResponse(rollout=encode.rollout(row))
 
+        if plan.shadow_percent:
+            raise Unimplemented("shadows are not offered yet", reason="NOT_OFFERED")
+            shadow = await self._compare(model, plan)
         return await self._change("CreateRollout", request, work, pb.CreateRolloutResponse)
+
+    async def _compare(self, model: str, plan: rollouts.Plan) -> rollouts.Shadow | None:
+        """Look how the answers of two revisions can be compared; None if there is no base one."""
+        number = await self._store.read(
+            lambda session: aliases.find_alias(session, model, plan.alias).revision
+        )
+        if not number or number == plan.revision:
+            return None  # which is refused with its own words
+        new, base = await self._revision(model, plan.revision), await self._revision(model, number)
+        how = rollout_shadow.compare(
+            plan.revision, new.manifest, number, base.manifest, plan.min_agreement
+        )
+        return rollouts.Shadow(number, how)
+
+    @abc.abstractmethod
+    async def _revision(self, model: str, target: int | str) -> pb.Revision:
+        """Return a revision with its manifest."""
 
     async def GetRollout(
         self, request: pb.GetRolloutRequest, context: Context
     ) -> pb.GetRolloutResponse:
         """Get one rollout."""
         model, number = names.parse_rollout(request.name)
-        found = await self._store.read(
-            lambda session: encode.rollout(rollouts.find(session, model, number))
-        )
-        return pb.GetRolloutResponse(rollout=found)
+
+        def work(session: Session) -> pb.Rollout:
+            row = rollouts.find(session, model, number)
+            found = encode.rollout(row)
+            evidence = rollout_words.describe(session, row)
+            if evidence is not None:
+                found.evidence.CopyFrom(evidence)
+            return found
+
+        return pb.GetRolloutResponse(rollout=await self._store.read(work))
 
     async def ListRollouts(
         self, request: pb.ListRolloutsRequest, context: Context
@@ -155,5 +192,5 @@ def _decode_plan(message: pb.Rollout) -> rollouts.Plan:
         max_error_rate=gates.max_error_rate or rollouts.DEFAULT_MAX_ERROR_RATE,
         max_p99_ratio=gates.max_p99_ratio or rollouts.DEFAULT_MAX_P99_RATIO,
         shadow_percent=message.shadow_percent,
-        min_agreement=gates.min_agreement,
+        min_agreement=gates.min_agreement if gates.HasField("min_agreement") else None,
     )

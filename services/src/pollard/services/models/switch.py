@@ -34,7 +34,7 @@ from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name, change_route
 from pollard.services.models.events import MANAGER, record
 from pollard.services.models.fleet_view import FleetView, Key, loading_of
-from pollard.services.models.rollout_rows import running, weights
+from pollard.services.models.rollout_rows import running, shadow, weights
 from pollard.services.models.rollout_steps import RolloutSteps
 from pollard.services.models.schema import Alias, Bundle, Draining, Meta, Revision
 from pollard.services.models.store import now_us
@@ -297,18 +297,23 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
 def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
     """Return what the tables and the fleet say, with models, revisions and aliases sorted."""
     wanted: dict[str, set[int]] = {}
-    routes: dict[str, list[tuple[str, list[tuple[int, int]]]]] = {}
+    routes: dict[str, list[fleet_pb.Route]] = {}
     rollouts = {(row.model, row.alias): row for row in running(session)}
     for alias in session.scalars(select(Alias).order_by(Alias.model, Alias.name)):
         numbers = wanted.setdefault(alias.model, set())
         numbers.update(number for number in (alias.revision, alias.pending_revision) if number)
         if alias.revision:
             rollout = rollouts.get((alias.model, alias.name))
+            route = fleet_pb.Route(alias=alias.name)
             targets = [(alias.revision, 1)]
             if rollout is not None:
                 numbers.add(rollout.revision)
                 targets = weights(rollout) or targets
-            routes.setdefault(alias.model, []).append((alias.name, targets))
+                if (copies := shadow(rollout)) is not None:
+                    route.shadow.CopyFrom(copies)
+            for number, weight in targets:
+                route.targets.add(revision=number, weight=weight)
+            routes.setdefault(alias.model, []).append(route)
     for row in session.scalars(select(Draining)):
         wanted.setdefault(row.model, set()).add(row.revision)
     bundles = {
@@ -325,10 +330,7 @@ def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
         for number in sorted(wanted[model]):
             sha256, size = bundles[model, number]
             desired.revisions.add(revision=number, bundle_sha256=sha256, size_bytes=size)
-        for name, targets in routes.get(model, []):
-            route = desired.routes.add(alias=name)
-            for number, weight in targets:
-                route.targets.add(revision=number, weight=weight)
+        desired.routes.extend(routes.get(model, []))
     for server_id, address in _endpoints(view):
         state.inference_endpoints.add(server_id=server_id, address=address)
     return state

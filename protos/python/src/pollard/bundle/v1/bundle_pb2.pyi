@@ -540,6 +540,7 @@ class Measurement(_message.Message):
     MACS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     LATENCIES_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     """Target the figures were taken for, as in Variant.target."""
     size_bytes: _builtins.int
@@ -556,6 +557,12 @@ class Measurement(_message.Message):
     def latencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Latency]:
         """Engine-level latencies, without transport."""
 
+    @_builtins.property
+    def agreement(self) -> Global___Metric:
+        """Share of held-out samples that get the same first answer as from the
+        uncompressed parent's float file; unset where there is no parent.
+        """
+
     def __init__(
         self,
         *,
@@ -565,10 +572,11 @@ class Measurement(_message.Message):
         macs: _builtins.int = ...,
         parameters: _builtins.int = ...,
         latencies: _abc.Iterable[Global___Latency] | None = ...,
+        agreement: Global___Metric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "agreement", b"agreement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "latencies", b"latencies", "macs", b"macs", "parameters", b"parameters", "size_bytes", b"size_bytes", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "agreement", b"agreement", "latencies", b"latencies", "macs", b"macs", "parameters", b"parameters", "size_bytes", b"size_bytes", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -373,7 +373,9 @@ Global___RevisionStatus: _TypeAlias = RevisionStatus  # noqa: Y015
 @_typing.final
 class Counters(_message.Message):
     """Counters only grow while a server runs; they begin again at 0 when it
-    starts.
+    starts. A preprocess server counts the images that VisionService answered by
+    the revision and those for which its own part failed; what the model failed
+    is counted by the inference server alone.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -382,6 +384,8 @@ class Counters(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     LATENCY_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     succeeded: _builtins.int
     """Requests answered with success."""
     failed: _builtins.int
@@ -390,9 +394,21 @@ class Counters(_message.Message):
     """Requests that failed for a reason of the client's: invalid, cancelled, or
     past their own deadline.
     """
+    run_id: _builtins.str
+    """Drawn anew whenever the server starts, at most 64 characters: counters of
+    another run began at 0. Empty from servers that draw none.
+    """
     @_builtins.property
     def latency(self) -> Global___Histogram:
-        """Time in the engine of the requests answered with success."""
+        """Time in the engine of the requests answered with success; unset from a
+        preprocess server.
+        """
+
+    @_builtins.property
+    def shadow(self) -> Global___ShadowCounters:
+        """Copies of other revisions' requests that ran on this one; they are in none
+        of the counts above. Unset while there were none.
+        """
 
     def __init__(
         self,
@@ -401,20 +417,73 @@ class Counters(_message.Message):
         failed: _builtins.int = ...,
         rejected: _builtins.int = ...,
         latency: Global___Histogram | None = ...,
+        shadow: Global___ShadowCounters | None = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "latency", b"latency", "rejected", b"rejected", "succeeded", b"succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "latency", b"latency", "rejected", b"rejected", "run_id", b"run_id", "shadow", b"shadow", "succeeded", b"succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Counters: _TypeAlias = Counters  # noqa: Y015
 
 @_typing.final
+class ShadowCounters(_message.Message):
+    """ShadowCounters count copies of requests that a base revision answered. An
+    item is one entry of a request's batch.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARED_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    compared: _builtins.int
+    """Copies that ran and whose answers were compared."""
+    items: _builtins.int
+    """Items in them."""
+    agreed: _builtins.int
+    """Items whose first answer, the index of the largest score, is the base
+    revision's.
+    """
+    dropped: _builtins.int
+    """Copies that were not run, because no worker was idle or too many waited."""
+    failed: _builtins.int
+    """Copies that the revision failed, although the base revision had answered."""
+    @_builtins.property
+    def distance(self) -> Global___Histogram:
+        """Distance of each item's scores a from the base revision's b, |a - b| / |b|
+        with Euclidean norms, in millionths.
+        """
+
+    def __init__(
+        self,
+        *,
+        compared: _builtins.int = ...,
+        items: _builtins.int = ...,
+        agreed: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        distance: Global___Histogram | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distance", b"distance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "compared", b"compared", "distance", b"distance", "dropped", b"dropped", "failed", b"failed", "items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowCounters: _TypeAlias = ShadowCounters  # noqa: Y015
+
+@_typing.final
 class Histogram(_message.Message):
     """Histogram with exponential buckets that can be added up across servers.
     Bucket i counts values v with 2^((i+offset)/scale) <= v < 2^((i+1+offset)/scale),
-    in microseconds.
+    in microseconds unless the field says another unit; the first bucket also
+    holds everything below 1, the last everything above.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -428,7 +497,7 @@ class Histogram(_message.Message):
     offset: _builtins.int
     """Index of the first bucket."""
     sum_us: _builtins.float
-    """Sum of all values, in microseconds."""
+    """Sum of all values, in their unit."""
     @_builtins.property
     def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Counts."""
@@ -595,25 +664,74 @@ class Route(_message.Message):
 
     ALIAS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
     """Alias, such as "production"."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedRevision]:
         """Revisions with weights; a request goes to each in proportion."""
 
+    @_builtins.property
+    def shadow(self) -> Global___Shadow:
+        """Copies of requests; unset for none."""
+
     def __init__(
         self,
         *,
         alias: _builtins.str = ...,
         targets: _abc.Iterable[Global___WeightedRevision] | None = ...,
+        shadow: Global___Shadow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "shadow", b"shadow", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class Shadow(_message.Message):
+    """Shadow asks for copies of requests. They run at low priority, only while a
+    worker is idle; answers are compared and never returned.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    BASE_REVISION_FIELD_NUMBER: _builtins.int
+    SHARE_PPM_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    TRANSFORM_AGAIN_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that the copies run on; it is also in DesiredModel.revisions."""
+    base_revision: _builtins.int
+    """Revision whose requests are copied and whose answers are compared with."""
+    share_ppm: _builtins.int
+    """Share of its requests, in millionths: 100000 is 10 %."""
+    output: _builtins.str
+    """Output that is compared: [batch, classes]."""
+    transform_again: _builtins.bool
+    """Whether the two revisions prepare images differently. Then tensors cannot
+    be copied: inference servers copy nothing, and preprocess servers transform
+    images again for the shadow.
+    """
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        base_revision: _builtins.int = ...,
+        share_ppm: _builtins.int = ...,
+        output: _builtins.str = ...,
+        transform_again: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_revision", b"base_revision", "output", b"output", "revision", b"revision", "share_ppm", b"share_ppm", "transform_again", b"transform_again"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shadow: _TypeAlias = Shadow  # noqa: Y015
 
 @_typing.final
 class WeightedRevision(_message.Message):
