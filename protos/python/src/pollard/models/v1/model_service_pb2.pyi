@@ -1633,6 +1633,7 @@ class Rollout(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "models/{model}/rollouts/{id}"."""
     alias: _builtins.str
@@ -1642,11 +1643,14 @@ class Rollout(_message.Message):
     base_revision: _builtins.int
     """Revision that it moves from."""
     shadow_percent: _builtins.float
-    """Share of requests that are also sent as shadows, 0 to 100."""
+    """Share of the base revision's requests that are also run on the revision as
+    shadows, in percent, 0 to 100. Above 0 the rollout begins with a step of
+    shadows alone, and they go on through the canary steps.
+    """
     state: Global___Rollout.State.ValueType
     """State."""
     step: _builtins.int
-    """Index of the current step."""
+    """Index of the current step; -1 in the step of shadows alone."""
     etag: _builtins.str
     """Changes with every change."""
     @_builtins.property
@@ -1673,6 +1677,12 @@ class Rollout(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended; unset while it goes on."""
 
+    @_builtins.property
+    def evidence(self) -> Global___RolloutEvidence:
+        """What was seen in the present step, or in the last one; unset before the
+        first step, and in lists.
+        """
+
     def __init__(
         self,
         *,
@@ -1690,14 +1700,226 @@ class Rollout(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        evidence: Global___RolloutEvidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "gates", b"gates", "hold", b"hold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evidence", b"evidence", "gates", b"gates", "hold", b"hold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "base_revision", b"base_revision", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "gates", b"gates", "hold", b"hold", "name", b"name", "revision", b"revision", "shadow_percent", b"shadow_percent", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "base_revision", b"base_revision", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evidence", b"evidence", "gates", b"gates", "hold", b"hold", "name", b"name", "revision", b"revision", "shadow_percent", b"shadow_percent", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
+
+@_typing.final
+class RolloutEvidence(_message.Message):
+    """RolloutEvidence is what was seen since a step began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    GATES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Index of the step; -1 is the step of shadows alone."""
+    @_builtins.property
+    def revision(self) -> Global___RevisionEvidence:
+        """Requests to the new revision."""
+
+    @_builtins.property
+    def base(self) -> Global___RevisionEvidence:
+        """Requests to the base revision meanwhile."""
+
+    @_builtins.property
+    def shadow(self) -> Global___ShadowEvidence:
+        """Copies of the base revision's requests; unset without shadows."""
+
+    @_builtins.property
+    def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateEvidence]:
+        """How each gate stands."""
+
+    @_builtins.property
+    def held(self) -> _duration_pb2.Duration:
+        """How long the step has lasted, without the time for which the manager was
+        away.
+        """
+
+    @_builtins.property
+    def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the next step waits for, one sentence each; empty when nothing is
+        missing or the rollout has ended.
+        """
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        revision: Global___RevisionEvidence | None = ...,
+        base: Global___RevisionEvidence | None = ...,
+        shadow: Global___ShadowEvidence | None = ...,
+        gates: _abc.Iterable[Global___GateEvidence] | None = ...,
+        held: _duration_pb2.Duration | None = ...,
+        waiting_for: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "held", b"held", "revision", b"revision", "shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "gates", b"gates", "held", b"held", "revision", b"revision", "shadow", b"shadow", "step", b"step", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutEvidence: _TypeAlias = RolloutEvidence  # noqa: Y015
+
+@_typing.final
+class RevisionEvidence(_message.Message):
+    """RevisionEvidence is what was seen of one revision's requests. Those that
+    failed by the client's doing are not in it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    P50_MS_FIELD_NUMBER: _builtins.int
+    P99_MS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    IMAGES_FAILED_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """Requests that inference servers answered or failed."""
+    failed: _builtins.int
+    """Those that failed."""
+    p50_ms: _builtins.float
+    """Median of the latency in the engine, in milliseconds, to 5 %; 0 if unknown."""
+    p99_ms: _builtins.float
+    """99th percentile of it; 0 if unknown."""
+    images: _builtins.int
+    """Images that preprocess servers answered, or for which their part failed."""
+    images_failed: _builtins.int
+    """Those for which it failed."""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        p50_ms: _builtins.float = ...,
+        p99_ms: _builtins.float = ...,
+        images: _builtins.int = ...,
+        images_failed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "images", b"images", "images_failed", b"images_failed", "p50_ms", b"p50_ms", "p99_ms", b"p99_ms", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevisionEvidence: _TypeAlias = RevisionEvidence  # noqa: Y015
+
+@_typing.final
+class ShadowEvidence(_message.Message):
+    """ShadowEvidence is what was seen of copies. An item is one entry of a
+    request's batch.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARED_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    DISTANCE_P50_FIELD_NUMBER: _builtins.int
+    DISTANCE_P99_FIELD_NUMBER: _builtins.int
+    compared: _builtins.int
+    """Copies that were run and compared."""
+    items: _builtins.int
+    """Items in them."""
+    agreed: _builtins.int
+    """Items with the same first answer."""
+    dropped: _builtins.int
+    """Copies that were not run because no worker was idle."""
+    failed: _builtins.int
+    """Copies that the revision failed."""
+    distance_p50: _builtins.float
+    """Median of the relative distance of the scores, |a - b| / |b|."""
+    distance_p99: _builtins.float
+    """99th percentile of it."""
+    def __init__(
+        self,
+        *,
+        compared: _builtins.int = ...,
+        items: _builtins.int = ...,
+        agreed: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        distance_p50: _builtins.float = ...,
+        distance_p99: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "compared", b"compared", "distance_p50", b"distance_p50", "distance_p99", b"distance_p99", "dropped", b"dropped", "failed", b"failed", "items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowEvidence: _TypeAlias = ShadowEvidence  # noqa: Y015
+
+@_typing.final
+class GateEvidence(_message.Message):
+    """GateEvidence is how one gate stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[GateEvidence._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: GateEvidence._State.ValueType  # 0
+        """Not set."""
+        STATE_WAITING: GateEvidence._State.ValueType  # 1
+        """Too little was seen to say anything."""
+        STATE_HOLDS: GateEvidence._State.ValueType  # 2
+        """What was seen does not speak against the revision with certainty."""
+        STATE_FAILED: GateEvidence._State.ValueType  # 3
+        """It ended the rollout."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """State of a gate."""
+
+    STATE_UNSPECIFIED: GateEvidence.State.ValueType  # 0
+    """Not set."""
+    STATE_WAITING: GateEvidence.State.ValueType  # 1
+    """Too little was seen to say anything."""
+    STATE_HOLDS: GateEvidence.State.ValueType  # 2
+    """What was seen does not speak against the revision with certainty."""
+    STATE_FAILED: GateEvidence.State.ValueType  # 3
+    """It ended the rollout."""
+
+    GATE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    gate: _builtins.str
+    """Name, as in RolloutGates."""
+    state: Global___GateEvidence.State.ValueType
+    """State."""
+    words: _builtins.str
+    """One sentence with the numbers, for people."""
+    def __init__(
+        self,
+        *,
+        gate: _builtins.str = ...,
+        state: Global___GateEvidence.State.ValueType = ...,
+        words: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "state", b"state", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateEvidence: _TypeAlias = GateEvidence  # noqa: Y015
 
 @_typing.final
 class RolloutGates(_message.Message):
@@ -1710,14 +1932,17 @@ class RolloutGates(_message.Message):
     MAX_P99_RATIO_FIELD_NUMBER: _builtins.int
     MIN_AGREEMENT_FIELD_NUMBER: _builtins.int
     min_requests: _builtins.int
-    """Requests that each step must have seen."""
+    """Requests that each step must have seen; copies in the step of shadows."""
     max_error_rate: _builtins.float
     """Largest rate of failed requests, 0 to 1."""
     max_p99_ratio: _builtins.float
     """Largest ratio of the 99th percentiles of the latency."""
     min_agreement: _builtins.float
-    """Smallest share of shadows whose first answer agrees, 0 to 1; 0 means the
-    agreement measured when the bundle was verified, less 0.02.
+    """Smallest share of the shadows' items whose first answer agrees with the
+    base revision's, 0 to 1; 0 does not judge it. Unset means the agreement with
+    its parent that the bundle's manifest gives, less 0.02; where the manifest
+    gives none, or of another parent than the base revision's, CreateRollout
+    fails with FAILED_PRECONDITION. Needs `shadow_percent`.
     """
     def __init__(
         self,
@@ -1725,13 +1950,15 @@ class RolloutGates(_message.Message):
         min_requests: _builtins.int = ...,
         max_error_rate: _builtins.float = ...,
         max_p99_ratio: _builtins.float = ...,
-        min_agreement: _builtins.float = ...,
+        min_agreement: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement", "min_agreement", b"min_agreement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_error_rate", b"max_error_rate", "max_p99_ratio", b"max_p99_ratio", "min_agreement", b"min_agreement", "min_requests", b"min_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement", "max_error_rate", b"max_error_rate", "max_p99_ratio", b"max_p99_ratio", "min_agreement", b"min_agreement", "min_requests", b"min_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__min_agreement: _TypeAlias = _typing.Literal["min_agreement"]  # noqa: Y015
+    _WhichOneofArgType__min_agreement: _TypeAlias = _typing.Literal["_min_agreement", b"_min_agreement"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_agreement) -> _WhichOneofReturnType__min_agreement | None: ...
 
 Global___RolloutGates: _TypeAlias = RolloutGates  # noqa: Y015
 
