@@ -77,7 +77,7 @@ def _failed_gate(row: Rollout) -> str:
     for detail in status_pb2.Status.FromString(row.error).details if row.error else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info):
-            return info.metadata.get("gate", "")
+            return str(info.metadata.get("gate", ""))
     return ""
 
 
