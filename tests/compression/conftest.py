@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import io
 import os
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,10 @@ from torch import nn
 
 # As the commands do: tests share the machine, and spinning threads starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Latency tables of tests stay with the tests: timings of a busy machine are worth nothing.
+os.environ["POLLARD_CACHE"] = tempfile.mkdtemp(prefix="pollard-tests-")
+atexit.register(shutil.rmtree, os.environ["POLLARD_CACHE"], ignore_errors=True)
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 

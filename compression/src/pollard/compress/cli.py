@@ -1,4 +1,4 @@
-"""The commands `compress`, `bundle`, `train` and `eval`.
+"""The commands `compress`, `bundle`, `train` and `eval`; `profile` is in `cli_profile`.
 
 Nothing heavy is imported before a command runs: this module is loaded whenever
 `pollard` starts.
@@ -69,7 +69,10 @@ _TrainImages = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
+    from pollard.compress.cli_profile import profile
+
     app.command("compress")(compress)
+    app.command("profile")(profile)
     app.command("bundle")(bundle)
     app.command("train")(train)
     app.command("eval")(evaluate)
@@ -151,7 +154,7 @@ def compress(
     Ends with exit code 3 and no bundle when nothing holds --max-drop and is
     faster than the parent.
     """
-    with _errors(json_file) as console:
+    with errors(json_file) as console:
         from pollard.compress import recipe_file
         from pollard.compress.errors import UsageInvalid
 
@@ -180,7 +183,7 @@ def compress(
             for name in context.params
             if _given(context, name) and _FIELD_OF.get(name, name) in flags
         }
-        if (size := _spec(input_size, mean, std)) is not None:
+        if (size := make_spec(input_size, mean, std)) is not None:
             fields["spec"] = size
         if init is not None:
             if init.exists() and not force:
@@ -210,9 +213,9 @@ def compress(
         if out is None:
             return
         make_signature = _signer(sign)
-        result = pipeline.compress(recipe, out, force=force, reporter=_reporter(console))
+        result = pipeline.compress(recipe, out, force=force, reporter=make_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
-        _write_json(json_file, result.report)
+        write_json(json_file, result.report)
         _print_comparison(console, result.report)
         console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
         _say_signed(console, signed)
@@ -242,7 +245,7 @@ def bundle(
     force: _Force = False,
 ) -> None:
     """Pack a trained model as it is, in float: verified and measured, without any gate."""
-    with _errors(json_file) as console:
+    with errors(json_file) as console:
         from pollard.compress import pipeline
         from pollard.compress.recipe import Recipe
 
@@ -254,12 +257,12 @@ def bundle(
             prune=0.0,
             seed=seed,
             threads=threads,
-            spec=_spec(input_size, mean, std),
+            spec=make_spec(input_size, mean, std),
         )
         make_signature = _signer(sign)
-        result = pipeline.bundle_parent(recipe, out, force=force, reporter=_reporter(console))
+        result = pipeline.bundle_parent(recipe, out, force=force, reporter=make_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
-        _write_json(json_file, result.report)
+        write_json(json_file, result.report)
         console.print(
             f"Accuracy {result.measured.accuracy}, {result.measured.latency_us:.1f} µs an image, "
             f"{result.report['summary']['size_bytes']:,} bytes\n"
@@ -292,7 +295,7 @@ def train(
     force: _Force = False,
 ) -> None:
     """Train a model from scratch and write its weights."""
-    with _errors(json_file) as console:
+    with errors(json_file) as console:
         from pollard.compress import train as training
 
         result = training.train(
@@ -305,11 +308,11 @@ def train(
             max_train_images=train_images,
             seed=seed,
             threads=threads,
-            spec=_spec(input_size, mean, std),
+            spec=make_spec(input_size, mean, std),
             force=force,
-            reporter=_reporter(console),
+            reporter=make_reporter(console),
         )
-        _write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json())
         console.print(f"Accuracy {result.accuracy}\nWeights: {out}", highlight=False)
 
 
@@ -329,22 +332,23 @@ def evaluate(
     json_file: _Json = None,
 ) -> None:
     """Measure the accuracy of a bundle, or of a model with weights, on the held-out part."""
-    with _errors(json_file) as console:
+    with errors(json_file) as console:
         from pollard.compress import train as training
 
         result = training.evaluate(
             model,
             data,
             weights=weights,
-            spec=_spec(input_size, mean, std),
+            spec=make_spec(input_size, mean, std),
             threads=threads,
-            reporter=_reporter(console),
+            reporter=make_reporter(console),
         )
-        _write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json())
         console.print(f"Accuracy {result}", highlight=False)
 
 
-def _spec(size: str | None, mean: str, std: str) -> InputSpec | None:
+def make_spec(size: str | None, mean: str, std: str) -> InputSpec | None:
+    """Read the options that say what a factory's model takes."""
     if size is None:
         return None
     from pollard.compress.spec import InputSpec, parse_channels, parse_size
@@ -360,14 +364,15 @@ def _spec(size: str | None, mean: str, std: str) -> InputSpec | None:
     )
 
 
-def _reporter(console: Console) -> Reporter:
+def make_reporter(console: Console) -> Reporter:
+    """Return what shows progress."""
     from pollard.compress.progress import ConsoleReporter
 
     return ConsoleReporter(console)
 
 
 @contextmanager
-def _errors(json_file: Path | None) -> Iterator[Console]:
+def errors(json_file: Path | None) -> Iterator[Console]:
     """Turn errors into a line for people and the proper exit code."""
     # Before PyTorch is imported: threads that spin while they wait for each other make
     # training several times slower on a machine that does anything else.
@@ -382,7 +387,7 @@ def _errors(json_file: Path | None) -> Iterator[Console]:
     try:
         yield console
     except GateRefused as error:
-        _write_json(json_file, {"refused": str(error), **error.figures})
+        write_json(json_file, {"refused": str(error), **error.figures})
         problems.print(f"Refused: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except CompressionError as error:
@@ -404,7 +409,8 @@ def _say_signed(console: Console, fingerprint: str) -> None:
         console.print(f"Signed with the key {fingerprint}", highlight=False, soft_wrap=True)
 
 
-def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write figures for machines, if they are asked for."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -18,8 +18,10 @@ from pollard.compress import bundling, report, verify
 from pollard.compress.candidates import Candidate, build
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import GateRefused, UsageInvalid
+from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import layer_costs
 from pollard.compress.models import LoadedModel, Source, load_model, resolve
+from pollard.compress.profile import TargetProfile, profile_file
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
@@ -115,6 +117,7 @@ def compress(
             )
         parent_final, chosen = final
         verify.confirm(parent_final, chosen, recipe.max_drop)
+        profiles = _profiles([parent_final, chosen], machine, reporter)
         content = report.describe_compression(
             report.Compression(
                 recipe=recipe.public(),
@@ -134,6 +137,7 @@ def compress(
                 history=history,
                 layers_before=layer_costs(parent.module, source.spec),
                 layers_after=layer_costs(chosen.candidate.module, source.spec),
+                profiles=profiles,
                 seconds=time.monotonic() - started,
             )
         )
@@ -286,6 +290,20 @@ def _build_all(
             built += build(kind, module, parent.spec, _work_folder(stage), data.train, config)
             step.advance()
     return built
+
+
+def _profiles(
+    measured: list[Measured], machine: Machine, reporter: Reporter
+) -> dict[str, TargetProfile]:
+    """Say where the time of these files goes, by name of the candidate."""
+    found = {}
+    for each in measured:
+        candidate = each.candidate
+        table = LatencyTable(candidate.target, machine=machine)
+        found[candidate.name] = profile_file(
+            candidate.module, candidate.spec, candidate.path, table, reporter=reporter
+        )
+    return found
 
 
 def _work_folder(stage: Path) -> Path:

@@ -78,6 +78,11 @@ def _pixel_map(spec: InputSpec) -> _PixelMap:
     return _PixelMap(zero.astype(np.uint8), scale.astype(np.float32), (zero - mean) * scale)
 
 
+def pixels_are_quantized(spec: InputSpec) -> bool:
+    """Tell whether the pixels are the quantized input as they are."""
+    return _pixel_map(spec).uniform
+
+
 def quantize(
     core: onnx.ModelProto, spec: InputSpec, calibration: Part, config: QuantizeConfig
 ) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ from typing import Any
 from pollard.compress.bundling import tool_versions
 from pollard.compress.data import Dataset
 from pollard.compress.macs import LayerCost
+from pollard.compress.profile import TargetProfile
 from pollard.compress.prune import Pruned
 from pollard.compress.report_page import render_page
 from pollard.compress.training import History
@@ -59,6 +60,8 @@ class Compression:
     history: History | None
     layers_before: list[LayerCost]
     layers_after: list[LayerCost]
+    profiles: dict[str, TargetProfile]
+    """Name of a candidate → where its time goes."""
     seconds: float
 
 
@@ -113,6 +116,7 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "pruning": None if run.pruned is None else _pruning(run.pruned, run.recipe["prune"]),
         "recovery": None if run.history is None else asdict(run.history),
         "layers": _layers(run.layers_before, run.layers_after),
+        "profiles": {name: profile.to_json() for name, profile in run.profiles.items()},
         "confusion": {
             "classes": run.data.classes,
             "parent": parent.confusion.tolist(),

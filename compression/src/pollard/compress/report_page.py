@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-_BLUE, _GREEN, _GREY, _RED = "#3266ad", "#2f9e62", "#9aa3ad", "#c8553d"
+BLUE, GREEN, GREY, RED = "#3266ad", "#2f9e62", "#9aa3ad", "#c8553d"
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -44,11 +44,15 @@ ul { margin: 6px 0 12px; padding-left: 22px; }
 def render_page(content: dict[str, Any]) -> str:
     """Return the page for the content of a report.json; it loads nothing from anywhere."""
     sections = _parent_sections(content) if content["kind"] == "bundle" else _sections(content)
-    title = html.escape(f"{content['name']} – Pollard report")
+    return page(f"{content['name']} – Pollard report", sections)
+
+
+def page(title: str, sections: list[str]) -> str:
+    """Return a self-contained page that can hold plots."""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><main>"
         + "\n".join(sections)
         + "</main></body></html>\n"
@@ -61,26 +65,27 @@ def _sections(content: dict[str, Any]) -> list[str]:
         _cards(content),
         "<h2>Before and after</h2>",
         f"<p class='muted'>{_held_out_note(content)}</p>",
-        _panel(_before_after(content)),
+        panel(_before_after(content)),
         "<h2>Candidates</h2>",
         _candidate_text(content),
-        _panel(_scatter(content)),
-        _panel(_candidate_table(content)),
+        panel(_scatter(content)),
+        panel(_candidate_table(content)),
     ]
     parts += _stage_notes(content)
     if content["recovery"]:
-        parts += ["<h2>Recovery</h2>", _recovery_text(content), _panel(_curves(content))]
+        parts += ["<h2>Recovery</h2>", _recovery_text(content), panel(_curves(content))]
     parts += [
         "<h2>Layers</h2>",
         _layer_text(content),
-        _panel(_layer_bars(content)),
+        panel(_layer_bars(content)),
         "<details><summary>All layers as a table</summary>"
-        f"{_panel(_layer_table(content))}</details>",
+        f"{panel(_layer_table(content))}</details>",
+        *_time_sections(content),
         "<h2>Confusion</h2>",
         "<p class='muted'>Rows are the true classes, columns the answers, on the held-out images. "
         "Only mistakes are coloured.</p>",
-        f"<div class='two'>{_panel(_confusion(content, 'parent', 'Parent'))}"
-        f"{_panel(_confusion(content, 'chosen', 'Shipped'))}</div>",
+        f"<div class='two'>{panel(_confusion(content, 'parent', 'Parent'))}"
+        f"{panel(_confusion(content, 'chosen', 'Shipped'))}</div>",
     ]
     return [*parts, *_provenance(content)]
 
@@ -92,9 +97,9 @@ def _parent_sections(content: dict[str, Any]) -> list[str]:
         _parent_cards(content),
         f"<p class='muted'>{_held_out_note(content)}</p>",
         "<h2>Layers</h2>",
-        _panel(_layer_table(content)),
+        panel(_layer_table(content)),
         "<h2>Confusion</h2>",
-        _panel(_confusion(content, "parent", "Held-out images")),
+        panel(_confusion(content, "parent", "Held-out images")),
         *_provenance(content),
     ]
 
@@ -105,8 +110,8 @@ def _heading(content: dict[str, Any]) -> str:
     return (
         f"<h1>{html.escape(content['name'])}, compressed for {content['target']}</h1>"
         f"<p>The shipped model (<b>{summary['shipped']}</b>) answers one image in "
-        f"<b>{_time(summary['latency_compressed_ms'] * 1000)}</b> where its parent takes "
-        f"{_time(summary['latency_parent_ms'] * 1000)}, and {_lost(drop['estimate'])} "
+        f"<b>{time_text(summary['latency_compressed_ms'] * 1000)}</b> where its parent takes "
+        f"{time_text(summary['latency_parent_ms'] * 1000)}, and {_lost(drop['estimate'])} "
         f"(at most {_points(gate['max_drop_points'])} may be lost).</p>"
         f"<p class='muted'>{html.escape(content['created'])} on "
         f"{html.escape(content['machine']['processor'])}, onnxruntime "
@@ -133,8 +138,8 @@ def _cards(content: dict[str, Any]) -> str:
                 (
                     "Latency, one image",
                     f"{speed['estimate']:.2f} × faster",
-                    f"{_time(s['latency_parent_ms'] * 1000)} → "
-                    f"{_time(s['latency_compressed_ms'] * 1000)}; 95 % interval "
+                    f"{time_text(s['latency_parent_ms'] * 1000)} → "
+                    f"{time_text(s['latency_compressed_ms'] * 1000)}; 95 % interval "
                     f"{speed['lower']:.2f} to {speed['upper']:.2f}",
                 ),
                 (
@@ -153,7 +158,8 @@ def _cards(content: dict[str, Any]) -> str:
                     "unchanged"
                     if s["macs_parent"] == s["macs_compressed"]
                     else f"{s['macs_parent'] / s['macs_compressed']:.1f} × fewer",
-                    f"{_count(s['macs_parent'])} → {_count(s['macs_compressed'])} per image",
+                    f"{count_text(s['macs_parent'])} → {count_text(s['macs_compressed'])} "
+                    "per image",
                 ),
             )
         )
@@ -173,9 +179,13 @@ def _parent_cards(content: dict[str, Any]) -> str:
                     f"{accuracy['value']:.2%}",
                     f"95 % interval {accuracy['lower']:.2%} to {accuracy['upper']:.2%}",
                 ),
-                ("Latency, one image", _time(s["latency_ms"] * 1000), "one thread, median"),
-                ("Model file", _bytes(s["size_bytes"]), f"{_count(s['parameters'])} parameters"),
-                ("Multiply-accumulates", _count(s["macs"]), "per image"),
+                ("Latency, one image", time_text(s["latency_ms"] * 1000), "one thread, median"),
+                (
+                    "Model file",
+                    _bytes(s["size_bytes"]),
+                    f"{count_text(s['parameters'])} parameters",
+                ),
+                ("Multiply-accumulates", count_text(s["macs"]), "per image"),
             )
         )
         + "</div>"
@@ -213,21 +223,21 @@ def _before_after(content: dict[str, Any]) -> str:
         rows.append(
             (
                 f"Latency, batch {before['batch_size']} (p50 / p99)",
-                f"{_time(before['p50_us'])} / {_time(before['p99_us'])}",
-                f"{_time(after['p50_us'])} / {_time(after['p99_us'])}",
+                f"{time_text(before['p50_us'])} / {time_text(before['p99_us'])}",
+                f"{time_text(after['p50_us'])} / {time_text(after['p99_us'])}",
                 f"{before['p50_us'] / after['p50_us']:.2f} × faster",
             )
         )
     for title, key, form in (
         ("Size of model.onnx", "size_bytes", _bytes),
-        ("Parameters", "parameters", _count),
-        ("Multiply-accumulates", "macs", _count),
+        ("Parameters", "parameters", count_text),
+        ("Multiply-accumulates", "macs", count_text),
     ):
         rows.append(
             (title, form(parent[key]), form(chosen[key]), f"{chosen[key] / parent[key]:.1%} left")
         )
     rows.append(("Same answer as in PyTorch", _agreement(parent), _agreement(chosen), ""))
-    return _table(("", "Parent", "Shipped", "Change"), rows)
+    return table(("", "Parent", "Shipped", "Change"), rows)
 
 
 def _accuracy(figures: dict[str, Any]) -> str:
@@ -256,7 +266,7 @@ def _scatter(content: dict[str, Any]) -> str:
     for c in content["candidates"]:
         drop, name = c["drop_points"], c["name"]
         is_parent = name == "parent-fp32"
-        color = _GREEN if name == shipped else (_GREY if is_parent else _BLUE)
+        color = GREEN if name == shipped else (GREY if is_parent else BLUE)
         figure.add_trace(
             go.Scatter(
                 x=[c["latency"][0]["p50_us"]],
@@ -285,13 +295,13 @@ def _scatter(content: dict[str, Any]) -> str:
         )
     figure.add_hline(
         y=-limit,
-        line={"color": _RED, "dash": "dash"},
+        line={"color": RED, "dash": "dash"},
         annotation_text=f"gate: at most {_points(limit)} lost",
         annotation_position="bottom right",
     )
     figure.update_xaxes(title="median latency of one image, µs", rangemode="tozero")
     figure.update_yaxes(title="accuracy against the parent, points", zeroline=True)
-    return _plot(figure, 400)
+    return plot(figure, 400)
 
 
 def _candidate_table(content: dict[str, Any]) -> str:
@@ -305,14 +315,14 @@ def _candidate_table(content: dict[str, Any]) -> str:
                 c["name"],
                 f"{c['accuracy']['value']:.2%}",
                 "–" if index == 0 else f"{_signed(-drop['estimate'])}",
-                _time(c["latency"][0]["p50_us"]),
+                time_text(c["latency"][0]["p50_us"]),
                 "–" if index == 0 else f"{speed['estimate']:.2f} × ({speed['lower']:.2f})",
                 _bytes(c["size_bytes"]),
-                _count(c["macs"]),
+                count_text(c["macs"]),
             )
         )
     heads = ("", "Accuracy", "Points", "Latency", "Speed-up (lower bound)", "Size", "MACs")
-    return _table(heads, rows, chosen)
+    return table(heads, rows, chosen)
 
 
 def _stage_notes(content: dict[str, Any]) -> list[str]:
@@ -357,7 +367,7 @@ def _curves(content: dict[str, Any]) -> str:
             y=[r["start_accuracy"], *r["choose_accuracy"]],
             mode="lines+markers",
             name="accuracy on the choosing images",
-            line={"color": _GREEN},
+            line={"color": GREEN},
         )
     )
     figure.add_trace(
@@ -366,7 +376,7 @@ def _curves(content: dict[str, Any]) -> str:
             y=r["loss"],
             mode="lines+markers",
             name="training loss (right axis)",
-            line={"color": _GREY, "dash": "dot"},
+            line={"color": GREY, "dash": "dot"},
             yaxis="y2",
         )
     )
@@ -382,7 +392,7 @@ def _curves(content: dict[str, Any]) -> str:
         legend={"orientation": "h", "y": 1.15},
     )
     figure.update_xaxes(title="epoch", dtick=max(1, len(epochs) // 12))
-    return _plot(figure, 340)
+    return plot(figure, 340)
 
 
 def _layer_text(content: dict[str, Any]) -> str:
@@ -398,9 +408,9 @@ def _layer_bars(content: dict[str, Any]) -> str:
     layers = content["layers"]
     names = [layer["name"] for layer in layers]
     figure = go.Figure()
-    sides = [("before", "parent", _GREY), ("after", "shipped", _BLUE)]
+    sides = [("before", "parent", GREY), ("after", "shipped", BLUE)]
     if content["summary"]["shipped"].startswith("parent"):
-        sides = [("after", "parent and shipped", _BLUE)]
+        sides = [("after", "parent and shipped", BLUE)]
     for key, title, color in sides:
         figure.add_trace(
             go.Bar(
@@ -413,7 +423,7 @@ def _layer_bars(content: dict[str, Any]) -> str:
     figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12})
     figure.update_yaxes(title="MACs")
     figure.update_xaxes(type="category", tickangle=-45 if len(names) > 8 else 0)
-    return _plot(figure, 340)
+    return plot(figure, 340)
 
 
 def _layer_table(content: dict[str, Any]) -> str:
@@ -428,8 +438,8 @@ def _layer_table(content: dict[str, Any]) -> str:
                     layer["kind"],
                     layer["output"],
                     f"{after['in_channels']} → {after['out_channels']}",
-                    _count(after["macs"]),
-                    _count(after["parameters"]),
+                    count_text(after["macs"]),
+                    count_text(after["parameters"]),
                 )
             )
             continue
@@ -440,14 +450,14 @@ def _layer_table(content: dict[str, Any]) -> str:
                 layer["output"],
                 f"{before['in_channels']} → {before['out_channels']}" if before else "new",
                 f"{after['in_channels']} → {after['out_channels']}",
-                _count(before["macs"]) if before else "–",
-                _count(after["macs"]),
-                _count(before["parameters"]) if before else "–",
-                _count(after["parameters"]),
+                count_text(before["macs"]) if before else "–",
+                count_text(after["macs"]),
+                count_text(before["parameters"]) if before else "–",
+                count_text(after["parameters"]),
             )
         )
     if same:
-        return _table(("Layer", "Kind", "Output", "Channels", "MACs", "Parameters"), rows)
+        return table(("Layer", "Kind", "Output", "Channels", "MACs", "Parameters"), rows)
     heads = (
         "Layer",
         "Kind",
@@ -459,7 +469,21 @@ def _layer_table(content: dict[str, Any]) -> str:
         "Parameters before",
         "after",
     )
-    return _table(heads, rows)
+    return table(heads, rows)
+
+
+def _time_sections(content: dict[str, Any]) -> list[str]:
+    profiles = content["profiles"]
+    notes = "".join(
+        f"<li>{name}: {html.escape(agreement_text(found))}</li>" for name, found in profiles.items()
+    )
+    return [
+        "<h2>Where the time goes</h2>",
+        "<p class='muted'>Each operator of the parent and of the shipped file, timed by itself: "
+        "one image, one thread.</p>",
+        panel(latency_bars(list(profiles.values()), tuple(profiles))),
+        f"<ul>{notes}</ul>",
+    ]
 
 
 def _confusion(content: dict[str, Any], side: str, title: str) -> str:
@@ -478,7 +502,7 @@ def _confusion(content: dict[str, Any], side: str, title: str) -> str:
                 for i, row in enumerate(matrix)
             ],
             texttemplate="%{text}" if few else None,
-            colorscale=[[0, "#ffffff"], [1, _RED]],
+            colorscale=[[0, "#ffffff"], [1, RED]],
             zmin=0,
             showscale=False,
             hovertemplate="true %{y}, answered %{x}: %{text}<extra></extra>",
@@ -493,7 +517,7 @@ def _confusion(content: dict[str, Any], side: str, title: str) -> str:
     figure.update_xaxes(type="category", title="answer", showgrid=False, dtick=1)
     figure.update_yaxes(type="category", title="true class", autorange="reversed", showgrid=False)
     figure.update_layout(title={"text": title, "font": {"size": 14}})
-    return _plot(figure, 420)
+    return plot(figure, 420)
 
 
 def _provenance(content: dict[str, Any]) -> list[str]:
@@ -505,7 +529,7 @@ def _provenance(content: dict[str, Any]) -> list[str]:
     }
     return [
         "<h2>Recipe and provenance</h2>",
-        f"<div class='two'>{_panel(_code(content['recipe']))}{_panel(_code(provenance))}</div>",
+        f"<div class='two'>{panel(_code(content['recipe']))}{panel(_code(provenance))}</div>",
     ]
 
 
@@ -513,13 +537,15 @@ def _code(value: object) -> str:
     return f"<pre>{html.escape(json.dumps(value, indent=2))}</pre>"
 
 
-def _panel(inner: str) -> str:
+def panel(inner: str) -> str:
+    """Return a frame around a part of the page."""
     return f"<div class='panel' style='margin-top:12px'>{inner}</div>"
 
 
-def _table(
+def table(
     heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], chosen: int | None = None
 ) -> str:
+    """Return a table; ``chosen`` is the index of a row to set off."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "".join(
         f"<tr{' class=chosen' if index == chosen else ''}>"
@@ -530,7 +556,8 @@ def _table(
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _plot(figure: go.Figure, height: int) -> str:
+def plot(figure: go.Figure, height: int) -> str:
+    """Return a figure, ``height`` pixels high, for :func:`page`."""
     figure.update_layout(
         height=height,
         margin={"l": 60, "r": 40, "t": 40, "b": 50},
@@ -553,7 +580,8 @@ def _points(value: float) -> str:
     return f"{value:g} point{'' if value == 1 else 's'}"
 
 
-def _time(us: float) -> str:
+def time_text(us: float) -> str:
+    """Return a duration in a fitting unit."""
     if us < 1000:
         return f"{us:.1f} µs"
     return f"{us / 1000:.2f} ms" if us < 100_000 else f"{us / 1000:.0f} ms"
@@ -565,8 +593,44 @@ def _bytes(count: float) -> str:
     return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1_000_000:.2f} MB"
 
 
-def _count(value: float) -> str:
+def count_text(value: float) -> str:
+    """Return a count in a fitting unit."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
     return f"{value:.0f}"
+
+
+def agreement_text(target: dict[str, Any]) -> str:
+    """Say how the table's sum compares with the whole file."""
+    text = (
+        f"{target['target']}: the table sums to {time_text(target['summed_us'])}, the whole file "
+        f"takes {time_text(target['measured_us'])} ({target['ratio'] - 1:+.1%}"
+    )
+    text += ")" if target["agrees"] else "; more than 10 % apart: is the machine busy?)"
+    missing = [row["name"] for row in target["operations"] if row["latency_us"] is None]
+    return text + (f". Not in the sum: {', '.join(missing)}" if missing else "")
+
+
+def latency_bars(targets: list[dict[str, Any]], names: tuple[str, ...] = ()) -> str:
+    """Return a plot of the latency of each operator, a colour for each target."""
+    figure = go.Figure()
+    for index, (target, color) in enumerate(zip(targets, (GREY, BLUE), strict=False)):
+        figure.add_trace(
+            go.Bar(
+                x=[row["name"] for row in target["operations"]],
+                y=[row["latency_us"] for row in target["operations"]],
+                customdata=[
+                    [row["kind"], row["in_channels"], row["out_channels"], row["output"]]
+                    for row in target["operations"]
+                ],
+                hovertemplate="%{x}<br>%{customdata[0]}, %{customdata[1]} → %{customdata[2]}, "
+                "%{customdata[3]}<br>%{y:.1f} µs<extra></extra>",
+                name=names[index] if names else target["target"],
+                marker_color=color,
+            )
+        )
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12})
+    figure.update_yaxes(title="µs")
+    figure.update_xaxes(type="category", tickangle=-45)
+    return plot(figure, 380)

@@ -1,0 +1,120 @@
+"""A profile as a table on the terminal and as one self-contained page."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import plotly.graph_objects as go
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pollard.compress.report_page import (
+    BLUE,
+    GREY,
+    agreement_text,
+    count_text,
+    latency_bars,
+    page,
+    panel,
+    plot,
+    table,
+)
+
+
+def rich_table(content: dict[str, Any]) -> Table:
+    """Return the profile for a terminal."""
+    told = Table(
+        title=f"{content['name']}, {content['batch']} image(s), {_threads(content)}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    told.add_column("layer", overflow="fold")
+    told.add_column("operator")
+    titles = ["MACs", "params", *(f"{t['target'][4:]}, µs" for t in content["targets"])]
+    for title in titles:
+        told.add_column(title, justify="right", no_wrap=True)
+    for name, kind, channels, _, macs, parameters, *times in _rows(content):
+        short = kind.replace(" + Relu", "").replace(" + Clip", "").replace(" /", "/")
+        told.add_row(name, f"{short} {channels.replace(' ', '')}", macs, parameters, *times)
+    first = content["targets"][0]["operations"]
+    told.add_section()
+    macs, parameters = (count_text(sum(op[key] for op in first)) for key in ("macs", "parameters"))
+    sums = [f"{t['summed_us']:,.1f}" for t in content["targets"]]
+    told.add_row("sum", "with what a call costs", macs, parameters, *sums)
+    whole = [f"{t['measured_us']:,.1f}" for t in content["targets"]]
+    told.add_row("measured", "the whole file", "", "", *whole)
+    return told
+
+
+def render_profile(content: dict[str, Any]) -> str:
+    """Return the page for the content of a profile file; it loads nothing from anywhere."""
+    notes = "".join(f"<li>{html.escape(agreement_text(t))}</li>" for t in content["targets"])
+    heads = ("Layer", "Operator", "Channels", "Output", "MACs", "Parameters")
+    targets = tuple(f"{t['target'][4:]}, µs" for t in content["targets"])
+    machine = content["machine"]
+    sections = [
+        f"<h1>{html.escape(content['name'])}, layer by layer</h1>"
+        f"<p class='muted'>{html.escape(machine['processor'])}, onnxruntime "
+        f"{html.escape(machine['onnxruntime'])}, {content['batch']} image(s), "
+        f"{_threads(content)}. Each operator was timed by itself.</p><ul>{notes}</ul>",
+        panel(latency_bars(content["targets"])),
+        panel(scatter(content["targets"])),
+        panel(table((*heads, *targets), _rows(content))),
+    ]
+    return page(f"{content['name']} – Pollard profile", sections)
+
+
+def scatter(targets: list[dict[str, Any]]) -> str:
+    """Return a plot of latency over MACs: what lies high is slow for what it computes."""
+    figure = go.Figure()
+    for target, color in zip(targets, (GREY, BLUE), strict=False):
+        rows = [row for row in target["operations"] if row["macs"] and row["latency_us"]]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["macs"] for row in rows],
+                y=[row["latency_us"] for row in rows],
+                text=[row["name"] for row in rows],
+                mode="markers",
+                name=target["target"],
+                marker={"color": color, "size": 9, "opacity": 0.8},
+                hovertemplate="%{text}<br>%{x:,} MACs<br>%{y:.1f} µs<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title="MACs", rangemode="tozero")
+    figure.update_yaxes(title="µs", rangemode="tozero")
+    figure.update_layout(legend={"orientation": "h", "y": 1.12})
+    return plot(figure, 340)
+
+
+def _threads(content: dict[str, Any]) -> str:
+    return "1 thread" if content["threads"] == 1 else f"{content['threads']} threads"
+
+
+def _rows(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Join the targets by name: a file of one may have operators that another has not."""
+    targets = content["targets"]
+    latencies: list[dict[tuple[str, int], str]] = []
+    described: dict[tuple[str, int], dict[str, Any]] = {}
+    for target in targets:
+        times: dict[tuple[str, int], str] = {}
+        count: dict[str, int] = {}
+        for row in target["operations"]:
+            name = row["name"]
+            count[name] = count.get(name, 0) + 1
+            taken = row["latency_us"]
+            times[name, count[name]] = "?" if taken is None else f"{taken:,.1f}"
+            described.setdefault((name, count[name]), row)
+        latencies.append(times)
+    return [
+        (
+            name,
+            row["kind"],
+            f"{row['in_channels']} → {row['out_channels']}",
+            row["output"],
+            count_text(row["macs"]) if row["macs"] else "–",
+            count_text(row["parameters"]) if row["parameters"] else "–",
+            *(times.get((name, turn), "–") for times in latencies),
+        )
+        for (name, turn), row in described.items()
+    ]
