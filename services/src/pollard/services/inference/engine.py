@@ -58,7 +58,7 @@ class RoutingTable:
 
 
 class Engine:
-    """Runs requests on loaded revisions. Used from the event loop's thread only."""
+    """Runs requests on loaded revisions. Used from the event loop's thread, but for `enter`."""
 
     def __init__(self, *, max_request_seconds: float = 30.0) -> None:
         """Start without models.
@@ -131,6 +131,30 @@ class Engine:
             )
         return served.revisions[number_or_none]
 
+    def enter(
+        self, model: str, version: str = "", alias: str = "", sticky_key: str = ""
+    ) -> LoadedRevision:
+        """Return the revision that a request is for, as `resolve`, and keep it until its `finish`.
+
+        May be called on any thread.
+        """
+        while True:
+            revision = self.resolve(model, version, alias, sticky_key)
+            # One that is being freed has left the table already.
+            if revision.enter():
+                return revision
+
+    def deadline(self, seconds_left: float | None) -> float:
+        """Return when a request is given up, on the clock of `time.monotonic`.
+
+        Args:
+            seconds_left: Time until the caller's deadline; None if it has none.
+        """
+        limit = self._max_request_seconds
+        if seconds_left is not None:
+            limit = min(limit, seconds_left)
+        return time.monotonic() + limit
+
     async def infer(
         self,
         revision: LoadedRevision,
@@ -157,12 +181,12 @@ class Engine:
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
         """
-        limit = self._max_request_seconds
-        if seconds_left is not None:
-            limit = min(limit, seconds_left)
-        deadline = time.monotonic() + limit
         return await revision.infer(
-            feeds, outputs, deadline, wait_seconds=wait_seconds, priority=priority
+            feeds,
+            outputs,
+            self.deadline(seconds_left),
+            wait_seconds=wait_seconds,
+            priority=priority,
         )
 
     def switch(self, model: ServedModel) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.runtime.sessions import Array, TensorInfo
 from pollard.services.inference.classification import top_classes
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RegionFailed, RequestInvalid
@@ -86,41 +88,89 @@ async def answer(
 ) -> tuple[pb.ModelInferResponse, RequestOptions]:
     """Run a request and return its answer and its options; see `model_infer`."""
     revision = engine.resolve(request.model_name, request.model_version, alias, sticky_key)
-    info = revision.info
+    try:
+        prepared = prepare(request, revision.info, shared)
+    except Exception:
+        revision.reject()
+        raise
+    options = prepared.options
+    try:
+        outputs = await engine.infer(
+            revision,
+            prepared.feeds,
+            prepared.specs,
+            seconds_left,
+            wait_seconds=options.wait_seconds,
+            priority=options.priority,
+        )
+        return prepared.answer(outputs), options
+    finally:
+        prepared.close()
+
+
+@dataclass(slots=True)
+class PreparedRequest:
+    """A request that was checked against its revision. To be closed."""
+
+    request_id: str
+    info: RevisionInfo
+    options: RequestOptions
+    wanted: Sequence[WantedOutput]
+    feeds: dict[str, Array]
+    regions: Mapping[str, Region]
+    """Where in shared memory outputs go, by output."""
+    _held: contextlib.ExitStack | None
+
+    @property
+    def specs(self) -> list[TensorInfo]:
+        """The outputs wanted."""
+        return [output.spec for output in self.wanted]
+
+    def answer(self, outputs: Outputs) -> pb.ModelInferResponse:
+        """Return the answer; outputs that go into shared memory are written there.
+
+        Raises:
+            ServiceError: an output does not fit where the client wants it.
+        """
+        return _encode(self.request_id, self.info, self.wanted, outputs, self.regions)
+
+    def close(self) -> None:
+        """Let go of the regions."""
+        if self._held is not None:
+            self._held.close()
+
+
+def prepare(
+    request: pb.ModelInferRequest, info: RevisionInfo, shared: SharedMemory
+) -> PreparedRequest:
+    """Check a request against a revision and read its inputs.
+
+    Raises:
+        ServiceError: as in `errors`.
+    """
+    held: contextlib.ExitStack | None = None
+    regions: dict[str, Region] = {}
 
     def read_shared(place: Place) -> bytes:
         with shared.use(place.region) as region:
             return region.read(place.offset, place.byte_size)
 
-    held: contextlib.ExitStack | None = None
-    regions: dict[str, Region] = {}
     try:
-        try:
-            options = request_options(request)
-            wanted = select_outputs(request, info.outputs)
-            for spec, _, place in wanted:
-                if place is not None:
-                    # Open until the output is written, also if it is unregistered meanwhile.
-                    held = held or contextlib.ExitStack()
-                    region = held.enter_context(shared.use(place.region))
-                    region.check(place.offset, place.byte_size)
-                    regions[spec.name] = region
-            feeds = decode_inputs(request, info.inputs, info.max_batch_size, read_shared)
-        except Exception:
-            revision.counters.reject()
-            raise
-        outputs = await engine.infer(
-            revision,
-            feeds,
-            [output.spec for output in wanted],
-            seconds_left,
-            wait_seconds=options.wait_seconds,
-            priority=options.priority,
-        )
-        return _encode(request.id, info, wanted, outputs, regions), options
-    finally:
+        options = request_options(request)
+        wanted = select_outputs(request, info.outputs)
+        for spec, _, place in wanted:
+            if place is not None:
+                # Open until the output is written, also if it is unregistered meanwhile.
+                held = held or contextlib.ExitStack()
+                region = held.enter_context(shared.use(place.region))
+                region.check(place.offset, place.byte_size)
+                regions[spec.name] = region
+        feeds = decode_inputs(request, info.inputs, info.max_batch_size, read_shared)
+    except BaseException:
         if held is not None:
             held.close()
+        raise
+    return PreparedRequest(request.id, info, options, wanted, feeds, regions, held)
 
 
 def _encode(

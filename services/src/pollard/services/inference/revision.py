@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
-from pollard.services.inference.errors import QueueTimeout, RequestExpired
+from pollard.services.inference.errors import QueueTimeout, RequestExpired, ServerStopping
 from pollard.services.inference.memory import return_memory
 from pollard.services.inference.scheduling import Backlog, Scheduling
 from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
-from pollard.services.inference.workers import Outputs, Work, Workers
+from pollard.services.inference.workers import Caller, LoopCaller, Outputs, Work, Workers
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class RevisionInfo:
 
 
 class LoadedRevision:
-    """A revision that can be run. Used from the event loop's thread only."""
+    """A revision that can be run.
+
+    Requests come in two ways: `infer` on the event loop, or, from a thread that carries requests
+    itself, `enter`, `work`, `run_here` or `submit`, and `finish`. The rest belongs to the event
+    loop's thread.
+    """
 
     def __init__(
         self,
@@ -98,8 +104,10 @@ class LoadedRevision:
         self._shapes_differ = any(-1 in spec.shape[1:] for spec in info.inputs)
         self._backlog = Backlog(workers)
         self._loop = asyncio.get_running_loop()
+        # Over the counts: requests begin and end on several threads.
+        self._lock = threading.Lock()
+        self._retiring = False
         self._idle = asyncio.Event()
-        self._idle.set()
         self._closed = asyncio.Event()
         self.freed = asyncio.Event()
         """Set when the session has been freed."""
@@ -137,70 +145,119 @@ class LoadedRevision:
             RequestExpired: the deadline passed before it was run.
             ExecutionFailed: onnxruntime failed on it.
         """
-        batch = next(iter(feeds.values())).shape[0] if self.info.batches else 1
-        names = tuple(output.name for output in outputs)
-        arrived = time.perf_counter_ns()
-        self._enter()
+        if not self.enter():
+            raise ServerStopping("the revision is being unloaded; send the request again")
+        caller = LoopCaller(self._loop)
+        work: Work | None = None
+        error: BaseException | None = None
         try:
-            work = self._work(feeds, names, batch, deadline, wait_seconds, priority)
-            if batch <= self._inline_rows:
+            work = self.work(
+                feeds, outputs, deadline, caller, wait_seconds=wait_seconds, priority=priority
+            )
+            if self.runs_inline(work):
                 self._gather(work)
-                result = await work.done
             else:
-                result = await self._wait_for_worker(work)
-            timing = work.timing
-        except asyncio.CancelledError:
-            self.counters.reject()
+                self.submit(work)
+            return await caller.done
+        except BaseException as raised:
+            error = raised
             raise
-        except (RequestExpired, QueueTimeout):
-            self.counters.reject()
-            self.statistics.fail(arrived)
-            raise
-        except Exception:
-            self.counters.fail()
-            self.statistics.fail(arrived)
-            raise
-        else:
-            self.counters.succeed((time.perf_counter_ns() - arrived) * 1e-9)
-            if timing is not None:
-                if not timing.counted:
-                    self._backlog.learn((timing.split - timing.started) * 1e-9, timing.batch)
-                self.statistics.succeed(batch, arrived, timing)
-            return result
         finally:
-            self._leave()
+            self.finish(work, error)
 
-    def _work(
+    def enter(self) -> bool:
+        """Keep the revision until the `finish` of a request; False if it is being freed."""
+        with self._lock:
+            if self._retiring:
+                return False
+            self.in_flight += 1
+            return True
+
+    def work(
         self,
         feeds: dict[str, Array],
-        names: tuple[str, ...],
-        batch: int,
+        outputs: Sequence[TensorInfo],
         deadline: float,
-        wait_seconds: float,
-        priority: int,
+        caller: Caller,
+        *,
+        wait_seconds: float = 0.0,
+        priority: int = 0,
     ) -> Work:
+        """Return a request in the form in which it is run; see `infer`."""
+        batch = next(iter(feeds.values())).shape[0] if self.info.batches else 1
+        names = tuple(output.name for output in outputs)
         joins_with: object = None
         if self._workers.joins:
             joins_with = names
             if self._shapes_differ:
                 joins_with = (names, *(feeds[spec.name].shape[1:] for spec in self.info.inputs))
-        work = Work(feeds, names, batch, deadline, self._loop.create_future(), joins_with)
+        work = Work(feeds, names, batch, deadline, caller, joins_with)
         self.last_request = work.queued_at
         work.level = self._scheduling.level(priority)
         wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
         work.queue_until = work.queued_at + wait
         return work
 
-    async def _wait_for_worker(self, work: Work) -> Outputs:
-        if self._scheduling.plain:
-            left = min(work.deadline, work.queue_until) - work.queued_at
-            self._backlog.check(work.batch, left)
+    def runs_inline(self, work: Work) -> bool:
+        """Tell whether a request is to be run on its caller's thread."""
+        return work.batch <= self._inline_rows
+
+    def run_here(self, works: Sequence[Work]) -> None:
+        """Run requests on the calling thread, joined where that is possible."""
+        self._workers.run_here(works)
+
+    def submit(self, work: Work) -> None:
+        """Give a request to the workers; its caller gets the outcome.
+
+        Raises:
+            QueueFull: too many requests wait, or so many that it could not be answered in time.
+            ServerStopping: the revision has been freed.
+        """
+        with self._lock:
+            if self._scheduling.plain:
+                left = min(work.deadline, work.queue_until) - work.queued_at
+                self._backlog.check(work.batch, left)
+            self._backlog.rows += work.batch
+            work.queued = True
         self._workers.submit(work)
-        self._backlog.rows += work.batch
-        try:
-            return await work.done
-        finally:
+
+    def finish(self, work: Work | None, error: BaseException | None = None) -> None:
+        """Count the end of a request that was entered, and let the revision go.
+
+        Args:
+            work: The request; None if it did not come so far.
+            error: Why it failed; None if it was answered.
+        """
+        with self._lock:
+            if work is not None:
+                self._count(work, error)
+            self.in_flight -= 1
+            if self._retiring and self.in_flight == 0:
+                _call_on(self._loop, self._idle.set)
+
+    def reject(self) -> None:
+        """Count a request that failed for a reason of the client's before it was entered."""
+        with self._lock:
+            self.counters.reject()
+
+    def _count(self, work: Work, error: BaseException | None) -> None:
+        if work.queued:
             self._backlog.rows -= work.batch
+        if error is None:
+            self.counters.succeed((time.perf_counter_ns() - work.arrived) * 1e-9)
+            timing = work.timing
+            if timing is not None:
+                if not timing.counted:
+                    self._backlog.learn((timing.split - timing.started) * 1e-9, timing.batch)
+                self.statistics.succeed(work.batch, work.arrived, timing)
+        elif isinstance(error, asyncio.CancelledError):
+            self.counters.reject()
+        else:
+            if isinstance(error, (RequestExpired, QueueTimeout)):
+                self.counters.reject()
+            else:
+                self.counters.fail()
+            self.statistics.fail(work.arrived)
 
     def _gather(self, work: Work) -> None:
         """Run a request at the end of the event loop's turn, with those that come in it.
@@ -229,24 +286,23 @@ class LoadedRevision:
 
         The revision must not be reachable by new requests any more.
         """
-        await self._idle.wait()
+        with self._lock:
+            self._retiring = True
+            idle = self.in_flight == 0
+        if not idle:
+            await self._idle.wait()
         self._workers.close()
         await self._closed.wait()
         await asyncio.to_thread(return_memory)
         self.freed.set()
 
-    def _enter(self) -> None:
-        self.in_flight += 1
-        self._idle.clear()
-
-    def _leave(self) -> None:
-        self.in_flight -= 1
-        if self.in_flight == 0:
-            self._idle.set()
-
     def _on_workers_closed(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._closed.set)
-        except RuntimeError:
-            # The event loop is closed, and with it everybody who could wait.
-            return
+        _call_on(self._loop, self._closed.set)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:
+        # The event loop is closed, and with it everybody who could wait.
+        return

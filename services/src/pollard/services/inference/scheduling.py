@@ -161,7 +161,7 @@ class PriorityQueue:
                 limit = self._scheduling.policy_of(work.level).max_size
                 if limit and len(level) >= limit:
                     # Those whose callers have gone take no places.
-                    wanted = [each for each in level if not each.done.cancelled()]
+                    wanted = [each for each in level if not each.caller.gone]
                     if len(wanted) >= limit:
                         raise queue_full(limit)
                     level.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class Region:
 
 
 class SharedMemory:
-    """The regions that clients have registered. Used from the event loop's thread only."""
+    """The regions that clients have registered. May be used on any thread."""
 
     def __init__(self, *, enabled: bool) -> None:
         """Start without regions.
@@ -112,6 +113,7 @@ class SharedMemory:
         """
         self.enabled = enabled
         self._regions: dict[str, Region] = {}
+        self._lock = threading.Lock()
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Open a region of the object `key`.
@@ -124,7 +126,7 @@ class SharedMemory:
         """
         self.require()
         if name in self._regions:
-            raise RegionExists(f"shared memory region '{name}' already in manager", region=name)
+            raise _taken(name)
         if not name:
             raise RequestInvalid("a shared memory region needs a name")
         descriptor = _open(key)
@@ -141,7 +143,12 @@ class SharedMemory:
         except BaseException:
             os.close(descriptor)
             raise
-        self._regions[name] = Region(name, key, offset, byte_size, descriptor)
+        region = Region(name, key, offset, byte_size, descriptor)
+        with self._lock:
+            if self._regions.setdefault(name, region) is region:
+                return
+        os.close(descriptor)
+        raise _taken(name)
 
     def status(self, name: str) -> list[pb.SystemSharedMemoryStatusResponse.RegionStatus]:
         """Describe one region, or all of them if the name is empty.
@@ -151,7 +158,8 @@ class SharedMemory:
             RegionUnknown: there is no such region.
         """
         self.require()
-        regions = [self._find(name)] if name else list(self._regions.values())
+        with self._lock:
+            regions = [self._find(name)] if name else list(self._regions.values())
         return [
             pb.SystemSharedMemoryStatusResponse.RegionStatus(
                 name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
@@ -165,11 +173,12 @@ class SharedMemory:
         Requests that use it already go on to do so.
         """
         self.require()
-        for each in [name] if name else list(self._regions):
-            region = self._regions.pop(each, None)
-            if region is not None:
-                region.forgotten = True
-                _close_if_idle(region)
+        with self._lock:
+            for each in [name] if name else list(self._regions):
+                region = self._regions.pop(each, None)
+                if region is not None:
+                    region.forgotten = True
+                    _close_if_idle(region)
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Region]:
@@ -180,13 +189,15 @@ class SharedMemory:
             RegionUnknown: there is no such region.
         """
         self.require()
-        region = self._find(name)
-        region.users += 1
+        with self._lock:
+            region = self._find(name)
+            region.users += 1
         try:
             yield region
         finally:
-            region.users -= 1
-            _close_if_idle(region)
+            with self._lock:
+                region.users -= 1
+                _close_if_idle(region)
 
     def close(self) -> None:
         """Forget all regions."""
@@ -212,6 +223,10 @@ class SharedMemory:
                 f"Unable to find system shared memory region: '{name}'", region=name
             )
         return region
+
+
+def _taken(name: str) -> RegionExists:
+    return RegionExists(f"shared memory region '{name}' already in manager", region=name)
 
 
 def _open(key: str) -> int:

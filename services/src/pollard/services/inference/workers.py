@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,56 @@ from pollard.services.inference.statistics import Timing
 
 Outputs = dict[str, Array]
 
+Outcome = Outputs | Exception
+"""What a request gets."""
+
+
+class Caller(Protocol):
+    """Who waits for a request. Front ends differ in the thread on which they wait."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits any more. Asked on any thread."""
+
+    def settle(self, work: Work, outcome: Outcome) -> None:
+        """Take the outcome, on the caller's own thread; it may have gone meanwhile."""
+
+    def hand_over(self, settled: Sequence[tuple[Work, Outcome]]) -> None:
+        """Have `settle` called for requests whose callers are of this kind. On any thread."""
+
+
+class LoopCaller:
+    """A caller that awaits a future on an event loop."""
+
+    __slots__ = ("_loop", "done")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Make the future; on the loop's thread."""
+        self._loop = loop
+        self.done: asyncio.Future[Outputs] = loop.create_future()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the future was cancelled."""
+        return self.done.cancelled()
+
+    def settle(self, work: Work, outcome: Outcome) -> None:
+        """Resolve the future."""
+        if self.done.done():
+            return
+        if isinstance(outcome, Exception):
+            self.done.set_exception(outcome)
+        else:
+            self.done.set_result(outcome)
+
+    def hand_over(self, settled: Sequence[tuple[Work, Outcome]]) -> None:
+        """Wake the event loop, once for all of them: that costs more than to answer a request."""
+        try:
+            self._loop.call_soon_threadsafe(_settle_all, settled)
+        except RuntimeError:
+            # The event loop is closed: nobody waits for the answers any more.
+            return
+
 
 @dataclass(eq=False, slots=True)
 class Work:
@@ -40,25 +91,28 @@ class Work:
     """Size of the first dimension; 1 if the model does not batch."""
     deadline: float
     """On the clock of `time.monotonic`."""
-    done: asyncio.Future[Outputs]
+    caller: Caller
     joins_with: object = None
     """Requests with equal values may run as one batch; None runs alone."""
     level: int = 1
     """Its priority; 1 is the highest."""
     queue_until: float = math.inf
     """When it has waited too long, on the clock of `time.monotonic`."""
-    loop: asyncio.AbstractEventLoop = field(init=False)
+    arrived: int = field(init=False)
+    """On the clock of `time.perf_counter_ns`."""
     queued_at: float = field(init=False)
     """On the clock of `time.monotonic`."""
+    queued: bool = field(init=False, default=False)
+    """Whether it was given to the workers."""
     timing: Timing | None = field(init=False, default=None)
-    """Of the run that it was part of; set before `done`."""
+    """Of the run that it was part of; set before the caller gets the outcome."""
 
     def __post_init__(self) -> None:
-        self.loop = self.done.get_loop()
+        self.arrived = time.perf_counter_ns()
         self.queued_at = time.monotonic()
 
 
-_Outcome = tuple[Work, Outputs | Exception]
+_Settled = tuple[Work, Outcome]
 """A request and what it gets."""
 
 
@@ -112,7 +166,7 @@ class Workers:
         return self._joined_batch > 1
 
     def submit(self, work: Work) -> None:
-        """Queue a request; its future is resolved on its own event loop.
+        """Queue a request; its caller gets the outcome on its own thread.
 
         Raises:
             QueueFull: too many wait already.
@@ -125,7 +179,7 @@ class Workers:
         self._queue.put(work)
 
     def run_here(self, works: Sequence[Work]) -> None:
-        """Run requests on the calling thread, which must be that of their event loop.
+        """Run requests on the calling thread, which must be that of their callers.
 
         They are joined as the workers join them, in the order in which they came. Requests that
         cannot be joined run one after another; each gets its own outcome.
@@ -135,7 +189,9 @@ class Workers:
         size = 0
         for work in works:
             if session is None:
-                _settle(work, ServerStopping("the revision is being unloaded; send it again"))
+                work.caller.settle(
+                    work, ServerStopping("the revision is being unloaded; send it again")
+                )
                 continue
             if not _still_wanted(work):
                 continue
@@ -214,15 +270,9 @@ class Workers:
 
     def _execute(self, batch: Sequence[Work]) -> None:
         assert self._session is not None  # noqa: S101 - let go only after the last run
-        outcomes = self._outcomes(self._session, batch)
-        try:
-            # Once for all of them: to wake the event loop costs more than to answer a request.
-            batch[0].loop.call_soon_threadsafe(_settle_all, outcomes)
-        except RuntimeError:
-            # The event loop is closed: nobody waits for the answers any more.
-            return
+        _hand_over(self._outcomes(self._session, batch))
 
-    def _outcomes(self, session: Session, batch: Sequence[Work]) -> list[_Outcome]:
+    def _outcomes(self, session: Session, batch: Sequence[Work]) -> list[_Settled]:
         """Run requests as one batch and return what each of them gets."""
         if len(batch) == 1:
             return [self._run_one(session, batch[0])]
@@ -241,7 +291,7 @@ class Workers:
         except Exception:
             # One request's values must not fail the others: each runs alone and gets its own error.
             return [self._run_one(session, work) for work in batch]
-        outcomes: list[_Outcome] = []
+        outcomes: list[_Settled] = []
         start = 0
         for work in batch:
             end = start + work.batch
@@ -252,7 +302,7 @@ class Workers:
         return outcomes
 
     @staticmethod
-    def _run_one(session: Session, work: Work) -> _Outcome:
+    def _run_one(session: Session, work: Work) -> _Settled:
         started = time.perf_counter_ns()
         try:
             outputs = session.run(work.feeds, work.outputs)
@@ -274,7 +324,7 @@ class Workers:
 
 def _still_wanted(work: Work) -> bool:
     """Drop work whose caller has gone or whose deadline has passed, before it costs any time."""
-    if work.done.cancelled():
+    if work.caller.gone:
         return False
     now = time.monotonic()
     if now >= work.deadline:
@@ -293,23 +343,20 @@ def _execution_failed(error: Exception) -> ExecutionFailed:
 
 
 def _fail(work: Work, error: Exception) -> None:
-    try:
-        work.loop.call_soon_threadsafe(_settle, work, error)
-    except RuntimeError:
-        # The event loop is closed: nobody waits for the answer any more.
-        return
+    work.caller.hand_over([(work, error)])
 
 
-def _settle_all(outcomes: Sequence[_Outcome]) -> None:
-    for work, outcome in outcomes:
-        _settle(work, outcome)
+def _hand_over(settled: Sequence[_Settled]) -> None:
+    """Give requests their outcomes; they may have callers of more than one kind."""
+    first = settled[0][0].caller
+    kind = type(first)
+    others = [each for each in settled if type(each[0].caller) is not kind]
+    if others:
+        _hand_over(others)
+        settled = [each for each in settled if type(each[0].caller) is kind]
+    first.hand_over(settled)
 
 
-def _settle(work: Work, outcome: Outputs | Exception) -> None:
-    """Give a request its outcome, on its event loop's thread; its caller may have gone."""
-    if work.done.done():
-        return
-    if isinstance(outcome, Exception):
-        work.done.set_exception(outcome)
-    else:
-        work.done.set_result(outcome)
+def _settle_all(settled: Sequence[_Settled]) -> None:
+    for work, outcome in settled:
+        work.caller.settle(work, outcome)
