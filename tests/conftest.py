@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -154,3 +157,21 @@ def make_linear_model() -> Callable[..., bytes]:
 def make_golden() -> Callable[..., bytes]:
     """:func:`golden_archive`: what an ONNX file answers for some images."""
     return golden_archive
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server for all tests of the session; see `bench/postgres.py`."""
+    path = Path(__file__).parent.parent / "bench" / "postgres.py"
+    described = importlib.util.spec_from_file_location("pollard_tests_postgres", path)
+    assert described is not None
+    assert described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    sys.modules[described.name] = module
+    described.loader.exec_module(module)
+    if module.binaries() is None:
+        pytest.skip(module.MISSING)
+    pytest.importorskip("psycopg", reason="pip install 'pollard-services[postgres]'")
+    server = module.Postgres()
+    yield server
+    server.close()

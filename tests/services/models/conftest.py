@@ -7,7 +7,7 @@ import hashlib
 import io
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,17 @@ from pollard.services.models.main import ModelsService, build_server
 from pollard.services.models.settings import ModelsSettings
 
 TIMEOUT = 30.0
+
+ON_BOTH = {
+    *("test_registry", "test_filters", "test_rollouts", "test_switch", "test_uploads"),
+}
+"""Modules whose tests run on SQLite and on PostgreSQL; the others on SQLite."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if "backend" in metafunc.fixturenames and module in ON_BOTH:
+        metafunc.parametrize("backend", ["sqlite", "postgresql"], indirect=True)
 
 
 def graph(seed: int = 0, size: int = 4, classes: int = 3) -> bytes:
@@ -386,13 +397,12 @@ def bundles(tmp_path: Path) -> Bundles:
     return Bundles(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with three revisions of `m`, the first of them in production; made once."""
-    root = tmp_path_factory.mktemp("stock")
+def fill(root: Path, database_url: str = "") -> Path:
+    """Make a store with three revisions of `m`, the first of them in production."""
 
-    async def fill() -> None:
-        suite = Suite(ModelsSettings(store=root / "store", port=0), AsyncExitStack())
+    async def work() -> None:
+        settings = ModelsSettings(store=root / "store", port=0, database_url=database_url)
+        suite = Suite(settings, AsyncExitStack())
         await suite.start()
         for seed in (1, 2, 3):
             await suite.client.push(Bundles(root / str(seed)).tar(seed))
@@ -402,23 +412,60 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # In a thread, because the tests' own loop may be running.
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, fill()).result()
+        pool.submit(asyncio.run, work()).result()
     return root / "store"
 
 
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with three revisions of `m`, the first of them in production; made once."""
+    return fill(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="session")
+def postgres_stock(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> tuple[Path, str]:
+    """The same with its registry in a database, and the database's name; both to be copied."""
+    name = postgres.new_database()
+    return fill(tmp_path_factory.mktemp("postgres-stock"), postgres.url(name)), name
+
+
 @pytest.fixture
-def suite_with(tmp_path: Path, stock: Path) -> Callable[..., Any]:
+def backend(request: pytest.FixtureRequest) -> str:
+    """What holds the registry of the suites of the test."""
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture
+def suite_with(
+    tmp_path: Path, backend: str, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Any]]:
     """An async context manager that starts a manager with the settings given.
 
     `stocked`: its store already holds what `stock` does.
     """
+    databases: list[str] = []
+
+    def prepare(stocked: bool) -> dict[str, Any]:
+        store = tmp_path / "store"
+        if backend == "sqlite":
+            if stocked:
+                shutil.copytree(request.getfixturevalue("stock"), store)
+            return {"store": store}
+        postgres = request.getfixturevalue("postgres")
+        template = "template0"
+        if stocked:
+            source, template = request.getfixturevalue("postgres_stock")
+            shutil.copytree(source, store)
+        databases.append(postgres.new_database(template))
+        return {"store": store, "database_url": postgres.url(databases[-1])}
+
+    if backend == "postgresql":
+        request.getfixturevalue("postgres")
 
     @asynccontextmanager
     async def make(*, stocked: bool = False, **more: Any) -> AsyncIterator[Suite]:
-        if stocked:
-            shutil.copytree(stock, tmp_path / "store")
         how: dict[str, Any] = {
-            "store": tmp_path / "store",
+            **prepare(stocked),
             "port": 0,
             "drain_seconds": 0.2,
             "server_lease_seconds": 0.5,
@@ -430,7 +477,9 @@ def suite_with(tmp_path: Path, stock: Path) -> Callable[..., Any]:
             stack.push_async_callback(suite.stop)
             yield suite
 
-    return make
+    yield make
+    for name in databases:
+        request.getfixturevalue("postgres").drop_database(name)
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ async def test_many_watchers_cost_one_look_at_the_table(loaded: Any) -> None:
         await take(call, 1)
     statements: list[str] = []
 
-    @sa_event.listens_for(loaded.service.store._engine, "before_cursor_execute")
+    @sa_event.listens_for(loaded.service.store.database.engine, "before_cursor_execute")
     def note(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         if "FROM events" in statement:
             statements.append(statement)

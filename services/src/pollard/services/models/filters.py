@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import InvalidRequest
@@ -36,6 +39,18 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE | re.DOTALL,
 )
+
+
+class _Pairs(GenericFunction[Any]):
+    """The keys and values of a JSON object as rows."""
+
+    name = "json_each"
+    inherit_cache = True
+
+
+@compiles(_Pairs, "postgresql")
+def _pairs_on_postgresql(element: _Pairs, compiler: SQLCompiler, **how: Any) -> str:
+    return f"json_each_text({compiler.process(element.clauses, **how)})"
 
 
 @dataclass(frozen=True)
@@ -227,7 +242,7 @@ def _has_label(
     labels: InstrumentedAttribute[dict[str, str]], key: str, value: str | None
 ) -> Condition:
     # A path into JSON could not hold every key, such as one with a quote.
-    each = func.json_each(labels).table_valued("key", "value", name="label")
+    each = _Pairs(labels).table_valued("key", "value", name="label")
     query = select(1).select_from(each).where(each.c.key == key)
     if value is not None:
         query = query.where(each.c.value == value)

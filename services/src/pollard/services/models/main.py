@@ -41,7 +41,7 @@ class ModelsService:
 
     def __init__(self, settings: ModelsSettings) -> None:
         self.settings = settings
-        self.store = Store(settings.store)
+        self.store = Store(settings.store, settings.database_url)
         self.blobs = Blobs(self.store.blobs)
         self.uploads = Uploads(
             self.store,

@@ -192,14 +192,20 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
                 reason="LABELS_INVALID",
                 label=key[:200],
             )
+        if "\0" in key or "\0" in value:
+            raise InvalidRequest(
+                f"label {_shown(key)} holds a NUL character, which not every database can keep",
+                reason="LABELS_INVALID",
+                label=key[:200],
+            )
     return dict(labels)
 
 
 def check_text(value: str, field: str) -> str:
-    """Return a free text if it is not too long.
+    """Return a free text if it is not too long and can be kept.
 
     Raises:
-        InvalidRequest: it is.
+        InvalidRequest: it is too long, or holds a NUL character.
     """
     if len(value) > MAX_TEXT_CHARACTERS:
         raise InvalidRequest(
@@ -207,6 +213,12 @@ def check_text(value: str, field: str) -> str:
             reason="TEXT_TOO_LONG",
             field=field,
             length=len(value),
+        )
+    if "\0" in value:
+        raise InvalidRequest(
+            f"{field} holds a NUL character, which not every database can keep",
+            reason="TEXT_INVALID",
+            field=field,
         )
     return value
 

@@ -24,6 +24,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 # SQLite numbers rows by itself only for columns of the type INTEGER.
 _Sequence = BigInteger().with_variant(Integer(), "sqlite")
 
+# Sorted byte by byte everywhere, as page tokens need it, whatever the database's language.
+_Name = String(63).with_variant(String(63, collation="C"), "postgresql")
+_ServerId = String(128).with_variant(String(128, collation="C"), "postgresql")
+
 
 class Base(DeclarativeBase):
     """Root of the tables."""
@@ -44,7 +48,7 @@ class Model(Base):
 
     __tablename__ = "models"
 
-    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(_Name, primary_key=True)
     description: Mapped[str] = mapped_column(Text, default="")
     labels: Mapped[dict[str, str]] = mapped_column(JSON, default=dict)
     create_time: Mapped[int] = mapped_column(BigInteger)
@@ -114,7 +118,7 @@ class Alias(Base):
     model: Mapped[str] = mapped_column(
         ForeignKey("models.name", ondelete="CASCADE"), primary_key=True
     )
-    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(_Name, primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
     """Where requests go; 0 before the first switch is done."""
     pending_revision: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -143,7 +147,7 @@ class Rollout(Base):
     )
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     """Counts 1, 2, 3… in each model."""
-    alias: Mapped[str] = mapped_column(String(63))
+    alias: Mapped[str] = mapped_column(_Name)
     revision: Mapped[int] = mapped_column(BigInteger)
     base_revision: Mapped[int] = mapped_column(BigInteger)
     steps: Mapped[list[float]] = mapped_column(JSON)
@@ -222,7 +226,7 @@ class Draining(Base):
 
     __tablename__ = "draining"
 
-    model: Mapped[str] = mapped_column(String(63), primary_key=True)
+    model: Mapped[str] = mapped_column(_Name, primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     routes_version: Mapped[int | None] = mapped_column(BigInteger)
     """First desired state without the route; None until it is made."""
@@ -233,7 +237,7 @@ class Server(Base):
 
     __tablename__ = "servers"
 
-    server_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    server_id: Mapped[str] = mapped_column(_ServerId, primary_key=True)
     hello: Mapped[bytes] = mapped_column(LargeBinary)
     present: Mapped[bool] = mapped_column(default=True)
     """Connected, or its lease has not run out."""
@@ -242,6 +246,22 @@ class Server(Base):
     last_seen_time: Mapped[int] = mapped_column(BigInteger)
     acked_version: Mapped[int] = mapped_column(BigInteger, default=0)
     last_nack: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+
+
+class Lease(Base):
+    """Which of the managers on one database leads; unused on SQLite."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64), default="")
+    """Manager that leads; empty after it stopped in good order."""
+    address: Mapped[str] = mapped_column(String(255), default="")
+    """gRPC target under which it is reached."""
+    term: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Grows whenever another manager begins to lead."""
+    renewals: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Grows while it lives. No clock is compared with another machine's."""
 
 
 class Event(Base):
@@ -257,7 +277,7 @@ class Event(Base):
     time: Mapped[int] = mapped_column(BigInteger)
     actor: Mapped[str] = mapped_column(String(255))
     action: Mapped[str] = mapped_column(String(64))
-    model: Mapped[str] = mapped_column(String(63), default="")
+    model: Mapped[str] = mapped_column(_Name, default="")
     resource: Mapped[str] = mapped_column(String(255))
     detail: Mapped[str] = mapped_column(Text, default="")
 
@@ -280,7 +300,7 @@ class Upload(Base):
     __tablename__ = "uploads"
 
     upload_id: Mapped[str] = mapped_column(String(36), primary_key=True)
-    model: Mapped[str] = mapped_column(String(63))
+    model: Mapped[str] = mapped_column(_Name)
     total_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     create_time: Mapped[int] = mapped_column(BigInteger)

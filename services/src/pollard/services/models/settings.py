@@ -18,7 +18,18 @@ class ModelsSettings(ServiceSettings):
     port: int = Field(8021, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     store: Path = Field(
         Path.home() / ".local" / "share" / "pollard" / "models",
-        description="Directory of the registry and the bundles. One manager at a time.",
+        description="Directory of the registry and the bundles. One manager at a time; managers "
+        "that share a --database-url have one each.",
+    )
+    database_url: str = Field(
+        "",
+        description="PostgreSQL that holds the registry and that several managers may share, such "
+        "as postgresql://USER:PASSWORD@HOST/DATABASE; empty keeps it in the store, with SQLite.",
+    )
+    advertise: str = Field(
+        "",
+        description="gRPC target under which the other managers on the database reach this one; "
+        "empty derives it.",
     )
     drain_seconds: float = Field(
         30.0,

@@ -1,38 +1,38 @@
-"""The store on disk: one directory, one manager, one database.
+"""The store: one directory of one manager, and the database.
 
-``lock`` keeps a second manager away, ``registry.sqlite`` is the registry,
-``blobs/`` the files of the bundles, ``uploads/`` what is still arriving and
-``staging/`` what is being checked.
+``lock`` keeps a second manager away, ``registry.sqlite`` is the registry unless that is in
+PostgreSQL, ``manager-id`` names the manager there, ``blobs/`` holds the files of the bundles,
+``uploads/`` what is still arriving and ``staging/`` what is being checked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry
 
-from pollard.services.common.errors import ResourceExhausted, StartupError
+from pollard.services.common.errors import StartupError, Unavailable
+from pollard.services.models.database import READERS, make_database, outcome_unknown
 
 T = TypeVar("T")
 
 DATABASE = "registry.sqlite"
+
+RETRY_SECONDS = 5.0
+"""How long work is tried again while the database cannot be reached."""
 
 
 def now_us() -> int:
@@ -41,19 +41,32 @@ def now_us() -> int:
 
 
 class Store:
-    """The store of one manager, locked against others while it is open."""
+    """The store of one manager, locked against others while it is open.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: Where it lies.
+        database_url: PostgreSQL that other managers may use too; empty keeps the registry in
+            the directory.
+
+    Raises:
+        StartupError: the URL is not acceptable, or its driver is not installed.
+    """
+
+    def __init__(self, directory: Path, database_url: str = "") -> None:
         self.directory = directory
         self.blobs = directory / "blobs"
         self.uploads = directory / "uploads"
         self.staging = directory / "staging"
+        self.database = make_database(database_url, directory, DATABASE)
+        self.manager_id = ""
+        """Names this store among those of a shared database; known once it is open."""
         self._lock_file: int | None = None
-        self._engine: Engine | None = None
-        # SQLite has one writer at a time; waiting here is fair and never times out.
+        # One at a time; waiting here is fair and never times out.
         self._writing = threading.Lock()
         self.after_write: list[Callable[[], None]] = []
         """Called after every transaction that was committed, in the thread of its writer."""
+        self._writer: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
 
     def open(self) -> None:
         """Lock the directory, bring the database up to date and check it.
@@ -66,31 +79,43 @@ class Store:
             for path in (self.directory, self.blobs, self.uploads, self.staging):
                 path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            self.manager_id = self._own_id()
         except OSError as error:
-            raise StartupError(f"the store {self.directory} cannot be used: {error}") from error
-        try:
-            self._engine = _make_engine(self.directory / DATABASE)
-            with self._engine.connect() as connection:
-                _check_integrity(connection, self.directory)
-                _migrate(connection, self.directory)
-        except DatabaseError as error:
             self.close()
             raise StartupError(
-                f"the registry {self.directory / DATABASE} cannot be opened: {error.orig}; "
-                "restore it from a backup, or move it away to begin with an empty one"
+                f"the store {self.directory} cannot be used: {error.strerror or error}. See that "
+                "its disk can be written and has room"
             ) from error
+        try:
+            self.database.open()
         except BaseException:
             self.close()
             raise
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
 
     def close(self) -> None:
         """Close the database and give up the lock."""
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+        for threads in (self._writer, self._readers):
+            if threads is not None:
+                threads.shutdown()
+        self._writer = self._readers = None
+        self.database.close()
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
+
+    def _own_id(self) -> str:
+        path = self.directory / "manager-id"
+        with contextlib.suppress(FileNotFoundError):
+            known = path.read_text("ascii").strip()
+            if known:
+                return known
+        made = f"manager-{secrets.token_hex(6)}"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(made + "\n", "ascii")
+        temporary.replace(path)
+        return made
 
     def _take_lock(self) -> None:
         path = self.directory / "lock"
@@ -111,8 +136,55 @@ class Store:
         self._lock_file = descriptor
 
     def read_now(self, work: Callable[[Session], T]) -> T:
-        """Run ``work`` on a consistent view of the registry, in this thread."""
-        with self._session() as session:
+        """Run ``work`` on a consistent view of the registry, in this thread.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+            DataLoss: it is damaged.
+        """
+        return self._until_reached(lambda: self._read_once(work))
+
+    def write_now(self, work: Callable[[Session], T], *, in_turn: bool = True) -> T:
+        """Run ``work`` in a transaction, in this thread; it is on disk when this returns.
+
+        Where the database goes away meanwhile, ``work`` may run again, in a new transaction.
+
+        Args:
+            work: What to do.
+            in_turn: Wait until no other writer is at work, here or in another manager. Without,
+                only what is one statement is safe.
+
+        Raises:
+            ResourceExhausted: the disk is full; nothing was changed.
+            FailedPrecondition: the database can only be read.
+            Unavailable: it cannot be reached; the reason says whether the change may have happened.
+            DataLoss: it is damaged.
+        """
+        if not in_turn:
+            return self._until_reached(lambda: self._write_once(work, in_turn=False))
+        with self._writing:
+            return self._until_reached(lambda: self._write_once(work, in_turn=True))
+
+    def _until_reached(self, attempt: Callable[[], T]) -> T:
+        give_up = time.monotonic() + RETRY_SECONDS
+        pause = 0.05
+        while True:
+            try:
+                return attempt()
+            except DBAPIError as error:
+                if not self.database.is_interruption(error) or time.monotonic() >= give_up:
+                    raise self.database.translated(error) from error
+            except PoolTimeout as error:
+                raise Unavailable(
+                    f"{self.database.name} answers too slowly: every connection is in use; try "
+                    "again",
+                    reason="DATABASE_BUSY",
+                ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _read_once(self, work: Callable[[Session], T]) -> T:
+        with self.database.reading() as session:
             try:
                 return work(session)
             finally:
@@ -120,38 +192,57 @@ class Store:
                 session.expunge_all()
                 session.rollback()
 
-    def write_now(self, work: Callable[[Session], T]) -> T:
-        """Run ``work`` in a transaction, in this thread; it is on disk when this returns.
-
-        Raises:
-            ResourceExhausted: the disk is full; nothing was changed.
-        """
-        with self._writing, self._session() as session:
+    def _write_once(self, work: Callable[[Session], T], *, in_turn: bool) -> T:
+        session, transaction = self.database.writing(in_turn=in_turn)
+        with session:
             try:
-                session.connection(execution_options={"pollard_write": True})
                 result = work(session)
-                session.commit()
-            except OperationalError as error:
-                session.rollback()
-                raise _translated(error) from error
+                session.flush()
             except BaseException:
                 session.rollback()
                 raise
-        for note in tuple(self.after_write):
-            note()
+            try:
+                session.commit()
+            except DBAPIError as error:
+                with contextlib.suppress(DBAPIError):
+                    session.rollback()
+                if not self.database.is_interruption(error):
+                    raise
+                committed = self._ask_outcome(transaction)
+                if committed is None:
+                    raise outcome_unknown(self.database) from error
+                if not committed:
+                    raise
+        if in_turn:
+            for note in tuple(self.after_write):
+                note()
         return result
+
+    def _ask_outcome(self, transaction: int) -> bool | None:
+        """Find out whether a transaction happened whose commit broke off."""
+        give_up = time.monotonic() + RETRY_SECONDS
+        while True:
+            with contextlib.suppress(DBAPIError):
+                found = self.database.was_committed(transaction)
+                if found is not None:
+                    return found
+            if time.monotonic() >= give_up:
+                return None
+            time.sleep(0.1)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` as :meth:`read_now` in another thread."""
-        return await asyncio.to_thread(self.read_now, work)
+        return await self._run(self._readers, lambda: self.read_now(work))
 
-    async def write(self, work: Callable[[Session], T]) -> T:
+    async def write(self, work: Callable[[Session], T], *, in_turn: bool = True) -> T:
         """Run ``work`` as :meth:`write_now` in another thread, to its end.
 
         A caller that is cancelled meanwhile leaves only afterwards: otherwise
         it would not know whether the transaction happened.
         """
-        task = asyncio.ensure_future(asyncio.to_thread(self.write_now, work))
+        # Writers wait in a queue rather than in threads, which readers need.
+        threads = self._writer if in_turn else self._readers
+        task = self._run(threads, lambda: self.write_now(work, in_turn=in_turn))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -160,80 +251,8 @@ class Store:
                 task.exception()  # marks it as seen
             raise
 
-    def _session(self) -> Session:
-        if self._engine is None:
+    @staticmethod
+    def _run(threads: ThreadPoolExecutor | None, work: Callable[[], T]) -> asyncio.Future[T]:
+        if threads is None:
             raise RuntimeError("the store is not open")
-        # Rows are used after the transaction as plain records.
-        return Session(self._engine, expire_on_commit=False)
-
-
-def _translated(error: OperationalError) -> BaseException:
-    text = str(error.orig)
-    if "full" in text or "disk I/O" in text:
-        return ResourceExhausted(
-            "the disk of the store is full; nothing was changed. Free some space and try again",
-            reason="DISK_FULL",
-        )
-    return error
-
-
-def _make_engine(path: Path) -> Engine:
-    engine = create_engine(
-        f"sqlite:///{path}",
-        connect_args={"timeout": 30.0, "check_same_thread": False},
-        pool_size=8,
-        max_overflow=32,
-    )
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: Any, _: ConnectionPoolEntry) -> None:
-        # The driver would begin transactions by itself, and too late for a
-        # consistent view; the listener below begins them.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        # FULL makes every commit reach the disk: an acknowledged change
-        # survives a power cut, not only a killed process.
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A transaction that reads first and then writes could otherwise find
-        # the database locked in the middle.
-        write = connection.get_execution_options().get("pollard_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    return engine
-
-
-def _check_integrity(connection: Connection, directory: Path) -> None:
-    rows = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(5)")]
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(5)
-    connection.rollback()
-    if rows != ["ok"] or broken:
-        found = "; ".join([*(row for row in rows if row != "ok"), *(str(row) for row in broken)])
-        raise StartupError(
-            f"the registry {directory / DATABASE} is damaged: {found}. Nothing was changed; "
-            "restore it from a backup"
-        )
-
-
-def _migrate(connection: Connection, directory: Path) -> None:
-    config = Config()
-    config.set_main_option("script_location", "pollard.services.models:migrations")
-    config.set_main_option("path_separator", "os")
-    head = ScriptDirectory.from_config(config).get_current_head()
-    current = MigrationContext.configure(connection).get_current_revision()
-    connection.rollback()
-    if current == head:
-        return
-    config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:
-        raise StartupError(
-            f"the registry in {directory} was made by a newer version of Pollard "
-            f"(schema {current}); install that version or a newer one"
-        ) from error
+        return asyncio.get_running_loop().run_in_executor(threads, work)

@@ -10,6 +10,10 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+# Sorted byte by byte everywhere, as page tokens need it, whatever the database's language.
+NAME = sa.String(length=63).with_variant(sa.String(length=63, collation="C"), "postgresql")
+SERVER = sa.String(length=128).with_variant(sa.String(length=128, collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     """Create everything."""
@@ -32,7 +36,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "draining",
-        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("routes_version", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("model", "revision"),
@@ -48,7 +52,7 @@ def upgrade() -> None:
         sa.Column("time", sa.BigInteger(), nullable=False),
         sa.Column("actor", sa.String(length=255), nullable=False),
         sa.Column("action", sa.String(length=64), nullable=False),
-        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
         sa.Column("resource", sa.String(length=255), nullable=False),
         sa.Column("detail", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("sequence"),
@@ -64,7 +68,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "models",
-        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("name", NAME, nullable=False),
         sa.Column("description", sa.Text(), nullable=False),
         sa.Column("labels", sa.JSON(), nullable=False),
         sa.Column("create_time", sa.BigInteger(), nullable=False),
@@ -76,7 +80,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "servers",
-        sa.Column("server_id", sa.String(length=128), nullable=False),
+        sa.Column("server_id", SERVER, nullable=False),
         sa.Column("hello", sa.LargeBinary(), nullable=False),
         sa.Column("present", sa.Boolean(), nullable=False),
         sa.Column("serving", sa.Boolean(), nullable=False),
@@ -88,7 +92,7 @@ def upgrade() -> None:
     op.create_table(
         "uploads",
         sa.Column("upload_id", sa.String(length=36), nullable=False),
-        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
         sa.Column("total_bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("create_time", sa.BigInteger(), nullable=False),
@@ -98,8 +102,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "aliases",
-        sa.Column("model", sa.String(length=63), nullable=False),
-        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
+        sa.Column("name", NAME, nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("pending_revision", sa.BigInteger(), nullable=False),
         sa.Column("previous_revision", sa.BigInteger(), nullable=False),
@@ -126,7 +130,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_bundle_files_sha256"), "bundle_files", ["sha256"], unique=False)
     op.create_table(
         "revisions",
-        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
         sa.Column("bundle_sha256", sa.String(length=64), nullable=False),
         sa.Column("state", sa.Integer(), nullable=False),

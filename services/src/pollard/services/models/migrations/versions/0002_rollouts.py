@@ -10,14 +10,16 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
+NAME = sa.String(length=63).with_variant(sa.String(length=63, collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     """Create the table of rollouts."""
     op.create_table(
         "rollouts",
-        sa.Column("model", sa.String(length=63), nullable=False),
+        sa.Column("model", NAME, nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
-        sa.Column("alias", sa.String(length=63), nullable=False),
+        sa.Column("alias", NAME, nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("base_revision", sa.BigInteger(), nullable=False),
         sa.Column("steps", sa.JSON(), nullable=False),

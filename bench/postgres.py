@@ -1,0 +1,181 @@
+"""A PostgreSQL server of one's own, for tests and benchmarks: a temporary directory, a free port.
+
+It imports nothing of this repository: the tests load it by its path.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+_PROGRAMS = ("initdb", "postgres", "pg_isready", "psql")
+
+MISSING = "PostgreSQL is not installed; apt-get install postgresql, or put initdb on the PATH"
+
+
+def binaries() -> Path | None:
+    """Return the folder of PostgreSQL's programs, the newest where there are several."""
+    installed = [
+        path
+        for path in Path("/usr/lib/postgresql").glob("*/bin")
+        if all((path / program).exists() for program in _PROGRAMS)
+    ]
+    if not installed:
+        found = shutil.which("initdb")
+        path = Path(found).resolve().parent if found else None
+        return path if path and all((path / program).exists() for program in _PROGRAMS) else None
+    return max(installed, key=lambda path: float(path.parent.name))
+
+
+class Postgres:
+    """One server. It refuses to run as root, so then it runs as `postgres` or `nobody`.
+
+    Args:
+        durable: Wait for the disk, as a real one does. Not needed to survive kills.
+    """
+
+    def __init__(self, *, durable: bool = False) -> None:
+        found = binaries()
+        if found is None:
+            raise FileNotFoundError(MISSING)
+        self._binaries = found
+        self._durable = durable
+        # Not below a test's directory: the path of a socket is short, and its user another.
+        self.directory = Path(tempfile.mkdtemp(prefix="pollard-pg-"))
+        self._user = _unprivileged_user()
+        if self._user is not None:
+            os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._made = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._run(
+                "initdb",
+                *("-D", str(self.directory / "data"), "-U", "pollard", "-A", "trust"),
+                *("-E", "UTF8", "--locale=C.UTF-8", "--no-sync"),
+            )
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": str(self.directory),
+            "max_connections": "200",
+            "fsync": "on" if self._durable else "off",
+            "shared_buffers": "64MB",
+        }
+        words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command("postgres", "-D", str(self.directory / "data"), *words),
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                user=self._user.pw_uid if self._user else None,
+                group=self._user.pw_gid if self._user else None,
+                extra_groups=[] if self._user else None,
+            )
+        until = time.monotonic() + 60
+        while True:
+            ready = subprocess.run(
+                self._command("pg_isready", "-q", "-h", str(self.directory), "-p", str(self.port)),
+                check=False,
+            )
+            if ready.returncode == 0:
+                return
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"PostgreSQL did not start:\n{self.said()}")
+            time.sleep(0.02)
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Stop it: SIGINT ends every connection, SIGQUIT is a crash."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(number)
+            process.wait(60)
+
+    def close(self) -> None:
+        """Stop it, and delete what it kept."""
+        self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def said(self) -> str:
+        """Return its log."""
+        log = self.directory / "log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def url(self, database: str, *, port: int | None = None) -> str:
+        """Return the URL of a database: over the socket, or over a TCP port."""
+        if port is not None:
+            return f"postgresql://pollard@127.0.0.1:{port}/{database}"
+        where = quote(str(self.directory), safe="")
+        return f"postgresql://pollard@/{database}?host={where}&port={self.port}"
+
+    def new_database(self, template: str = "template0") -> str:
+        """Make a database, empty or a copy of another, and return its name."""
+        self._made += 1
+        name = f"test_{self._made}"
+        self.sql("postgres", f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return name
+
+    def drop_database(self, name: str) -> None:
+        """Delete a database."""
+        self.sql("postgres", f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    def sql(self, database: str, statement: str) -> str:
+        """Carry out a statement, and return what it gives as plain text."""
+        done = subprocess.run(
+            self._command(
+                *("psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "pollard"),
+                *("-h", str(self.directory), "-p", str(self.port), "-d", database, "-c", statement),
+            ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{statement}: {done.stderr}")
+        return done.stdout.strip()
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        return [str(self._binaries / program), *arguments]
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            self._command(program, *arguments),
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            user=self._user.pw_uid if self._user else None,
+            group=self._user.pw_gid if self._user else None,
+            extra_groups=[] if self._user else None,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stderr or done.stdout}")
+
+
+def _unprivileged_user() -> pwd.struct_passwd | None:
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    raise RuntimeError("PostgreSQL refuses to run as root, and there is no other user to run it as")
