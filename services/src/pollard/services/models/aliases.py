@@ -4,7 +4,9 @@ switch (:mod:`.switch`) carries it out."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
+from google.rpc.status_pb2 import Status
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -12,6 +14,8 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import FailedPrecondition, NotFound
 from pollard.services.models import names, registry
 from pollard.services.models.events import check_etag, record
+from pollard.services.models.quorum import Quorum
+from pollard.services.models.refusals import encoded
 from pollard.services.models.rollout_rows import drain, end, rollout_name, running
 from pollard.services.models.schema import Alias
 from pollard.services.models.store import now_us
@@ -70,6 +74,7 @@ def set_alias(
     etag: str,
     allow_signature_change: bool,
     actor: str,
+    quorum: Quorum | None = None,
 ) -> Alias:
     """Store the intention to point an alias at a revision; a newer one overtakes an older one.
 
@@ -92,16 +97,26 @@ def set_alias(
             previous_revision=0,
             error=b"",
             failures=[],
+            quorum={},
         )
     else:
         check_etag(etag, row.etag, name)
         _refuse_while_rolling_out(session, row)
         if row.revision and not allow_signature_change:
             check_signature(session, row, number)
-    if number == row.pending_revision or (
-        number == row.revision and not row.pending_revision and row.state != pb.Alias.STATE_FAILED
-    ):
-        return row  # it is on its way, or there already
+    stored = quorum.stored() if quorum is not None else {}
+    if number == row.pending_revision and stored == row.quorum:
+        return row  # it is on its way
+    if number == row.pending_revision:
+        row.quorum = stored
+        detail = f"to revision {number} as soon as {_enough(quorum)} have it"
+        row.update_time = now_us()
+        row.etag = record(session, actor, "ALIAS_SET", name, detail, model=model)
+        session.flush()
+        return row
+    if number == row.revision and not row.pending_revision and row.state != pb.Alias.STATE_FAILED:
+        return row  # it is there already
+    row.quorum = stored
     overtaken = f", overtaking {row.pending_revision}" if row.pending_revision else ""
     row.error = b""
     row.failures = []
@@ -115,10 +130,16 @@ def set_alias(
         row.state = pb.Alias.STATE_LOADING
     row.update_time = now_us()
     detail = f"to revision {revision.number} from {row.revision or 'none'}{overtaken}"
+    if quorum is not None:
+        detail += f", as soon as {_enough(quorum)} have it"
     row.etag = record(session, actor, "ALIAS_SET", name, detail, model=model)
     session.add(row)
     session.flush()
     return row
+
+
+def _enough(quorum: Quorum | None) -> str:
+    return "all servers" if quorum is None else f"{quorum} of the inference servers"
 
 
 def _refuse_while_rolling_out(session: Session, row: Alias) -> None:
@@ -168,7 +189,15 @@ def _inputs(signature: str) -> str:
     return ", ".join(described)
 
 
-def roll_back(session: Session, model: str, alias: str, *, etag: str, actor: str) -> Alias:
+def roll_back(
+    session: Session,
+    model: str,
+    alias: str,
+    *,
+    etag: str,
+    actor: str,
+    quorum: Quorum | None = None,
+) -> Alias:
     """Store the intention to go back to the revision before.
 
     A switch that is still loading is given up instead: requests never went to
@@ -192,7 +221,14 @@ def roll_back(session: Session, model: str, alias: str, *, etag: str, actor: str
             alias=name,
         )
     return set_alias(
-        session, model, alias, target, etag="", allow_signature_change=True, actor=actor
+        session,
+        model,
+        alias,
+        target,
+        etag="",
+        allow_signature_change=True,
+        actor=actor,
+        quorum=quorum,
     )
 
 
@@ -222,8 +258,18 @@ def delete_alias(session: Session, model: str, alias: str, *, etag: str, actor: 
     record(session, actor, "ALIAS_DELETED", name, detail, model=model)
 
 
-def change_route(session: Session, row: Alias, number: int, *, actor: str) -> None:
-    """Point an alias at a revision that every server has; the one before is drained."""
+def change_route(
+    session: Session,
+    row: Alias,
+    number: int,
+    *,
+    actor: str,
+    refusals: Mapping[str, Status] | None = None,
+) -> None:
+    """Point an alias at a revision that every server has, but for ``refusals``.
+
+    The revision before is drained.
+    """
     before = row.revision
     if before:
         drain(session, row.model, before)
@@ -234,9 +280,11 @@ def change_route(session: Session, row: Alias, number: int, *, actor: str) -> No
     row.routes_version = None
     row.state = pb.Alias.STATE_SWITCHING
     row.error = b""
-    row.failures = []
+    row.failures = encoded(refusals or {})
     row.update_time = now_us()
     name = alias_name(row.model, row.name)
     detail = f"from revision {before or 'none'} to {number}"
+    if refusals:
+        detail += f", without {', '.join(sorted(refusals))}"
     row.etag = record(session, actor, "ALIAS_SWITCHED", name, detail, model=row.model)
     session.flush()

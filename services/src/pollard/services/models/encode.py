@@ -12,6 +12,7 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name
 from pollard.services.models.events import etag
+from pollard.services.models.quorum import Quorum
 from pollard.services.models.rollout_rows import rollout_name
 from pollard.services.models.schema import Alias, Bundle, Event, Model, Revision, Rollout
 from pollard.services.models.verify import Progress
@@ -60,6 +61,7 @@ def revision(row: Revision, bundle: Bundle, aliases: Sequence[Alias]) -> pb.Revi
 
 def alias(row: Alias) -> pb.Alias:
     """Return an alias with the state of its switch."""
+    quorum = Quorum.of(row.quorum)
     return pb.Alias(
         name=alias_name(row.model, row.name),
         revision=row.revision,
@@ -74,6 +76,7 @@ def alias(row: Alias) -> pb.Alias:
             )
             for failure in row.failures
         ],
+        quorum=None if quorum is None else quorum.encode(),
         update_time=timestamp(row.update_time),
         etag=etag(row.etag),
     )

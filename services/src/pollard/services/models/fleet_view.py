@@ -96,6 +96,8 @@ class Loading:
     """Why, by server; empty when none refuses."""
     waiting: Sequence[str]
     """Servers that have not said that it is ready."""
+    inference: frozenset[str] = frozenset()
+    """The inference servers among all that are expected."""
 
 
 def loading_of(view: FleetView, key: Key, version: int, removed_version: int) -> Loading:
@@ -115,4 +117,7 @@ def loading_of(view: FleetView, key: Key, version: int, removed_version: int) ->
             refusals[server.server_id] = refusal
         elif not is_ready(server, key, version, removed_version):
             waiting.append(server.server_id)
-    return Loading(refusals, waiting)
+    inference = frozenset(
+        server.server_id for server in view.servers if server.kind == fleet_pb.SERVER_KIND_INFERENCE
+    )
+    return Loading(refusals, waiting, inference)

@@ -133,6 +133,8 @@ class Alias(Base):
     """Serialised ``google.rpc.Status``; empty for none."""
     failures: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     """``{"server_id": …, "status": hexadecimal}`` for each server that refused."""
+    quorum: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
+    """How many inference servers are enough, as :class:`.quorum.Quorum` stores it."""
     update_time: Mapped[int] = mapped_column(BigInteger)
     etag: Mapped[int] = mapped_column(BigInteger)
 

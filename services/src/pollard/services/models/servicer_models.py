@@ -15,6 +15,7 @@ from pollard.services.common.errors import InvalidRequest
 from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
+from pollard.services.models.quorum import Quorum
 from pollard.services.models.schema import Model, Revision
 from pollard.services.models.servicer_rollouts import Context, RolloutMethods
 from pollard.services.models.servicer_rollouts import actor as actor_of
@@ -284,6 +285,7 @@ class ModelServicer(RolloutMethods):
         """Store where an alias should point; the switch goes on by itself."""
         model, alias = names.parse_alias(request.name)
         number = names.check_number(str(request.revision), "revision")
+        quorum = Quorum.decode(request.quorum) if request.HasField("quorum") else None
         actor = actor_of(context)
 
         def work(session: Session) -> pb.SetAliasResponse:
@@ -295,6 +297,7 @@ class ModelServicer(RolloutMethods):
                 etag=request.etag,
                 allow_signature_change=request.allow_signature_change,
                 actor=actor,
+                quorum=quorum,
             )
             return pb.SetAliasResponse(alias=encode.alias(row))
 
@@ -305,10 +308,13 @@ class ModelServicer(RolloutMethods):
     ) -> pb.RollbackAliasResponse:
         """Store that an alias should go back."""
         model, alias = names.parse_alias(request.name)
+        quorum = Quorum.decode(request.quorum) if request.HasField("quorum") else None
         actor = actor_of(context)
 
         def work(session: Session) -> pb.RollbackAliasResponse:
-            row = aliases.roll_back(session, model, alias, etag=request.etag, actor=actor)
+            row = aliases.roll_back(
+                session, model, alias, etag=request.etag, actor=actor, quorum=quorum
+            )
             return pb.RollbackAliasResponse(alias=encode.alias(row))
 
         return await self._change("RollbackAlias", request, work, pb.RollbackAliasResponse)

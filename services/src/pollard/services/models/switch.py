@@ -22,18 +22,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from google.rpc import code_pb2, status_pb2
+from google.rpc import status_pb2
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.errors import DeadlineExceeded
-from pollard.services.common.status import to_proto
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name, change_route
 from pollard.services.models.events import MANAGER, record
 from pollard.services.models.fleet_view import FleetView, Key, loading_of
+from pollard.services.models.quorum import Quorum, Verdict, judge, refused, too_late
+from pollard.services.models.refusals import Refusals, encoded
 from pollard.services.models.rollout_rows import running, shadow, weights
 from pollard.services.models.rollout_steps import RolloutSteps
 from pollard.services.models.schema import Alias, Bundle, Draining, Meta, Revision
@@ -78,6 +78,7 @@ class Switch:
         # Clocks are not on disk: a restart begins them anew, which only waits longer.
         self._loading_since: dict[tuple[str, str, int, int], float] = {}
         self._draining_since: dict[tuple[str, int, int], float] = {}
+        self._refusals = Refusals()
         self._rollouts = RolloutSteps(
             load_timeout_seconds=load_timeout_seconds, settled=self._settled, clock=clock
         )
@@ -96,6 +97,8 @@ class Switch:
             meta.content = b""
         self._rollouts.observe(session, view)
         while True:
+            # After every step, because routes lead to other revisions then.
+            self._refusals.observe(session, view, _routed(session))
             self._publish(session, view, meta)
             if not self._advance(session, view):
                 break
@@ -107,7 +110,9 @@ class Switch:
 
     def _publish(self, session: Session, view: FleetView, meta: Meta) -> None:
         """Make what the tables say the desired state, with a new version if it differs."""
-        content = _desired_state(session, view).SerializeToString(deterministic=True)
+        content = _desired_state(session, view, self._refusals).SerializeToString(
+            deterministic=True
+        )
         if content != meta.content or meta.number == 0:
             before = _revisions_in(meta.content)
             meta.number += 1
@@ -150,7 +155,10 @@ class Switch:
         for alias in session.scalars(switching).all():
             if self._settled(session, view, alias.model, alias.routes_version or 0):
                 alias.state = pb.Alias.STATE_ACTIVE
+                without = ", ".join(failure["server_id"] for failure in alias.failures)
                 detail = f"every server sends requests to revision {alias.revision}"
+                if without:
+                    detail += f", except {without}"
                 _touch(session, alias, "ALIAS_ACTIVE", detail)
                 # ACTIVE is not part of the desired state, so there is no need to go round again.
         draining: dict[tuple[str, int, int], float] = {}
@@ -174,36 +182,24 @@ class Switch:
     ) -> bool:
         if alias.pending_version is None:
             return False
-        key = (alias.model, alias.pending_revision)
+        number = alias.pending_revision
+        key = (alias.model, number)
         revision = session.get_one(Revision, key)
         loading = loading_of(view, key, alias.pending_version, revision.removed_version)
-        refusals, waiting = loading.refusals, loading.waiting
-        if refusals:
-            first = next(iter(refusals))
-            error = status_pb2.Status(
-                code=code_pb2.FAILED_PRECONDITION,
-                message=f"revision {alias.pending_revision} was refused by "
-                f"{', '.join(refusals)}: {refusals[first].message}",
-            )
-            _fail(session, alias, error, refusals)
+        quorum = Quorum.of(alias.quorum)
+        verdict, refusals = judge(loading, quorum)
+        error = None
+        if verdict is Verdict.WAIT and waited >= self._load_timeout_seconds:
+            error = too_late(number, loading, self._load_timeout_seconds)
+            verdict, refusals = judge(loading, quorum, late=error)
+        if verdict is Verdict.WAIT:
+            return False
+        if verdict is Verdict.REFUSED:
+            _fail(session, alias, error or refused(number, loading, quorum, refusals), refusals)
             return True
-        if not waiting:
-            change_route(session, alias, alias.pending_revision, actor=MANAGER)
-            return True
-        if waited >= self._load_timeout_seconds:
-            error = to_proto(
-                DeadlineExceeded(
-                    f"revision {alias.pending_revision} was not ready on {', '.join(waiting)} "
-                    f"within {self._load_timeout_seconds:g} s",
-                    reason="LOAD_TIMEOUT",
-                    revision=alias.pending_revision,
-                    servers=",".join(waiting),
-                    timeout_seconds=f"{self._load_timeout_seconds:g}",
-                )
-            )
-            _fail(session, alias, error, dict.fromkeys(waiting, error))
-            return True
-        return False
+        self._refusals.add(key, refusals)
+        change_route(session, alias, number, actor=MANAGER, refusals=refusals)
+        return True
 
     def _settled(self, session: Session, view: FleetView, model: str, version: int) -> bool:
         """Tell whether every expected server has the routes of ``version``."""
@@ -214,10 +210,14 @@ class Switch:
             if server.nacked < version:
                 return False
             # Something of that version does not run there. The routes of this
-            # model do if every revision they lead to is ready.
+            # model do if every revision they lead to is ready. An inference
+            # server that refuses one keeps what it ran, and is not waited for:
+            # nothing is freed there while its own routes lead to it.
             if routed is None:
                 routed = _routed_revisions(session, model)
             for revision in routed:
+                if self._refusals.excuses(server.server_id, (model, revision.number)):
+                    continue
                 report = server.report_of((model, revision.number), revision.removed_version)
                 if report is None or report.state != fleet_pb.REVISION_STATE_READY:
                     return False
@@ -228,6 +228,14 @@ class Switch:
         deadlines += [since + self._drain_seconds for since in self._draining_since.values()]
         deadlines += self._rollouts.deadlines()
         return min(deadlines, default=None)
+
+
+def _routed(session: Session) -> set[Key]:
+    """Return the revisions that routes lead to."""
+    found = session.execute(select(Alias.model, Alias.revision).where(Alias.revision != 0))
+    routed: set[Key] = {(model, number) for model, number in found}
+    routed.update((row.model, row.revision) for row in running(session) if row.loaded)
+    return routed
 
 
 def _routed_revisions(session: Session, model: str) -> list[Revision]:
@@ -252,10 +260,7 @@ def _fail(
     alias.pending_version = None
     alias.state = pb.Alias.STATE_FAILED
     alias.error = error.SerializeToString()
-    alias.failures = [
-        {"server_id": server_id, "status": status.SerializeToString().hex()}
-        for server_id, status in failures.items()
-    ]
+    alias.failures = encoded(failures)
     _touch(session, alias, "ALIAS_FAILED", error.message)
 
 
@@ -294,7 +299,7 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
             )
 
 
-def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
+def _desired_state(session: Session, view: FleetView, refusals: Refusals) -> fleet_pb.DesiredState:
     """Return what the tables and the fleet say, with models, revisions and aliases sorted."""
     wanted: dict[str, set[int]] = {}
     routes: dict[str, list[fleet_pb.Route]] = {}
@@ -332,7 +337,9 @@ def _desired_state(session: Session, view: FleetView) -> fleet_pb.DesiredState:
             desired.revisions.add(revision=number, bundle_sha256=sha256, size_bytes=size)
         desired.routes.extend(routes.get(model, []))
     for server_id, address in _endpoints(view):
-        state.inference_endpoints.add(server_id=server_id, address=address)
+        endpoint = state.inference_endpoints.add(server_id=server_id, address=address)
+        for model, number in refusals.of_server(server_id):
+            endpoint.refused.add(model=model, revision=number)
     return state
 
 

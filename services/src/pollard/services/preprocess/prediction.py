@@ -379,7 +379,7 @@ class Predictor:
             asyncio.ensure_future(
                 self._client.infer(
                     Work(revision.model, revision.revision, revision.input.name, view, outputs),
-                    lambda: self._current.snapshot.endpoints,
+                    lambda: self._current.snapshot.endpoints_for(revision.model, revision.revision),
                     deadline,
                 )
             )

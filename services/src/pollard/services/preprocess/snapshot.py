@@ -164,6 +164,18 @@ class Snapshot:
     models: Mapping[str, ServedModel] = field(default_factory=lambda: MappingProxyType({}))
     endpoints: tuple[str, ...] = ()
     """gRPC targets of the inference servers."""
+    refused: Mapping[str, frozenset[tuple[str, int]]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    """Models and revisions that some of them refuse, by target."""
+
+    def endpoints_for(self, model: str, revision: int) -> tuple[str, ...]:
+        """Return the inference servers that can run a revision; all of them when none is known."""
+        if not self.refused:
+            return self.endpoints
+        key = (model, revision)
+        able = tuple(each for each in self.endpoints if key not in self.refused.get(each, ()))
+        return able or self.endpoints
 
     def choose(self, selector: Selector) -> ServedRevision:
         """Return the revision that the request gets.

@@ -80,6 +80,15 @@ class PreprocessMember:
                 {model.name: model for model, _ in outcomes if model.revisions or model.routes}
             ),
             endpoints=tuple(endpoint.address for endpoint in state.inference_endpoints),
+            refused=MappingProxyType(
+                {
+                    endpoint.address: frozenset(
+                        (item.model, item.revision) for item in endpoint.refused
+                    )
+                    for endpoint in state.inference_endpoints
+                    if endpoint.refused
+                }
+            ),
         )
         self._current.snapshot = snapshot
         self._client.retain(snapshot.endpoints)

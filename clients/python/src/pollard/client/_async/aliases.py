@@ -9,6 +9,7 @@ from pollard.client import _channel, _convert
 from pollard.client._async import _io
 from pollard.client._async._manager import SERVICE, AsyncManagerClient
 from pollard.client._names import alias_name, revision_name
+from pollard.client._quorum import Quorum, quorum_of
 from pollard.client._switch import has_moved
 from pollard.client.errors import AliasSwitchTimeout, DeadlineExceeded, Unavailable
 from pollard.client.types import Alias
@@ -35,6 +36,7 @@ class AliasMethods(AsyncManagerClient):
         *,
         etag: str = "",
         allow_signature_change: bool = False,
+        quorum: Quorum | None = None,
         wait: bool = True,
         wait_timeout: float = 120.0,
     ) -> Alias:
@@ -48,6 +50,9 @@ class AliasMethods(AsyncManagerClient):
             revision: Revision number.
             etag: Guards against a change in between; empty for no guard.
             allow_signature_change: Let the inputs differ from the current revision's.
+            quorum: How many inference servers are enough, where some refuse the revision: a number
+                (2), or a share of those there are (0.5, "2/3", "67%"); None for all. Those that
+                refuse it are in the alias's `failures`.
             wait: Whether to wait until the alias has moved or its switch has failed.
             wait_timeout: How long to wait, in seconds.
 
@@ -55,7 +60,8 @@ class AliasMethods(AsyncManagerClient):
             NotFound: There is no such model or revision.
             FailedPrecondition: The inputs differ and that was not allowed.
             Aborted: The alias changed in between.
-            AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
+            AliasSwitchFailed: A server, or too many for the quorum, refused the revision; the alias
+                stayed where it was.
             AliasSwitchTimeout: The switch had not ended in time; it goes on.
         """
         request = model_service_pb2.SetAliasRequest(
@@ -63,6 +69,7 @@ class AliasMethods(AsyncManagerClient):
             revision=revision,
             etag=etag,
             allow_signature_change=allow_signature_change,
+            quorum=quorum_of(quorum),
             request_id=str(uuid.uuid4()),
         )
         revision_name(model, revision)  # checks the number
@@ -77,6 +84,7 @@ class AliasMethods(AsyncManagerClient):
         alias: str = "production",
         *,
         etag: str = "",
+        quorum: Quorum | None = None,
         wait: bool = True,
         wait_timeout: float = 120.0,
     ) -> Alias:
@@ -86,6 +94,7 @@ class AliasMethods(AsyncManagerClient):
             model: Model name.
             alias: Alias to move.
             etag: Guards against a change in between; empty for no guard.
+            quorum: How many inference servers are enough, as for `set_alias`.
             wait: Whether to wait until the alias has moved or its switch has failed.
             wait_timeout: How long to wait, in seconds.
 
@@ -94,7 +103,10 @@ class AliasMethods(AsyncManagerClient):
             AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
         """
         request = model_service_pb2.RollbackAliasRequest(
-            name=alias_name(model, alias), etag=etag, request_id=str(uuid.uuid4())
+            name=alias_name(model, alias),
+            etag=etag,
+            quorum=quorum_of(quorum),
+            request_id=str(uuid.uuid4()),
         )
         response = await self._call(
             f"{SERVICE}/RollbackAlias", self._stub.RollbackAlias, request, None

@@ -8,6 +8,7 @@ import uuid
 
 from pollard.client import _channel, _convert
 from pollard.client._names import alias_name, revision_name
+from pollard.client._quorum import Quorum, quorum_of
 from pollard.client._switch import has_moved
 from pollard.client._sync import _io
 from pollard.client._sync._manager import SERVICE, ManagerClient
@@ -36,6 +37,7 @@ class AliasMethods(ManagerClient):
         *,
         etag: str = "",
         allow_signature_change: bool = False,
+        quorum: Quorum | None = None,
         wait: bool = True,
         wait_timeout: float = 120.0,
     ) -> Alias:
@@ -49,6 +51,9 @@ class AliasMethods(ManagerClient):
             revision: Revision number.
             etag: Guards against a change in between; empty for no guard.
             allow_signature_change: Let the inputs differ from the current revision's.
+            quorum: How many inference servers are enough, where some refuse the revision: a number
+                (2), or a share of those there are (0.5, "2/3", "67%"); None for all. Those that
+                refuse it are in the alias's `failures`.
             wait: Whether to wait until the alias has moved or its switch has failed.
             wait_timeout: How long to wait, in seconds.
 
@@ -56,7 +61,8 @@ class AliasMethods(ManagerClient):
             NotFound: There is no such model or revision.
             FailedPrecondition: The inputs differ and that was not allowed.
             Aborted: The alias changed in between.
-            AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
+            AliasSwitchFailed: A server, or too many for the quorum, refused the revision; the alias
+                stayed where it was.
             AliasSwitchTimeout: The switch had not ended in time; it goes on.
         """
         request = model_service_pb2.SetAliasRequest(
@@ -64,6 +70,7 @@ class AliasMethods(ManagerClient):
             revision=revision,
             etag=etag,
             allow_signature_change=allow_signature_change,
+            quorum=quorum_of(quorum),
             request_id=str(uuid.uuid4()),
         )
         revision_name(model, revision)  # checks the number
@@ -78,6 +85,7 @@ class AliasMethods(ManagerClient):
         alias: str = "production",
         *,
         etag: str = "",
+        quorum: Quorum | None = None,
         wait: bool = True,
         wait_timeout: float = 120.0,
     ) -> Alias:
@@ -87,6 +95,7 @@ class AliasMethods(ManagerClient):
             model: Model name.
             alias: Alias to move.
             etag: Guards against a change in between; empty for no guard.
+            quorum: How many inference servers are enough, as for `set_alias`.
             wait: Whether to wait until the alias has moved or its switch has failed.
             wait_timeout: How long to wait, in seconds.
 
@@ -95,7 +104,10 @@ class AliasMethods(ManagerClient):
             AliasSwitchFailed: A server refused the revision; the alias stayed where it was.
         """
         request = model_service_pb2.RollbackAliasRequest(
-            name=alias_name(model, alias), etag=etag, request_id=str(uuid.uuid4())
+            name=alias_name(model, alias),
+            etag=etag,
+            quorum=quorum_of(quorum),
+            request_id=str(uuid.uuid4()),
         )
         response = self._call(f"{SERVICE}/RollbackAlias", self._stub.RollbackAlias, request, None)
         found = _convert.alias(response.alias)

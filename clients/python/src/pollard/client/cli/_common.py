@@ -25,8 +25,15 @@ from rich.text import Text
 from pollard.client import DEFAULT_MODELS_ADDRESS, types
 from pollard.client._channel import checked_address
 from pollard.client._names import checked_alias, checked_model
+from pollard.client._quorum import quorum_of
 
 T = TypeVar("T")
+
+
+def checked_quorum(text: str) -> str:
+    """Return a quorum as it was written, or say why it is none."""
+    quorum_of(text)
+    return text
 
 
 def stdout() -> Console:
@@ -98,6 +105,16 @@ ModelsServerOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="Deadline of each request.")
+]
+QuorumOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quorum",
+        metavar="N|A/B|P%",
+        help="Go on although some inference servers refuse the revision, if so many can run it; "
+        "by default all have to.",
+        callback=checked_by(checked_quorum),
+    ),
 ]
 WaitOption = Annotated[
     bool, typer.Option(help="Wait until the switch has ended, and say how it ended.")

@@ -20,6 +20,7 @@ from pollard.client.cli._common import (
     JsonOption,
     ModelArgument,
     ModelsServerOption,
+    QuorumOption,
     RevisionOption,
     SignatureOption,
     TimeoutOption,
@@ -251,6 +252,7 @@ def alias(
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
     allow_signature_change: SignatureOption = False,
+    quorum: QuorumOption = None,
     wait: WaitOption = True,
     wait_timeout: WaitTimeoutOption = _WAIT,
     server: Server = MODELS_SERVER,
@@ -269,6 +271,7 @@ def alias(
             name,
             revision,
             allow_signature_change=allow_signature_change,
+            quorum=quorum,
             wait=wait,
             wait_timeout=wait_timeout,
         )
@@ -279,6 +282,7 @@ def alias(
 def rollback(
     model: ModelArgument,
     alias: AliasOption = None,
+    quorum: QuorumOption = None,
     wait: WaitOption = True,
     wait_timeout: WaitTimeoutOption = _WAIT,
     server: Server = MODELS_SERVER,
@@ -286,7 +290,13 @@ def rollback(
 ) -> None:
     """Point an alias (by default production) back at the revision before."""
     with ModelsClient(server, timeout=timeout) as client:
-        found = client.rollback(model, alias or "production", wait=wait, wait_timeout=wait_timeout)
+        found = client.rollback(
+            model,
+            alias or "production",
+            quorum=quorum,
+            wait=wait,
+            wait_timeout=wait_timeout,
+        )
     _say_alias(found)
 
 
@@ -388,6 +398,8 @@ def _alias_text(alias: Alias) -> str:
 def _say_alias(alias: Alias) -> None:
     if alias.state == "ACTIVE":
         say(f"{alias.model}: {alias.name} now serves revision {alias.revision}.")
+        for failure in alias.failures:
+            say(f"  not on {failure.server_id}, which refused it: {failure.message}")
     else:
         say(f"{alias.model}: {_alias_text(alias)}")
 

@@ -303,6 +303,7 @@ class Alias(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "models/{model}/aliases/{alias}"."""
     revision: _builtins.int
@@ -321,11 +322,19 @@ class Alias(_message.Message):
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerFailure]:
-        """Servers that refused, with their reasons."""
+        """Servers that refused, with their reasons: in STATE_FAILED the revision of
+        the switch that failed, otherwise `revision`. A server that refuses
+        `revision` goes on with what it ran, and gets no request for `revision`
+        from preprocess servers; it is here until it has loaded it or is gone.
+        """
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed."""
+
+    @_builtins.property
+    def quorum(self) -> Global___Quorum:
+        """What the last SetAlias or RollbackAlias asked for; unset for all servers."""
 
     def __init__(
         self,
@@ -339,14 +348,49 @@ class Alias(_message.Message):
         failures: _abc.Iterable[Global___ServerFailure] | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        quorum: Global___Quorum | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "quorum", b"quorum", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "etag", b"etag", "failures", b"failures", "name", b"name", "pending_revision", b"pending_revision", "previous_revision", b"previous_revision", "revision", b"revision", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "etag", b"etag", "failures", b"failures", "name", b"name", "pending_revision", b"pending_revision", "previous_revision", b"previous_revision", "quorum", b"quorum", "revision", b"revision", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Alias: _TypeAlias = Alias  # noqa: Y015
+
+@_typing.final
+class Quorum(_message.Message):
+    """Quorum says how many inference servers have to load a revision so that
+    requests may go to it although the others refuse it, or have not loaded it
+    when the time for that is over. Without one, all have to. Preprocess servers
+    always all have to have its manifest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVERS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    servers: _builtins.int
+    """So many servers, 1 or more."""
+    share: _builtins.float
+    """So large a share of the inference servers that are expected, above 0, up
+    to 1, rounded up.
+    """
+    def __init__(
+        self,
+        *,
+        servers: _builtins.int = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["servers", b"servers", "share", b"share", "size", b"size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["servers", b"servers", "share", b"share", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_size: _TypeAlias = _typing.Literal["servers", "share"]  # noqa: Y015
+    _WhichOneofArgType_size: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_size) -> _WhichOneofReturnType_size | None: ...
+
+Global___Quorum: _TypeAlias = Quorum  # noqa: Y015
 
 @_typing.final
 class ServerFailure(_message.Message):
@@ -1423,6 +1467,7 @@ class SetAliasRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     ALLOW_SIGNATURE_CHANGE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}/aliases/{alias}"."""
     revision: _builtins.int
@@ -1436,6 +1481,10 @@ class SetAliasRequest(_message.Message):
     """
     request_id: _builtins.str
     """UUID that makes the request idempotent."""
+    @_builtins.property
+    def quorum(self) -> Global___Quorum:
+        """Go on although some servers refuse the revision; unset for all servers."""
+
     def __init__(
         self,
         *,
@@ -1444,10 +1493,11 @@ class SetAliasRequest(_message.Message):
         etag: _builtins.str = ...,
         allow_signature_change: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        quorum: Global___Quorum | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quorum", b"quorum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_signature_change", b"allow_signature_change", "etag", b"etag", "name", b"name", "request_id", b"request_id", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_signature_change", b"allow_signature_change", "etag", b"etag", "name", b"name", "quorum", b"quorum", "request_id", b"request_id", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1486,22 +1536,28 @@ class RollbackAliasRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}/aliases/{alias}"."""
     etag: _builtins.str
     """Guards against a change in between; empty for no guard."""
     request_id: _builtins.str
     """UUID that makes the request idempotent."""
+    @_builtins.property
+    def quorum(self) -> Global___Quorum:
+        """Go on although some servers refuse the revision; unset for all servers."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         etag: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        quorum: Global___Quorum | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quorum", b"quorum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "quorum", b"quorum", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

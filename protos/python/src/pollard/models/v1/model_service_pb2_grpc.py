@@ -344,8 +344,9 @@ class ModelServiceServicer(object):
         itself: every inference server loads the revision beside the old one, only
         then the routes change, and the old one is freed when no request can be in
         flight any more. GetAlias tells how far it is. When a server refuses the
-        revision, the alias stays where it was and tells which server and why. A
-        later SetAlias overtakes an unfinished one.
+        revision, the alias stays where it was and tells which server and why,
+        unless the request's quorum allows to go on without it. A later SetAlias
+        overtakes an unfinished one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

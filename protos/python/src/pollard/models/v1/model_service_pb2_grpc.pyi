@@ -113,8 +113,9 @@ class ModelServiceStub:
     itself: every inference server loads the revision beside the old one, only
     then the routes change, and the old one is freed when no request can be in
     flight any more. GetAlias tells how far it is. When a server refuses the
-    revision, the alias stays where it was and tells which server and why. A
-    later SetAlias overtakes an unfinished one.
+    revision, the alias stays where it was and tells which server and why,
+    unless the request's quorum allows to go on without it. A later SetAlias
+    overtakes an unfinished one.
     """
     RollbackAlias: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RollbackAliasRequest, _model_service_pb2.RollbackAliasResponse]
     """RollbackAlias points an alias back at the revision that it pointed at
@@ -234,8 +235,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     itself: every inference server loads the revision beside the old one, only
     then the routes change, and the old one is freed when no request can be in
     flight any more. GetAlias tells how far it is. When a server refuses the
-    revision, the alias stays where it was and tells which server and why. A
-    later SetAlias overtakes an unfinished one.
+    revision, the alias stays where it was and tells which server and why,
+    unless the request's quorum allows to go on without it. A later SetAlias
+    overtakes an unfinished one.
     """
     RollbackAlias: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RollbackAliasRequest, _model_service_pb2.RollbackAliasResponse]  # type: ignore[assignment]
     """RollbackAlias points an alias back at the revision that it pointed at
@@ -454,8 +456,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         itself: every inference server loads the revision beside the old one, only
         then the routes change, and the old one is freed when no request can be in
         flight any more. GetAlias tells how far it is. When a server refuses the
-        revision, the alias stays where it was and tells which server and why. A
-        later SetAlias overtakes an unfinished one.
+        revision, the alias stays where it was and tells which server and why,
+        unless the request's quorum allows to go on without it. A later SetAlias
+        overtakes an unfinished one.
         """
 
     @_abc_1.abstractmethod
