@@ -104,6 +104,7 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
         *,
         model: str = "linear",
         endpoints: tuple[str, ...] | None = None,
+        shadow: fleet_pb.Shadow | None = None,
     ) -> int:
         """Send all servers of a kind a new state for one model; returns its version."""
         state = fleet_pb.DesiredState()
@@ -124,6 +125,8 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
             route = entry.routes.add(alias=alias)
             for number, weight in targets.items():
                 route.targets.add(revision=number, weight=weight)
+            if shadow is not None:
+                route.shadow.CopyFrom(shadow)
         if endpoints is not None:
             del state.inference_endpoints[:]
             for address in endpoints:

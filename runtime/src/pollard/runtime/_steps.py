@@ -15,7 +15,7 @@ from PIL import Image
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime import images
-from pollard.runtime.errors import ImageInvalid, ImageTooLarge, StepsInvalid
+from pollard.runtime.errors import ImageTooLarge, ImageTooSmall, StepsInvalid
 from pollard.runtime.images import ImageLimits
 
 # Far beyond any input of a convolutional network; a manifest cannot ask for
@@ -228,7 +228,7 @@ def _plan_crop(plan: Plan, width: int, height: int, where: str) -> None:
 def _check_fits(work: Work, width: int, height: int) -> None:
     old_width, old_height = work.image.size
     if old_width < width or old_height < height:
-        raise ImageInvalid(
+        raise ImageTooSmall(
             f"the image is too small: {old_width} × {old_height} where a crop of "
             f"{width} × {height} is taken",
             width=old_width,

@@ -20,7 +20,8 @@
     │   ├── ImageEmpty           no bytes at all
     │   ├── ImageUnsupported     not an image, or not of a supported format
     │   ├── ImageDamaged         truncated or otherwise unreadable
-    │   └── ImageTooLarge        beyond the limits on bytes or pixels
+    │   ├── ImageTooLarge        beyond the limits on bytes or pixels
+    │   └── ImageTooSmall        smaller than what the steps crop out of it
     └── StepsInvalid           preprocessing steps that cannot be carried out
 
 ``reason`` is stable and machine-readable; it travels as ``ErrorInfo.reason``.
@@ -157,6 +158,12 @@ class ImageTooLarge(ImageInvalid):
     """Beyond the limits on bytes or pixels."""
 
     reason = "IMAGE_TOO_LARGE"
+
+
+class ImageTooSmall(ImageInvalid):
+    """The image is smaller than what the steps crop out of it."""
+
+    reason = "IMAGE_TOO_SMALL"
 
 
 class StepsInvalid(RuntimeFault):

@@ -8,6 +8,7 @@ it is answered, whatever happens to the table.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from pollard.runtime.sessions import Array, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.common.routing import PRODUCTION, choose_revision
+from pollard.services.common.shadows import ShadowRule
 from pollard.services.inference.errors import (
     ModelNotReady,
     ModelUnknown,
@@ -23,6 +25,7 @@ from pollard.services.inference.errors import (
     ServerStopping,
 )
 from pollard.services.inference.revision import LoadedRevision
+from pollard.services.inference.shadowing import Shadowing, ShadowRunner
 from pollard.services.inference.workers import Outputs
 
 _MOMENT_SECONDS = 1.0
@@ -38,6 +41,8 @@ class ServedModel:
     name: str
     revisions: Mapping[int, LoadedRevision]
     routes: Mapping[str, Route]
+    """By alias; every revision in it is in `revisions`."""
+    shadows: Mapping[str, ShadowRule] = field(default_factory=lambda: MappingProxyType({}))
     """By alias; every revision in it is in `revisions`."""
 
 
@@ -72,6 +77,8 @@ class Engine:
         is "not ready", the rest is unknown."""
         self._max_request_seconds = max_request_seconds
         self._counters: dict[tuple[str, int], RequestCounters] = {}
+        self._cores = len(os.sched_getaffinity(0))
+        self._shadows = ShadowRunner(self._has_idle_worker)
         self._retiring: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -189,6 +196,29 @@ class Engine:
             priority=priority,
         )
 
+    async def infer_shadow(
+        self,
+        revision: LoadedRevision,
+        feeds: dict[str, Array],
+        outputs: Sequence[TensorInfo],
+    ) -> Outputs:
+        """Run a copy of a request at low priority; whoever sent it compares and counts it.
+
+        Raises:
+            ShadowDropped: no worker is idle, or too many copies wait.
+            ExecutionFailed: onnxruntime failed on it.
+        """
+        return await self._shadows.run(revision, feeds, [output.name for output in outputs])
+
+    def _has_idle_worker(self) -> bool:
+        """Tell from any thread whether fewer requests are in hand than there are cores."""
+        in_hand = sum(
+            revision.in_flight
+            for model in self.table.models.values()
+            for revision in model.revisions.values()
+        )
+        return in_hand < self._cores
+
     def switch(self, model: ServedModel) -> None:
         """Replace a model by another state of it; free what is no longer in it once it is idle.
 
@@ -198,6 +228,12 @@ class Engine:
         for number, revision in model.revisions.items():
             # Counters only grow while the server runs, also where a revision comes back.
             revision.counters = self._counters.setdefault((model.name, number), revision.counters)
+            revision.shadow = None
+        for rule in model.shadows.values():
+            if not rule.transform_again:
+                base = model.revisions[rule.base_revision]
+                base.shadow = base.shadow or Shadowing(self._shadows)
+                base.shadow.add(model.revisions[rule.revision], rule.share, rule.output)
         self.table = self.table.with_model(model)
         if before is not None:
             kept = set(map(id, model.revisions.values()))
@@ -237,6 +273,7 @@ class Engine:
     async def close(self) -> None:
         """Refuse new requests, finish those in flight and free everything."""
         self.stop_accepting()
+        self._shadows.close()
         served = list(self.table.models.values())
         self.table = RoutingTable()
         for model in served:

@@ -24,7 +24,8 @@
     FailedPrecondition
     └── LoadRefused        a revision cannot be loaded here
     ResourceExhausted
-    └── MemoryShort        there is not enough memory for a revision beside what runs
+    ├── MemoryShort        there is not enough memory for a revision beside what runs
+    └── ShadowDropped      a copy of a request was not run, because no worker was idle
     Internal
     ├── RegionFailed       a shared memory region cannot be had, or is too small
     └── PollFailed         a model is not in the repository, or its configuration is unreadable
@@ -164,3 +165,10 @@ class ExecutionFailed(errors.Internal):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="EXECUTION_FAILED", **metadata)
+
+
+class ShadowDropped(errors.ResourceExhausted):
+    """A copy of a request was not run."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="SHADOW_DROPPED", **metadata)

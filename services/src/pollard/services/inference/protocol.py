@@ -40,6 +40,7 @@ async def model_infer(
     sticky_key: str = "",
     seconds_left: float | None = None,
     shared: SharedMemory = _NO_SHARED_MEMORY,
+    shadow: bool = False,
 ) -> bytes:
     """Answer a serialised ModelInferRequest with a serialised ModelInferResponse.
 
@@ -50,6 +51,7 @@ async def model_infer(
         sticky_key: Requests with the same key get the same revision of a split alias.
         seconds_left: Time until the caller's deadline; None if it has none.
         shared: Regions in which tensors may lie.
+        shadow: Whether the request is a copy, to be run at low priority or not at all.
 
     Raises:
         ServiceError: as in `errors`; the engine is as it was.
@@ -61,6 +63,7 @@ async def model_infer(
         sticky_key=sticky_key,
         seconds_left=seconds_left,
         shared=shared,
+        shadow=shadow,
     )
     return response.SerializeToString()
 
@@ -85,16 +88,21 @@ async def answer(
     sticky_key: str,
     seconds_left: float | None,
     shared: SharedMemory,
+    shadow: bool = False,
 ) -> tuple[pb.ModelInferResponse, RequestOptions]:
     """Run a request and return its answer and its options; see `model_infer`."""
     revision = engine.resolve(request.model_name, request.model_version, alias, sticky_key)
     try:
         prepared = prepare(request, revision.info, shared)
     except Exception:
-        revision.reject()
+        if not shadow:
+            revision.reject()
         raise
     options = prepared.options
     try:
+        if shadow:
+            outputs = await engine.infer_shadow(revision, prepared.feeds, prepared.specs)
+            return prepared.answer(outputs), options
         outputs = await engine.infer(
             revision,
             prepared.feeds,

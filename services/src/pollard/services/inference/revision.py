@@ -16,6 +16,7 @@ from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired, ServerStopping
 from pollard.services.inference.memory import return_memory
 from pollard.services.inference.scheduling import Backlog, Scheduling
+from pollard.services.inference.shadowing import Shadowing
 from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.workers import Caller, LoopCaller, Outputs, Work, Workers
@@ -88,6 +89,8 @@ class LoadedRevision:
         self.info = info
         self.counters = RequestCounters()
         self.statistics = RevisionStatistics()
+        self.shadow: Shadowing | None = None
+        """Copies requests to another revision; None while that is not wanted."""
         self._scheduling = scheduling or Scheduling()
         self.in_flight = 0
         self.last_request = -math.inf
@@ -150,6 +153,7 @@ class LoadedRevision:
         caller = LoopCaller(self._loop)
         work: Work | None = None
         error: BaseException | None = None
+        answer: Outputs | None = None
         try:
             work = self.work(
                 feeds, outputs, deadline, caller, wait_seconds=wait_seconds, priority=priority
@@ -158,12 +162,13 @@ class LoadedRevision:
                 self._gather(work)
             else:
                 self.submit(work)
-            return await caller.done
+            answer = await caller.done
+            return answer
         except BaseException as raised:
             error = raised
             raise
         finally:
-            self.finish(work, error)
+            self.finish(work, error, answer)
 
     def enter(self) -> bool:
         """Keep the revision until the `finish` of a request; False if it is being freed."""
@@ -221,12 +226,18 @@ class LoadedRevision:
             work.queued = True
         self._workers.submit(work)
 
-    def finish(self, work: Work | None, error: BaseException | None = None) -> None:
+    def finish(
+        self,
+        work: Work | None,
+        error: BaseException | None = None,
+        answer: Outputs | None = None,
+    ) -> None:
         """Count the end of a request that was entered, and let the revision go.
 
         Args:
             work: The request; None if it did not come so far.
             error: Why it failed; None if it was answered.
+            answer: With what it was answered, so that it can be copied; None copies nothing.
         """
         with self._lock:
             if work is not None:
@@ -234,6 +245,8 @@ class LoadedRevision:
             self.in_flight -= 1
             if self._retiring and self.in_flight == 0:
                 _call_on(self._loop, self._idle.set)
+        if self.shadow is not None and work is not None and answer is not None:
+            self.shadow.offer(work.feeds, answer)
 
     def reject(self) -> None:
         """Count a request that failed for a reason of the client's before it was entered."""
@@ -280,6 +293,11 @@ class LoadedRevision:
         self._come_alone = len(gathered) <= (0 if self._come_alone else 1)
         if gathered:
             self._workers.run_here(gathered)
+
+    @property
+    def session(self) -> Session | None:
+        """The session, for copies that need no worker; None once it was let go."""
+        return self._workers.session
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
+from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import abort, describe
 from pollard.services.inference import protocol
 from pollard.services.inference.engine import Engine
@@ -57,11 +58,14 @@ class InferenceServicer:
     async def model_infer(self, data: bytes, context: Context) -> bytes:
         """Run a model. Takes and gives bytes: the domain decodes them once."""
         alias = sticky_key = ""
+        shadow = False
         for key, value in context.invocation_metadata() or ():
             if key == ALIAS_METADATA:
                 alias = str(value)
             elif key == STICKY_METADATA:
                 sticky_key = str(value)
+            elif key == SHADOW_METADATA:
+                shadow = True
         return await protocol.model_infer(
             self._engine,
             data,
@@ -69,6 +73,7 @@ class InferenceServicer:
             sticky_key=sticky_key,
             seconds_left=context.time_remaining(),
             shared=self._shared,
+            shadow=shadow,
         )
 
     async def model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:

@@ -18,6 +18,7 @@ from pollard.runtime.errors import BundleError
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.lifecycle import cancel
+from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
 from pollard.services.inference.engine import Engine, Route, ServedModel
@@ -178,10 +179,22 @@ class InferenceMember:
             for number, _ in targets:
                 if number not in available:
                     available[number] = served.revisions[number]
+        rules = {
+            route.alias: ShadowRule.of(route.shadow)
+            for route in desired.routes
+            if route.HasField("shadow")
+        }
         switched = ServedModel(
             served.name,
             MappingProxyType(dict(sorted(available.items()))),
             MappingProxyType(routes),
+            MappingProxyType(
+                {
+                    alias: rule
+                    for alias, rule in rules.items()
+                    if rule.revision in available and rule.base_revision in available
+                }
+            ),
         )
         if switched != served:
             self._engine.switch(switched)
@@ -322,6 +335,7 @@ class InferenceMember:
                             fleet_pb.WeightedRevision(revision=number, weight=weight)
                             for number, weight in targets
                         ],
+                        shadow=model.shadows[alias].to_proto() if alias in model.shadows else None,
                     )
                     for alias, targets in model.routes.items()
                 ],

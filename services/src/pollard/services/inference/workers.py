@@ -165,6 +165,11 @@ class Workers:
         """Whether requests are joined into batches."""
         return self._joined_batch > 1
 
+    @property
+    def session(self) -> Session | None:
+        """The session; None once the last worker has ended."""
+        return self._session
+
     def submit(self, work: Work) -> None:
         """Queue a request; its caller gets the outcome on its own thread.
 

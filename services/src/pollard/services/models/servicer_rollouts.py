@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.models.v1 import model_service_pb2_grpc as pb_grpc
-from pollard.services.common.errors import Unimplemented
 from pollard.services.models import (
     aliases,
     encode,
@@ -51,7 +50,6 @@ class RolloutMethods(pb_grpc.ModelServiceServicer):
             return pb.CreateRolloutResponse(rollout=encode.rollout(row))
 
         if plan.shadow_percent:
-            raise Unimplemented("shadows are not offered yet", reason="NOT_OFFERED")
             shadow = await self._compare(model, plan)
         return await self._change("CreateRollout", request, work, pb.CreateRolloutResponse)
 

@@ -90,6 +90,11 @@ class DecodePool:
         """Number of images that workers have in hand."""
         return self._in_work
 
+    @property
+    def has_idle_worker(self) -> bool:
+        """Whether a worker has nothing to do."""
+        return not self._idle.empty()
+
     async def start(self) -> None:
         """Start every worker and wait until they are ready.
 

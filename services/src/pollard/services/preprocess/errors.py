@@ -125,6 +125,13 @@ class RequestExpired(errors.DeadlineExceeded):
         super().__init__(message, reason="REQUEST_EXPIRED", **metadata)
 
 
+class ShadowDropped(errors.ResourceExhausted):
+    """A copy of an image was not run, because no worker was idle or no server could be reached."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="SHADOW_DROPPED", **metadata)
+
+
 class NotOffered(errors.Unimplemented):
     """This version does not do it."""
 

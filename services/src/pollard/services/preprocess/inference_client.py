@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.runtime.tensors import FROM_NUMPY, NUMPY
 from pollard.services.common.lifecycle import cancel, spawn
+from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.preprocess.errors import (
     InferenceFailed,
     InferenceUnavailable,
     RequestExpired,
     RevisionGone,
+    ShadowDropped,
     TensorRefused,
 )
 
@@ -46,6 +48,9 @@ _PASSING = (
     # Out of memory, on that server at least.
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
+_TOO_LATE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DEADLINE_EXCEEDED)
+_SHADOW = ((SHADOW_METADATA, "1"),)
+
 _REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -162,16 +167,40 @@ class InferenceClient:
             await asyncio.sleep(pause_now)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
+    async def infer_shadow(
+        self, work: Work, endpoints: Sequence[str], seconds: float
+    ) -> dict[str, NDArray[np.generic]]:
+        """Run a copy of a request on one server, once, if it has an idle worker.
+
+        Raises:
+            ShadowDropped: it has not, cannot be reached, or has not the revision.
+            TensorRefused: the server says that the tensor does not fit.
+            InferenceFailed: the server failed, or its answer makes no sense.
+        """
+        if not endpoints:
+            raise ShadowDropped("no inference server is known")
+        address = random.choice(endpoints)
+        try:
+            answer = await self._channel(address)(_encode(work), timeout=seconds, metadata=_SHADOW)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (*_PASSING, *_TOO_LATE):
+                raise ShadowDropped(f"{address}: {error.details()}") from error
+            raise _translated(work, address, error) from error
+        return _decode(work, answer)
+
     async def _call(self, address: str, request: bytes, deadline: float) -> bytes:
         left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
         if left <= 0:
             raise RequestExpired("no time is left to run the model; allow the request more")
+        answer: bytes = await self._channel(address)(request, timeout=left)
+        return answer
+
+    def _channel(self, address: str) -> Any:
         if address not in self._channels:
             channel = grpc.aio.insecure_channel(address, options=self._options)
             # No serialisers: the same bytes may go to several servers.
             self._channels[address] = (channel, channel.unary_unary(_METHOD))
-        answer: bytes = await self._channels[address][1](request, timeout=left)
-        return answer
+        return self._channels[address][1]
 
 
 def _unavailable(work: Work, words: str) -> InferenceUnavailable:

@@ -14,6 +14,7 @@ from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
 from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
+from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.prediction import Predictor
@@ -24,6 +25,7 @@ from pollard.services.preprocess.servicer import (
     VisionServicer,
 )
 from pollard.services.preprocess.settings import PreprocessSettings
+from pollard.services.preprocess.shadowing import ImageShadows
 from pollard.services.preprocess.snapshot import Current
 from pollard.services.preprocess.sync import PreprocessMember
 from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
@@ -40,10 +42,12 @@ class PreprocessServer:
         client: InferenceClient,
         member: PreprocessMember,
         agent: FleetAgent,
+        shadows: ImageShadows,
         grpc_server: GrpcServer,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
+        self.shadows = shadows
         self.pool = pool
         self.client = client
         self.member = member
@@ -83,6 +87,7 @@ class PreprocessServer:
         await cancel(self._becoming_ready)
         await self.grpc.stop(grace_seconds)
         await self.agent.stop()
+        await self.shadows.close()
         await self.client.close()
         await self.pool.close()
 
@@ -101,8 +106,9 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
     client = InferenceClient(settings.max_message_bytes, drain_seconds=settings.max_request_seconds)
-    member = PreprocessMember(current, client, settings.worker_limits.image_limits)
-    predictor = Predictor(current, pool, client, settings.max_message_bytes)
+    counts = Counts()
+    member = PreprocessMember(current, client, settings.worker_limits.image_limits, counts=counts)
+    predictor = Predictor(current, pool, client, settings.max_message_bytes, counts)
     grpc_server = GrpcServer(
         Listen(
             host=settings.host,
@@ -131,7 +137,9 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         ),
     )
     member.on_change = agent.report_soon
-    return PreprocessServer(pool, client, member, agent, grpc_server, settings.advertise)
+    return PreprocessServer(
+        pool, client, member, agent, predictor.shadows, grpc_server, settings.advertise
+    )
 
 
 def run(settings: PreprocessSettings) -> int:

@@ -19,6 +19,7 @@ from pollard.runtime.errors import ImageInvalid, RuntimeFault
 from pollard.runtime.postprocess import ScoredClass, classify_views
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.errors import ServiceError
+from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.errors import (
     AnswerTooLarge,
@@ -31,8 +32,10 @@ from pollard.services.preprocess.errors import (
     RevisionGone,
     RevisionNotReady,
     RevisionUnknown,
+    TensorRefused,
 )
 from pollard.services.preprocess.inference_client import InferenceClient, Work
+from pollard.services.preprocess.shadowing import ImageShadows
 from pollard.services.preprocess.snapshot import Current, Selector, ServedRevision
 from pollard.services.preprocess.streams import MAX_IN_WORK
 
@@ -92,6 +95,7 @@ class Predictor:
         pool: DecodePool,
         client: InferenceClient,
         max_message_bytes: int = 64 * 1024**2,
+        counts: Counts | None = None,
     ) -> None:
         """Take the parts; nothing is started.
 
@@ -100,7 +104,10 @@ class Predictor:
             pool: Decodes and transforms.
             client: Runs models.
             max_message_bytes: Largest answer.
+            counts: Where images are counted.
         """
+        self._counts = counts or Counts()
+        self.shadows = ImageShadows(current, pool, client, self._counts)
         self._current = current
         self._pool = pool
         self._client = client
@@ -336,13 +343,18 @@ class Predictor:
                 transformed = await self._pool.transform(steps, content)
         except (RuntimeFault, ServiceError) as error:
             error.metadata["image_index"] = "0"
+            self._counts.failed(revision.model, revision.revision, error)
             raise
         decoded = time.perf_counter()
         views = transformed.batch
         if augmentation is Augmentation.FLIP:
             width_axis = 3 if revision.image_pipeline().layout == "CHW" else 2
             views = np.concatenate([views, np.flip(views, width_axis)])
-        answer = await self._infer(revision, views, outputs, deadline)
+        try:
+            answer = await self._infer(revision, views, outputs, deadline)
+        except TensorRefused as error:
+            self._counts.failed(revision.model, revision.revision, error)
+            raise
         answered = time.perf_counter()
         try:
             classes = classify_views(answer, revision.manifest, revision.labels, top_k)
@@ -351,12 +363,16 @@ class Predictor:
                 features = answer[outputs[-1]].mean(axis=0).reshape(-1)
         except (RuntimeFault, KeyError, ValueError) as error:
             # The caller's image is not to blame for what the model gives.
+            self._counts.of(revision.model, revision.revision).fail()
             raise InferenceFailed(
                 f"revision {revision.revision} of model {revision.model!r} gave no answer that "
                 f"its manifest describes: {error}",
                 model=revision.model,
                 revision=revision.revision,
             ) from error
+        self._counts.of(revision.model, revision.revision).succeeded += 1
+        if augmentation is Augmentation.NONE and self._current.snapshot.has_image_shadows:
+            self.shadows.offer(revision, content, answer)
         return Prediction(
             revision,
             classes,

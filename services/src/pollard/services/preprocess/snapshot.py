@@ -16,6 +16,7 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.images import ImageLimits
 from pollard.runtime.transforms import Pipeline
 from pollard.services.common.routing import PRODUCTION, choose_revision
+from pollard.services.common.shadows import ShadowRule
 from pollard.services.preprocess.errors import (
     ModelTakesNoImages,
     NotAugmentable,
@@ -155,6 +156,8 @@ class ServedModel:
     name: str
     revisions: Mapping[int, ServedRevision] = field(default_factory=lambda: MappingProxyType({}))
     routes: Mapping[str, Route] = field(default_factory=lambda: MappingProxyType({}))
+    shadows: Mapping[str, ShadowRule] = field(default_factory=lambda: MappingProxyType({}))
+    """By alias."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,15 @@ class Snapshot:
         key = (model, revision)
         able = tuple(each for each in self.endpoints if key not in self.refused.get(each, ()))
         return able or self.endpoints
+
+    @functools.cached_property
+    def has_image_shadows(self) -> bool:
+        """Whether images of any model are copied."""
+        return any(
+            rule.transform_again
+            for model in self.models.values()
+            for rule in model.shadows.values()
+        )
 
     def choose(self, selector: Selector) -> ServedRevision:
         """Return the revision that the request gets.

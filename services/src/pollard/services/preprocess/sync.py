@@ -18,7 +18,9 @@ from pollard.runtime.errors import BundleError
 from pollard.runtime.images import ImageLimits
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.fleet_agent import Applied, Failure
+from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
+from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.snapshot import (
     Current,
@@ -40,6 +42,7 @@ class PreprocessMember:
         client: InferenceClient,
         limits: ImageLimits | None = None,
         on_change: Callable[[], None] = lambda: None,
+        counts: Counts | None = None,
     ) -> None:
         """Bring ``current`` to each desired state.
 
@@ -48,7 +51,9 @@ class PreprocessMember:
             client: Lets go of inference servers that are no longer there.
             limits: How large images may be.
             on_change: Called when the state of a revision has changed.
+            counts: What is counted of each revision.
         """
+        self._counts = counts or Counts()
         self._current = current
         self._client = client
         self._limits = limits
@@ -59,7 +64,10 @@ class PreprocessMember:
         """Return the state of every revision that is wanted."""
         ready = [
             fleet_pb.RevisionStatus(
-                model=model.name, revision=number, state=fleet_pb.REVISION_STATE_READY
+                model=model.name,
+                revision=number,
+                state=fleet_pb.REVISION_STATE_READY,
+                counters=self._counts.of(model.name, number).to_proto(),
             )
             for model in self._current.snapshot.models.values()
             for number in model.revisions
@@ -147,6 +155,13 @@ class PreprocessMember:
             desired.model,
             MappingProxyType(dict(sorted(available.items()))),
             MappingProxyType(routes),
+            MappingProxyType(
+                {
+                    route.alias: ShadowRule.of(route.shadow)
+                    for route in desired.routes
+                    if route.HasField("shadow") and route.alias in routes
+                }
+            ),
         )
         return model, failures
 
@@ -206,6 +221,7 @@ def _desired(model: ServedModel) -> fleet_pb.DesiredModel:
                     fleet_pb.WeightedRevision(revision=number, weight=weight)
                     for number, weight in targets
                 ],
+                shadow=model.shadows[alias].to_proto() if alias in model.shadows else None,
             )
             for alias, targets in model.routes.items()
         ],

@@ -22,6 +22,7 @@ from pollard.services.common import errors
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
+from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import describe
 from pollard.services.inference import protocol
 from pollard.services.inference.engine import Engine
@@ -46,6 +47,7 @@ _HEALTH = "grpc.health.v1.Health"
 _UNRESTRICTED: Mapping[str, Restriction] = MappingProxyType({})
 
 _ALIAS, _STICKY = ALIAS_METADATA.encode(), STICKY_METADATA.encode()
+_SHADOW = SHADOW_METADATA.encode()
 _STRICT = STREAM_STATUS_METADATA.encode()
 
 _WATCH_AFTER_SECONDS = 0.01
@@ -82,6 +84,7 @@ class Headers:
 
     alias: str = ""
     sticky_key: str = ""
+    shadow: bool = False
     encoding: bytes = b""
     seconds_left: float | None = None
     strict_stream: bool = False
@@ -248,6 +251,7 @@ class GrpcApplication:
             sticky_key=headers.sticky_key,
             seconds_left=headers.seconds_left,
             shared=self._shared,
+            shadow=headers.shadow,
         )
 
     def _stream_infer(
@@ -364,6 +368,8 @@ def _read_headers(pairs: Any) -> Headers:
             headers.alias = value.decode("latin-1")
         elif key == _STICKY:
             headers.sticky_key = value.decode("latin-1")
+        elif key == _SHADOW:
+            headers.shadow = True
         elif key == _STRICT:
             headers.strict_stream = value == b"true"
     return headers
