@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from pollard.client.cli import _main
+from pollard.client.cli import _main, rollout_view
 from pollard.client.cli.rollout import rate, seconds, shares
 from pollard.models.v1 import model_service_pb2 as pb
 
@@ -24,6 +24,23 @@ def running(**more: Any) -> pb.Rollout:
         "etag": "a",
     }
     return pb.Rollout(**(how | more))
+
+
+def with_evidence(**more: Any) -> pb.Rollout:
+    seen = pb.RolloutEvidence(
+        revision=pb.RevisionEvidence(requests=1234, failed=3, p50_ms=4.2, p99_ms=9.1, images=7),
+        base=pb.RevisionEvidence(requests=20_000, failed=1, p50_ms=4.1, p99_ms=9.0),
+        shadow=pb.ShadowEvidence(compared=50, items=100, agreed=98, dropped=17, failed=2),
+        gates=[
+            pb.GateEvidence(
+                gate="max_error_rate",
+                state=pb.GateEvidence.STATE_HOLDS,
+                words="3 of 1234 (0.24%) requests failed",
+            )
+        ],
+        waiting_for=["12 s of 60 s to pass"],
+    )
+    return running(evidence=seen, **more)
 
 
 def ended() -> pb.Rollout:
@@ -55,6 +72,8 @@ def test_it_begins_with_what_the_options_say(
     gates = sent.gates
     assert (gates.min_requests, gates.max_error_rate, gates.max_p99_ratio) == (50, 0.02, 1.5)
     assert gates.min_agreement == 0.95
+    assert _main.run(["models", "rollout", "m", "7", "--server", address]) == 0
+    assert not asked[1].rollout.gates.HasField("min_agreement")
     said = capsys.readouterr().out
     assert "m: rollout 3 of production: canary, step 1 of 2 (5 %)" in said
 
@@ -63,6 +82,7 @@ def test_it_lists_and_gives_orders_to_the_one_that_runs(
     scripted: Any, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted.on("ListRollouts", lambda r, c: pb.ListRolloutsResponse(rollouts=[running(), ended()]))
+    scripted.on("GetRollout", lambda r, c: pb.GetRolloutResponse(rollout=with_evidence()))
     paused: list[str] = []
 
     def pause(request: Any, context: grpc.ServicerContext) -> pb.PauseRolloutResponse:
@@ -74,9 +94,32 @@ def test_it_lists_and_gives_orders_to_the_one_that_runs(
     said = capsys.readouterr().out
     assert "canary, step 1 of 2 (5 %)" in said
     assert "gate max_error_rate: 4 of 20" in said
+    for words in ("1,234", "17 dropped", "98.00% of 100 items", "holds", "12 s of 60 s to pass"):
+        assert words in said
     assert _main.run(["models", "rollout", "m", "--pause", "--json", "--server", address]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "PAUSED"
     assert paused == ["models/m/rollouts/3"]
+
+
+def test_it_is_followed_until_it_ends(
+    scripted: Any, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_view, "_LOOK_SECONDS", 0.0)
+    back = with_evidence(state=pb.Rollout.STATE_ROLLED_BACK)
+    back.end_time.GetCurrentTime()
+    back.error.message = "gate min_agreement: 80 of 100"
+    states = [
+        running(state=pb.Rollout.STATE_SHADOW, step=-1, shadow_percent=10),
+        with_evidence(),
+        back,
+    ]
+    scripted.on("ListRollouts", lambda r, c: pb.ListRolloutsResponse(rollouts=states[:1]))
+    coming = iter(states)
+    scripted.on("GetRollout", lambda r, c: pb.GetRolloutResponse(rollout=next(coming)))
+    assert _main.run(["models", "rollout", "m", "--watch", "--server", address]) == 1
+    said = capsys.readouterr().out
+    assert said.index("only shadows (10 %)") < said.index("step 1 of 2") < said.index("rolled back")
+    assert "gate min_agreement: 80 of 100" in said
 
 
 def test_orders_need_one_that_runs(

@@ -318,11 +318,55 @@ def rollout(message: model_service_pb2.Rollout) -> types.Rollout:
         min_requests=message.gates.min_requests,
         max_error_rate=message.gates.max_error_rate,
         max_p99_ratio=message.gates.max_p99_ratio,
+        shadow_percent=message.shadow_percent,
+        min_agreement=message.gates.min_agreement,
         state=model_service_pb2.Rollout.State.Name(message.state).removeprefix("STATE_"),
         error=message.error.message,
         create_time=_time(message, "create_time"),
         end_time=_time(message, "end_time"),
         etag=message.etag,
+        evidence=_evidence(message.evidence) if message.HasField("evidence") else None,
+    )
+
+
+def _evidence(message: model_service_pb2.RolloutEvidence) -> types.RolloutEvidence:
+    shadow = message.shadow
+    return types.RolloutEvidence(
+        step=message.step,
+        held_seconds=_seconds(message.held),
+        revision=_revision_evidence(message.revision),
+        base=_revision_evidence(message.base),
+        shadow=types.ShadowEvidence(
+            compared=shadow.compared,
+            items=shadow.items,
+            agreed=shadow.agreed,
+            dropped=shadow.dropped,
+            failed=shadow.failed,
+            distance_p50=shadow.distance_p50,
+            distance_p99=shadow.distance_p99,
+        )
+        if message.HasField("shadow")
+        else None,
+        gates=tuple(
+            types.GateEvidence(
+                gate=gate.gate,
+                state=model_service_pb2.GateEvidence.State.Name(gate.state).removeprefix("STATE_"),
+                words=gate.words,
+            )
+            for gate in message.gates
+        ),
+        waiting_for=tuple(message.waiting_for),
+    )
+
+
+def _revision_evidence(message: model_service_pb2.RevisionEvidence) -> types.RevisionEvidence:
+    return types.RevisionEvidence(
+        requests=message.requests,
+        failed=message.failed,
+        p50_ms=message.p50_ms,
+        p99_ms=message.p99_ms,
+        images=message.images,
+        images_failed=message.images_failed,
     )
 
 

@@ -27,7 +27,7 @@ class RolloutMethods(AsyncManagerClient):
         max_error_rate: float = 0.0,
         max_p99_ratio: float = 0.0,
         shadow_percent: float = 0.0,
-        min_agreement: float = 0.0,
+        min_agreement: float | None = None,
     ) -> Rollout:
         """Move an alias to a revision in steps; the manager takes it back when it is worse.
 
@@ -41,13 +41,14 @@ class RolloutMethods(AsyncManagerClient):
             max_error_rate: Largest rate of failed requests, 0 to 1; 0 for 0.005.
             max_p99_ratio: Largest ratio of the 99th percentiles of the latency; 0 for 1.2.
             shadow_percent: Share of requests also sent as shadows; 0 for none.
-            min_agreement: Smallest share of shadows whose first answer agrees.
+            min_agreement: Smallest share of the shadows' items whose first answer agrees, 0 to 1;
+                0 judges none, None takes what the bundle says, less 0.02.
 
         Raises:
             InvalidArgument: A value is out of its range.
             NotFound: There is no such model, alias or revision.
-            FailedPrecondition: The alias is moved already or leads there, or the inputs differ.
-            Unimplemented: The manager offers no shadows.
+            FailedPrecondition: The alias is moved already or leads there, the inputs differ, or
+                shadows cannot be compared or judged.
         """
         revision_name(model, revision)  # checks the number
         rollout = model_service_pb2.Rollout(
@@ -73,7 +74,7 @@ class RolloutMethods(AsyncManagerClient):
         return _convert.rollout(response.rollout)
 
     async def rollout(self, model: str, rollout: int) -> Rollout:
-        """Get one rollout. Raises NotFound when there is none."""
+        """Get one rollout with what its step has seen. Raises NotFound when there is none."""
         request = model_service_pb2.GetRolloutRequest(name=rollout_name(model, rollout))
         response = await self._call(f"{SERVICE}/GetRollout", self._stub.GetRollout, request, None)
         return _convert.rollout(response.rollout)

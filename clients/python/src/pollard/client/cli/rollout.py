@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Annotated
 
 import typer
 
 from pollard.client import ModelsClient, Rollout
+from pollard.client.cli import rollout_view
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -21,6 +23,7 @@ from pollard.client.cli._common import (
     say,
     show_table,
 )
+from pollard.client.cli.rollout_view import where
 
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -87,19 +90,28 @@ def rollout(
         float, typer.Option(min=1.0, help="Largest ratio of the p99 latencies.")
     ] = 1.2,
     min_agreement: Annotated[
-        str, typer.Option(metavar="RATE", help="Smallest agreement of shadows, or auto.")
+        str,
+        typer.Option(
+            metavar="RATE",
+            help="Smallest agreement of shadows; 0 judges none, auto takes what the bundle says, "
+            "less 2 points.",
+        ),
     ] = "auto",
     pause: Annotated[bool, typer.Option("--pause", help="Keep it at its step.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Go to 100 % now.")] = False,
     abort: Annotated[bool, typer.Option("--abort", help="Go back now.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow it until it ends; exit with 1 if taken back.")
+    ] = False,
     as_json: JsonOption = False,
     server: ModelsServerOption = MODELS_SERVER,
     timeout: TimeoutOption = 30.0,
 ) -> None:
     """Move an alias (by default production) to a REVISION in steps, and back when it is worse.
 
-    Without a REVISION, list the model's rollouts, or tell the one that runs what to do.
+    Without a REVISION, list the model's rollouts with what the one that runs has seen, or tell it
+    what to do.
     """
     orders = [pause, resume, promote, abort].count(True)
     if orders > 1 or (orders and revision is not None):
@@ -116,11 +128,12 @@ def rollout(
                 max_error_rate=rate(max_error_rate),
                 max_p99_ratio=max_p99_ratio,
                 shadow_percent=percent(shadow),
-                min_agreement=0.0 if min_agreement == "auto" else rate(min_agreement),
+                min_agreement=None if min_agreement == "auto" else rate(min_agreement),
             )
         else:
             known = [item for item in client.rollouts(model) if alias in (None, item.alias)]
-            if not orders:
+            if not orders and not watch:
+                known = _with_evidence(client, known)
                 print_json(known) if as_json else _list(model, known)
                 return
             running = [item for item in known if item.end_time is None]
@@ -133,7 +146,9 @@ def rollout(
                 )
                 raise typer.Exit(1)
             number = running[0].number
-            if pause:
+            if not orders:
+                found = client.rollout(model, number)
+            elif pause:
                 found = client.pause_rollout(model, number)
             elif resume:
                 found = client.resume_rollout(model, number)
@@ -141,12 +156,34 @@ def rollout(
                 found = client.promote_rollout(model, number)
             else:
                 found = client.abort_rollout(model, number)
+        if watch:
+            found = _follow(client, found, quiet=as_json)
     if as_json:
         print_json(found)
-        return
-    say(f"{model}: rollout {found.number} of {found.alias}: {_where(found)}")
-    if found.end_time is None:
-        say(f"To follow it: pollard models rollout {model}")
+    elif not watch:
+        say(f"{model}: rollout {found.number} of {found.alias}: {where(found)}")
+        if found.end_time is None:
+            say(f"To follow it: pollard models rollout {model} --watch")
+    if watch and found.state == "ROLLED_BACK":
+        raise typer.Exit(1)
+
+
+def _follow(client: ModelsClient, found: Rollout, *, quiet: bool) -> Rollout:
+    if not quiet:
+        return rollout_view.watch(client, found)
+    while found.end_time is None:
+        time.sleep(1.0)
+        found = client.rollout(found.model, found.number)
+    return found
+
+
+def _with_evidence(client: ModelsClient, known: list[Rollout]) -> list[Rollout]:
+    """Ask for what those that run have seen, or the newest if none runs."""
+    wanted = {item.number for item in known if item.end_time is None}
+    wanted = wanted or {item.number for item in known[:1]}
+    return [
+        client.rollout(item.model, item.number) if item.number in wanted else item for item in known
+    ]
 
 
 def _list(model: str, found: list[Rollout]) -> None:
@@ -161,17 +198,14 @@ def _list(model: str, found: list[Rollout]) -> None:
                 item.alias,
                 str(item.base_revision),
                 str(item.revision),
-                _where(item),
+                where(item),
                 ago(item.create_time),
                 item.error or "–",
             ]
             for item in found
         ],
     )
-
-
-def _where(item: Rollout) -> str:
-    state = item.state.lower().replace("_", " ")
-    if item.end_time is not None:
-        return state
-    return f"{state}, step {item.step + 1} of {len(item.steps)} ({item.steps[item.step]:g} %)"
+    for item in found:
+        if item.evidence is not None:
+            say("")
+            rollout_view.show(item)
