@@ -400,7 +400,7 @@ class Counters(_message.Message):
     """
     @_builtins.property
     def latency(self) -> Global___Histogram:
-        """Time in the engine of the requests answered with success; unset from a
+        """Time in the engine of the requests answered with success; empty from a
         preprocess server.
         """
 
