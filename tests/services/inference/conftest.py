@@ -21,7 +21,7 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import fleet_service_pb2_grpc as fleet_grpc
 from pollard.models.v1 import model_service_pb2 as models_pb
 from pollard.models.v1 import model_service_pb2_grpc as models_grpc
-from pollard.runtime.bundle import MANIFEST, Bundle, write_bundle
+from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle, write_bundle
 from pollard.services.inference.main import InferenceServer, build_server
 from pollard.services.inference.settings import InferenceSettings
 
@@ -247,7 +247,11 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
         if bundle is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such bundle")
         names = [MANIFEST, *(file.path for file in bundle.manifest.files)]
+        if (bundle.path / SIGNATURE).exists():
+            names.append(SIGNATURE)
         if request.paths:
+            if set(request.paths) - set(names):
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such file")
             names = [MANIFEST, *(path for path in request.paths if path != MANIFEST)]
         for name in names:
             data = (bundle.path / name).read_bytes()

@@ -89,6 +89,10 @@ class TrustedKeys:
         """Return the file of a trusted key."""
         return self._keys[fingerprint]
 
+    def paths(self) -> dict[str, str]:
+        """Return the file of every key by fingerprint, to hand them to another process."""
+        return {fingerprint: str(path.absolute()) for fingerprint, path in self._keys.items()}
+
 
 def create_key_pair(name: Path | str, passphrase: bytes | None = None) -> KeyPair:
     """Make ``NAME.key`` and ``NAME.pub``; neither may exist.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,14 @@ class Machine:
     def has_vnni(self) -> bool:
         """Whether 8-bit dot products are exact and fast."""
         return self.offers("avx512_vnni")
+
+    def without(self, features: Collection[str]) -> Machine:
+        """Return this machine as if it lacked processor features, and those equivalent to them."""
+        gone = set(features)
+        for group in _EQUIVALENT_FEATURES:
+            if gone & group:
+                gone |= group
+        return replace(self, cpu_features=self.cpu_features - gone)
 
     def offers(self, feature: str) -> bool:
         """Tell whether the processor has ``feature`` or an equivalent one."""

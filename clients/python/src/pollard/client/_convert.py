@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from pollard.bundle.v1 import bundle_pb2
 from pollard.client import types
 from pollard.client._images import ImageLike, encoded
-from pollard.client._names import checked_alias, checked_model, checked_revision, last_part
+from pollard.client._names import (
+    checked_alias,
+    checked_model,
+    checked_revision,
+    last_part,
+    revision_name,
+    revision_parts,
+)
 from pollard.client._tensors import datatype_of, from_raw, to_raw
 from pollard.client.errors import (
     InvalidAnswer,
@@ -246,9 +253,51 @@ def revision(message: model_service_pb2.Revision) -> types.Revision:
         labels=MappingProxyType(dict(message.labels)),
         aliases=tuple(message.aliases),
         variants=tuple(_variant(variant) for variant in message.manifest.variants),
+        creator=message.creator,
         create_time=_time(message, "create_time"),
         etag=message.etag,
+        signature=_signature(message.signature) if message.HasField("signature") else None,
+        origin=_origin(message.origin) if message.HasField("origin") else None,
     )
+
+
+def _signature(message: model_service_pb2.BundleSignature) -> types.BundleSignature:
+    return types.BundleSignature(
+        state=model_service_pb2.BundleSignature.State.Name(message.state).removeprefix("STATE_"),
+        key_sha256=message.key_sha256,
+        create_time=_time(message, "create_time"),
+        creator=message.creator,
+    )
+
+
+def _origin(message: model_service_pb2.Origin) -> types.Origin:
+    model, revision = revision_parts(message.revision)
+    return types.Origin(
+        installation=message.installation,
+        model=model,
+        revision=revision,
+        creator=message.creator,
+        create_time=_time(message, "create_time"),
+        notes=message.notes,
+        labels=MappingProxyType(dict(message.labels)),
+        aliases=tuple(message.aliases),
+        origin=_origin(message.origin) if message.HasField("origin") else None,
+    )
+
+
+def origin_message(origin: types.Origin) -> model_service_pb2.Origin:
+    message = model_service_pb2.Origin(
+        installation=origin.installation,
+        revision=revision_name(origin.model, origin.revision),
+        creator=origin.creator,
+        notes=origin.notes,
+        labels=origin.labels,
+        aliases=origin.aliases,
+        origin=origin_message(origin.origin) if origin.origin is not None else None,
+    )
+    if origin.create_time is not None:
+        message.create_time.FromDatetime(origin.create_time)
+    return message
 
 
 def _variant(message: bundle_pb2.Variant) -> types.Variant:

@@ -66,6 +66,12 @@ def choice_name(model: str, revision: int | None, alias: str | None) -> str:
     return alias_name(model, alias or "production")
 
 
+def revision_parts(name: str) -> tuple[str, int]:
+    """Return model and number of "models/{model}/revisions/{n}"; empty and 0 of anything else."""
+    found = re.fullmatch(r"models/([^/]+)/revisions/([0-9]{1,19})", name)
+    return (found[1], int(found[2])) if found else ("", 0)
+
+
 def last_part(name: str) -> str:
     """Return what stands behind the last slash of a resource name."""
     return name.rpartition("/")[2]

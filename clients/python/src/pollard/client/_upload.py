@@ -43,6 +43,7 @@ class Upload:
     labels: Mapping[str, str] = field(default_factory=dict)
     alias: str = ""
     allow_signature_change: bool = False
+    origin: model_service_pb2.Origin | None = None
     idle_seconds: float = 60.0
     progress: ProgressCallback | None = None
     upload_id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -69,6 +70,7 @@ class Upload:
                     labels=self.labels,
                     alias=self.alias,
                     allow_signature_change=self.allow_signature_change,
+                    origin=self.origin,
                 )
             )
             self._sent = offset

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pollard.client.errors import ServerFailure
@@ -272,6 +273,50 @@ class Revision:
     """When it was stored, in UTC."""
     etag: str
     """Changes with every change."""
+    creator: str = ""
+    """Who stored it."""
+    signature: BundleSignature | None = None
+    """Who vouches for its bundle; None when it is not signed."""
+    origin: Origin | None = None
+    """The revision of another installation that it is a copy of; None when it is none."""
+
+
+@dataclass(frozen=True)
+class BundleSignature:
+    """Who vouches for a bundle's content."""
+
+    state: str
+    """TRUSTED, or UNKNOWN_KEY when the manager does not know the key."""
+    key_sha256: str
+    """Fingerprint of the key, as `pollard keys show` prints it."""
+    create_time: datetime | None
+    """When the signature was stored, in UTC."""
+    creator: str
+    """Who stored it."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The revision that another one is a copy of, as it was when it was copied."""
+
+    installation: str
+    """Installation, such as the address of its manager."""
+    model: str
+    """Model name there."""
+    revision: int
+    """Number there."""
+    creator: str = ""
+    """Who stored it there."""
+    create_time: datetime | None = None
+    """When it was stored there, in UTC."""
+    notes: str = ""
+    """Its notes there."""
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Its labels there."""
+    aliases: tuple[str, ...] = ()
+    """Aliases that pointed at it there."""
+    origin: Origin | None = None
+    """Where that one came from in turn."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +329,22 @@ class Pushed:
     """Whether the model already had this bundle."""
     alias: Alias | None
     """The alias after its switch; None when none was asked for, or the wait was not wanted."""
+    warnings: tuple[str, ...] = ()
+    """What the manager accepted and thinks little of, such as that the bundle is not signed."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What came of a copy to another installation."""
+
+    source: Revision
+    """The revision that was copied."""
+    revision: Revision
+    """The revision there."""
+    existed: bool
+    """Whether the model there already had the bundle."""
+    warnings: tuple[str, ...] = ()
+    """What the manager there accepted and thinks little of."""
 
 
 @dataclass(frozen=True)

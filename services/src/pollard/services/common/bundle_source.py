@@ -14,7 +14,7 @@ import structlog
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as models_pb
 from pollard.models.v1 import model_service_pb2_grpc as models_grpc
-from pollard.runtime.bundle import MANIFEST
+from pollard.runtime.bundle import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, write_durably
 from pollard.runtime.errors import BundleError
 from pollard.services.common.bundle_cache import BundleCache, Staging, disk_full
 from pollard.services.common.errors import (
@@ -71,6 +71,44 @@ class BundleSource:
     async def discard(self, digest: str) -> None:
         """Remove a bundle that was found to be damaged; the next `fetch` gets it anew."""
         await asyncio.to_thread(self._cache.discard, digest)
+
+    async def refresh_signature(self, digest: str) -> bool:
+        """Get the signature of a cached bundle anew: it may have been signed since.
+
+        Returns:
+            Whether it has another one now. False as well when the manager cannot be asked.
+
+        Raises:
+            DataLoss: what the manager sent is too long to be one.
+            ResourceExhausted: the disk is full.
+        """
+        channel = self._channel()
+        if channel is None:
+            return False
+        content = bytearray()
+        request = models_pb.DownloadBundleRequest(bundle_sha256=digest, paths=[SIGNATURE])
+        call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(
+            request, timeout=_SILENCE_SECONDS
+        )
+        try:
+            async for piece in call:
+                if piece.path == SIGNATURE:
+                    content += piece.data
+                if len(content) > MAX_SIGNATURE_BYTES:
+                    raise DataLoss(
+                        f"the manager sent a signature of more than {MAX_SIGNATURE_BYTES} bytes",
+                        reason="BUNDLE_CORRUPT",
+                        digest=digest,
+                    )
+            path = self._cache.bundle_path(digest) / SIGNATURE
+            return await asyncio.to_thread(_replace, path, bytes(content))
+        except grpc.aio.AioRpcError as error:
+            _log.info("no new signature", digest=digest, why=error.details())
+            return False
+        except OSError as error:
+            raise _translated(error, digest) from error
+        finally:
+            call.cancel()
 
     async def _get(self, digest: str, *, whole: bool) -> Path:
         cache = self._cache
@@ -145,6 +183,13 @@ class BundleSource:
                 )
         finally:
             call.cancel()
+
+
+def _replace(path: Path, content: bytes) -> bool:
+    if path.is_file() and path.read_bytes() == content:
+        return False
+    write_durably(path, content)
+    return True
 
 
 def _labels_file(manifest: bundle_pb2.Manifest | None) -> str:

@@ -14,8 +14,10 @@ from typing import Protocol
 from pollard.bundle.v1 import bundle_pb2
 from pollard.inference import model_config_pb2
 from pollard.runtime.bundle import Bundle
+from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine, select_variant
 from pollard.runtime.sessions import Array, Session, TensorInfo, check_golden, check_signature
+from pollard.runtime.signing import require_signature
 from pollard.services.inference.scheduling import Scheduling
 from pollard.services.inference.tensors import declared
 
@@ -104,7 +106,15 @@ class ModelSource(Protocol):
 class BundleModel:
     """A revision in a bundle."""
 
-    def __init__(self, model: str, revision: int, digest: str, size_bytes: int, path: Path) -> None:
+    def __init__(
+        self,
+        model: str,
+        revision: int,
+        digest: str,
+        size_bytes: int,
+        path: Path,
+        trusted: TrustedKeys | None = None,
+    ) -> None:
         """Take the bundle at `path`.
 
         Args:
@@ -113,7 +123,9 @@ class BundleModel:
             digest: SHA-256 that the bundle's manifest must have.
             size_bytes: Size of the bundle's files.
             path: The bundle's directory.
+            trusted: Keys of which one must have signed it; None asks for no signature.
         """
+        self._trusted = trusted
         self._model = model
         self._revision = revision
         self._digest = digest
@@ -141,8 +153,10 @@ class BundleModel:
         )
 
     def verify(self) -> None:
-        """Compare every file with its digest."""
+        """Compare every file with its digest, and the signature with the trusted keys."""
         self._opened.verify()
+        if self._trusted is not None:
+            require_signature(self._opened, self._trusted)
 
     def describe(self, session: Session) -> ModelDescription:
         """Describe it by the manifest: inputs and outputs in the graph's order."""

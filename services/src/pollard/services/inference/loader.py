@@ -19,6 +19,7 @@ from typing import Literal
 
 import structlog
 
+from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine, available_memory_bytes
 from pollard.runtime.sessions import Array, Session, open_session
 from pollard.services.inference.description import (
@@ -84,6 +85,7 @@ class Loader:
         *,
         tunings: Tunings | None = None,
         busy: Callable[[], bool] = lambda: True,
+        trusted: TrustedKeys | None = None,
     ) -> None:
         """Start the loader's thread.
 
@@ -93,7 +95,9 @@ class Loader:
             tunings: What was measured so far; without it nothing is measured.
             busy: Tells from any thread whether requests are being answered; a model is only
                 measured while they are not.
+            trusted: Keys of which one must have signed a bundle; None asks for no signature.
         """
+        self._trusted = trusted
         self._machine = machine
         self._options = options
         self._tunings = tunings
@@ -118,7 +122,9 @@ class Loader:
             size_bytes: Size of the bundle's files.
             path: The bundle's directory.
         """
-        return await self.load_source(BundleModel(model, revision, digest, size_bytes, path))
+        return await self.load_source(
+            BundleModel(model, revision, digest, size_bytes, path, self._trusted)
+        )
 
     async def load_source(self, source: ModelSource) -> LoadedRevision:
         """Load one version of a model and return it ready to run.

@@ -9,7 +9,9 @@ from typing import Any
 import structlog
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.runtime import signing
 from pollard.runtime.errors import RuntimeFault
+from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
@@ -102,10 +104,16 @@ def build_server(
         StartupError: the cache is in use or cannot be written, onnxruntime is missing, or the
             address would be open to everybody.
     """
-    machine = _detect()
+    machine = _detect(settings)
     engine = Engine(max_request_seconds=settings.max_request_seconds)
     tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
-    loader = Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy)
+    loader = Loader(
+        machine,
+        settings.engine_options,
+        tunings=tunings,
+        busy=engine.busy,
+        trusted=_trusted_keys(settings),
+    )
     member = InferenceMember(engine, loader)
     grpc_server, servicer = _front(settings, engine, member, make_front)
     agent = FleetAgent(
@@ -181,7 +189,7 @@ def build_standalone_server(
     assert settings.repository is not None  # noqa: S101 - whoever calls has looked
     if not settings.repository.is_dir():
         raise StartupError(f"there is no folder {settings.repository} to serve models from")
-    machine = _detect()
+    machine = _detect(settings)
     engine = Engine(max_request_seconds=settings.max_request_seconds)
     models = StandaloneCatalogue(
         engine,
@@ -245,9 +253,21 @@ def _front(
     return grpc_server, servicer
 
 
-def _detect() -> Machine:
+def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
+    if settings.trusted_keys is None:
+        return None
     try:
-        return Machine.detect()
+        trusted = TrustedKeys.load(settings.trusted_keys)
+        # Now: a second of imports beside requests would be felt.
+        signing.prepare()
+    except (RuntimeFault, OSError) as error:
+        raise StartupError(f"the trusted keys cannot be used: {error}") from error
+    return trusted
+
+
+def _detect(settings: InferenceSettings) -> Machine:
+    try:
+        return Machine.detect().without(settings.without_cpu_features)
     except RuntimeFault as error:
         raise StartupError(error.message) from error
 

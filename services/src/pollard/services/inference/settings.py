@@ -35,6 +35,16 @@ class InferenceSettings(ServiceSettings):
     advertise: str = Field(
         "", description="gRPC target under which others reach this server; empty derives it."
     )
+    without_cpu_features: tuple[str, ...] = Field(
+        (),
+        description="Run as if the processor lacked this feature, such as avx512_vnni, so that a "
+        "variant that needs it is not taken; may be repeated.",
+    )
+    trusted_keys: Path | None = Field(
+        None,
+        description="Load only bundles that a key of this directory (*.pub, *.pem) has signed; "
+        "read at the start.",
+    )
     optimize: Literal["latency", "throughput"] = Field(
         "throughput",
         description="One caller with all cores (latency) or one caller a core (throughput).",
@@ -125,6 +135,8 @@ class InferenceSettings(ServiceSettings):
     def _check_repository(self) -> Self:
         if self.repository is None and self.model_control != "none":
             raise ValueError("model_control needs a repository; give --repository DIR")
+        if self.repository is not None and self.trusted_keys is not None:
+            raise ValueError("trusted_keys is for bundles; a repository holds no signatures")
         if self.load_model and self.model_control != "explicit":
             raise ValueError("load_model needs --model-control explicit")
         return self

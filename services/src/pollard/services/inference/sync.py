@@ -14,7 +14,7 @@ import structlog
 from google.protobuf import duration_pb2
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
-from pollard.runtime.errors import BundleError
+from pollard.runtime.errors import BundleError, SignatureInvalid, SignatureUntrusted
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.lifecycle import cancel
@@ -229,6 +229,11 @@ class InferenceMember:
         self._set(model, number, fleet_pb.REVISION_STATE_PENDING)
         try:
             try:
+                return await self._fetch_and_load(model, desired, bundles)
+            except (SignatureInvalid, SignatureUntrusted):
+                # It may have been signed since it was fetched; its files are as they should be.
+                if not await bundles.refresh_signature(digest):
+                    raise
                 return await self._fetch_and_load(model, desired, bundles)
             except BundleError as error:
                 # The copy in the cache has been damaged since it was checked on arrival.

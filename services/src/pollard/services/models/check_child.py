@@ -16,13 +16,16 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pollard.runtime.archive import ArchiveLimits, unpack
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.errors import ModelLoadFailed, RuntimeFault
+from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.sessions import Session, check_signature, open_session
+from pollard.runtime.signing import read_signature
 
 
 def _check(arguments: dict[str, object]) -> dict[str, object]:
@@ -44,7 +47,9 @@ def _check(arguments: dict[str, object]) -> dict[str, object]:
         # Closed when the tar is whole and its digest right: no graph is loaded before.
         sys.stdin.buffer.read()
         # Opened anew: only what is on the disk counts.
-        _check_graphs(Bundle.open(directory, verify=False, expect=bundle.digest))
+        bundle = Bundle.open(directory, verify=False, expect=bundle.digest)
+        signature = read_signature(bundle, _trusted(arguments["trusted_keys"]))
+        _check_graphs(bundle)
     except RuntimeFault as fault:
         return {"message": fault.message, "reason": fault.reason, "metadata": fault.metadata}
     except MemoryError:
@@ -57,7 +62,13 @@ def _check(arguments: dict[str, object]) -> dict[str, object]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return {"reason": "DISK_FULL"}
         raise
-    return {"ok": True}
+    return {"ok": True, "signature": None if signature is None else asdict(signature)}
+
+
+def _trusted(paths: object) -> TrustedKeys | None:
+    if not isinstance(paths, dict) or not paths:
+        return None
+    return TrustedKeys({key: Path(path) for key, path in paths.items()})
 
 
 def _check_graphs(bundle: Bundle) -> None:

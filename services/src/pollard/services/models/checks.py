@@ -19,6 +19,8 @@ from pathlib import Path
 
 import structlog
 
+from pollard.runtime.keys import TrustedKeys
+from pollard.runtime.signing import Signature
 from pollard.services.common.errors import InvalidRequest, ResourceExhausted, ServiceError
 
 _log = structlog.get_logger("pollard.checks")
@@ -41,7 +43,14 @@ class CheckLimits:
 class Check:
     """A child that unpacks a tar, which may still be arriving, and then checks the bundle."""
 
-    def __init__(self, tar: Path, total_bytes: int, directory: Path, limits: CheckLimits) -> None:
+    def __init__(
+        self,
+        tar: Path,
+        total_bytes: int,
+        directory: Path,
+        limits: CheckLimits,
+        trusted: TrustedKeys | None = None,
+    ) -> None:
         """Start the child.
 
         Args:
@@ -49,6 +58,7 @@ class Check:
             total_bytes: Its size when it is whole.
             directory: Where to unpack; must not exist.
             limits: What the child may use.
+            trusted: Keys whose signatures count.
         """
         self.directory = directory
         self._limits = limits
@@ -60,6 +70,7 @@ class Check:
             "max_unpacked_bytes": limits.max_unpacked_bytes,
             "memory_bytes": limits.memory_bytes,
             "cpu_seconds": int(limits.timeout_seconds) + 1,
+            "trusted_keys": trusted.paths() if trusted is not None else {},
         }
         # Not asyncio's own: uvloop forks, and gRPC's threads, which its fork handlers
         # start again in the child, were seen to crash there before the exec. This
@@ -78,8 +89,11 @@ class Check:
         )
         self._talking: asyncio.Future[tuple[bytes, bytes]] | None = None
 
-    async def verdict(self) -> None:
+    async def verdict(self) -> Signature | None:
         """Let the child load the graphs, and wait for its end. The tar must be whole.
+
+        Returns:
+            Who has signed the bundle; None when nobody has.
 
         Raises:
             InvalidRequest: the bundle is not acceptable; the reason says why.
@@ -95,7 +109,7 @@ class Check:
                 timeout_seconds=self._limits.timeout_seconds,
             )
         out, err = self._talking.result()
-        _judge(self._process.returncode, out, err)
+        return _judge(self._process.returncode, out, err)
 
     async def end(self) -> None:
         """End the child if it still runs, and delete what it unpacked."""
@@ -106,13 +120,14 @@ class Check:
         await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
 
-def _judge(code: int | None, out: bytes, err: bytes) -> None:
+def _judge(code: int | None, out: bytes, err: bytes) -> Signature | None:
     try:
         verdict = json.loads(out)
     except ValueError:
         verdict = None
-    if code == 0 and verdict == {"ok": True}:
-        return
+    if code == 0 and isinstance(verdict, dict) and verdict.get("ok") is True:
+        signed = verdict["signature"]
+        return None if signed is None else Signature(**signed)
     if isinstance(verdict, dict) and verdict.get("reason") == "DISK_FULL":
         raise _disk_full()
     if isinstance(verdict, dict) and "message" in verdict:

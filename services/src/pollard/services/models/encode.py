@@ -56,6 +56,22 @@ def revision(row: Revision, bundle: Bundle, aliases: Sequence[Alias]) -> pb.Revi
         aliases=[each.name for each in aliases if each.revision == row.number],
         etag=etag(row.etag),
         delete_time=None if row.delete_time is None else timestamp(row.delete_time),
+        signature=_signature(bundle) if bundle.signer_key else None,
+        origin=pb.Origin.FromString(row.origin) if row.origin else None,
+    )
+
+
+def _signature(bundle: Bundle) -> pb.BundleSignature:
+    state = (
+        pb.BundleSignature.STATE_TRUSTED
+        if bundle.signer_trusted
+        else pb.BundleSignature.STATE_UNKNOWN_KEY
+    )
+    return pb.BundleSignature(
+        state=state,
+        key_sha256=bundle.signer_key,
+        create_time=timestamp(bundle.signed_time),
+        creator=bundle.signed_by,
     )
 
 

@@ -18,12 +18,14 @@ from pollard.services.common.lifecycle import (
 )
 from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
+from pollard.services.models import signatures
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.checks import CheckLimits
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
 from pollard.services.models.settings import ModelsSettings
+from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store
 from pollard.services.models.switch import Switch
 from pollard.services.models.uploads import Uploads
@@ -43,6 +45,7 @@ class ModelsService:
         self.settings = settings
         self.store = Store(settings.store, settings.database_url)
         self.blobs = Blobs(self.store.blobs)
+        self.signatures = SignaturePolicy.load(settings.signature_mode, settings.trusted_keys)
         self.uploads = Uploads(
             self.store,
             self.blobs,
@@ -53,6 +56,7 @@ class ModelsService:
             ),
             max_bundle_bytes=settings.max_bundle_bytes,
             parallel_checks=settings.parallel_checks,
+            policy=self.signatures,
         )
         self.fleet = Fleet(
             self.store,
@@ -75,7 +79,9 @@ class ModelsService:
             interceptors=[ErrorInterceptor()],
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(self.store, self.blobs, self.uploads, self.fleet, self.events),
+            ModelServicer(
+                self.store, self.blobs, self.uploads, self.fleet, self.events, self.signatures
+            ),
             self.grpc.server,
         )
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
@@ -97,6 +103,9 @@ class ModelsService:
         await asyncio.to_thread(self.store.open)
         try:
             await asyncio.to_thread(self.uploads.clean, starting=True)
+            await asyncio.to_thread(
+                signatures.review, self.store, self.blobs, self.signatures.trusted
+            )
             await self.fleet.start()
             self.events.start()
             await self.grpc.start()

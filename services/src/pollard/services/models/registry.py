@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.runtime.signing import Signature
 from pollard.runtime.tensors import protocol_name
 from pollard.services.common.errors import FailedPrecondition, NotFound
 from pollard.services.models import filters, names
@@ -42,6 +43,8 @@ class NewBundle:
     signature: str
     files: tuple[StoredFile, ...]
     """The manifest first."""
+    signed: Signature | None = None
+    """Who has signed it; the file is then among ``files``."""
 
 
 def input_signature(manifest: bundle_pb2.Manifest) -> str:
@@ -336,6 +339,7 @@ def add_revision(
     notes: str,
     labels: dict[str, str],
     actor: str,
+    origin: bytes = b"",
 ) -> tuple[Revision, bool]:
     """Make a bundle the next revision of a model, or return the one that has it.
 
@@ -373,7 +377,7 @@ def add_revision(
                 session, actor, "REVISION_UNDELETED", name, "pushed again", model=model
             )
         return existing, True
-    _add_bundle(session, bundle)
+    _add_bundle(session, bundle, actor)
     owner.latest_revision += 1
     owner.update_time = now
     name = revision_name(model, owner.latest_revision)
@@ -382,7 +386,7 @@ def add_revision(
         actor,
         "REVISION_UPLOADED",
         name,
-        f"bundle {bundle.sha256}, {bundle.size_bytes} bytes",
+        f"bundle {bundle.sha256}, {bundle.size_bytes} bytes, {_signed_by(bundle.signed)}",
         model=model,
     )
     owner.etag = sequence
@@ -397,6 +401,7 @@ def add_revision(
         creator=actor,
         create_time=now,
         removed_version=0,
+        origin=origin or None,
         etag=sequence,
     )
     session.add(row)
@@ -404,12 +409,22 @@ def add_revision(
     return row, False
 
 
-def _add_bundle(session: Session, bundle: NewBundle) -> None:
+def _signed_by(signature: Signature | None) -> str:
+    if signature is None:
+        return "not signed"
+    unknown = "" if signature.trusted else "unknown "
+    return f"signed with the {unknown}key {signature.fingerprint}"
+
+
+def _add_bundle(session: Session, bundle: NewBundle, actor: str) -> None:
     if session.get(Bundle, bundle.sha256) is not None:
         return
-    session.add(
-        Bundle(sha256=bundle.sha256, size_bytes=bundle.size_bytes, signature=bundle.signature)
-    )
+    row = Bundle(sha256=bundle.sha256, size_bytes=bundle.size_bytes, signature=bundle.signature)
+    if bundle.signed is not None:
+        row.signer_key = bundle.signed.fingerprint
+        row.signer_trusted = bundle.signed.trusted
+        row.signed_by, row.signed_time = actor, now_us()
+    session.add(row)
     session.flush()
     for position, file in enumerate(bundle.files):
         session.add(

@@ -68,6 +68,13 @@ class Bundle(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     signature: Mapped[str] = mapped_column(Text)
     """The input tensors in a canonical form, to compare revisions by."""
+    signer_key: Mapped[str] = mapped_column(String(64), default="")
+    """Fingerprint of the key that its signature names; empty when it is not signed."""
+    signer_trusted: Mapped[bool] = mapped_column(default=False)
+    """Whether that key is trusted and was seen to have made it."""
+    signed_by: Mapped[str] = mapped_column(String(255), default="")
+    """Who stored the signature."""
+    signed_time: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class BundleFile(Base):
@@ -107,6 +114,8 @@ class Revision(Base):
     removed_version: Mapped[int] = mapped_column(BigInteger, default=0)
     """Desired state in which servers were last told to free it; 0 for never.
     What a server says of it before it has answered that state is old news."""
+    origin: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Serialised ``Origin`` of the contract; None for none."""
     etag: Mapped[int] = mapped_column(BigInteger)
 
 

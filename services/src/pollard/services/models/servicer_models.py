@@ -19,18 +19,29 @@ from pollard.services.models.quorum import Quorum
 from pollard.services.models.schema import Model, Revision
 from pollard.services.models.servicer_rollouts import Context, RolloutMethods
 from pollard.services.models.servicer_rollouts import actor as actor_of
+from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store
 from pollard.services.models.uploads import UploadRequest, Uploads
 from pollard.services.models.watch import EventFeed
+
+MAX_ORIGINS = 16
+"""How often a revision may have been copied from one installation to the next."""
+MAX_ORIGIN_BYTES = 256 * 1024
 
 
 class ModelServicer(RolloutMethods):
     """Hands requests to registry, uploads and aliases."""
 
     def __init__(
-        self, store: Store, blobs: Blobs, uploads: Uploads, fleet: Fleet, feed: EventFeed
+        self,
+        store: Store,
+        blobs: Blobs,
+        uploads: Uploads,
+        fleet: Fleet,
+        feed: EventFeed,
+        policy: SignaturePolicy,
     ) -> None:
-        super().__init__(store, fleet)
+        super().__init__(store, fleet, policy)
         self._blobs = blobs
         self._uploads = uploads
         self._feed = feed
@@ -51,7 +62,9 @@ class ModelServicer(RolloutMethods):
         uploaded = await self._uploads.receive(request, _chunks(incoming), actor_of(context))
         self._fleet.poke()
         found = await self._revision(uploaded.model, uploaded.revision)
-        return pb.UploadBundleResponse(revision=found, existed=uploaded.existed)
+        return pb.UploadBundleResponse(
+            revision=found, existed=uploaded.existed, warnings=uploaded.warnings
+        )
 
     async def GetUpload(
         self, request: pb.GetUploadRequest, context: Context
@@ -289,6 +302,7 @@ class ModelServicer(RolloutMethods):
         actor = actor_of(context)
 
         def work(session: Session) -> pb.SetAliasResponse:
+            self._policy.check_served(session, model, number)
             row = aliases.set_alias(
                 session,
                 model,
@@ -389,7 +403,38 @@ def _decode_header(header: pb.UploadHeader) -> UploadRequest:
         labels=names.check_labels(header.labels),
         alias=names.check_alias_id(header.alias) if header.alias else "",
         allow_signature_change=header.allow_signature_change,
+        origin=_check_origin(header.origin) if header.HasField("origin") else b"",
     )
+
+
+def _check_origin(origin: pb.Origin) -> bytes:
+    """Return an origin as it is kept.
+
+    Raises:
+        InvalidRequest: it says something impossible, or too much.
+    """
+    raw = origin.SerializeToString(deterministic=True)
+    depth, where = 0, "origin"
+    current: pb.Origin | None = origin
+    while current is not None:
+        depth += 1
+        if depth > MAX_ORIGINS or len(raw) > MAX_ORIGIN_BYTES:
+            raise InvalidRequest(
+                f"origin is more than {MAX_ORIGINS} copies deep or longer than "
+                f"{MAX_ORIGIN_BYTES} bytes",
+                reason="ORIGIN_TOO_LONG",
+            )
+        if not 0 < len(current.installation) <= 255:
+            raise InvalidRequest(
+                f"{where}.installation is empty or longer than 255 characters",
+                reason="ORIGIN_INVALID",
+            )
+        names.parse_revision(current.revision, f"{where}.revision")
+        names.check_text(current.notes, f"{where}.notes")
+        names.check_labels(dict(current.labels))
+        current = current.origin if current.HasField("origin") else None
+        where += ".origin"
+    return raw
 
 
 async def _chunks(incoming: AsyncIterator[pb.UploadBundleRequest]) -> AsyncIterator[bytes]:

@@ -23,6 +23,7 @@ from pollard.services.models import (
     rollouts,
 )
 from pollard.services.models.fleet import Fleet
+from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store
 
 M = TypeVar("M", bound=Message)
@@ -32,9 +33,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RolloutMethods(pb_grpc.ModelServiceServicer):
     """The part of ModelService that is about rollouts, and what all of its changes share."""
 
-    def __init__(self, store: Store, fleet: Fleet) -> None:
+    def __init__(self, store: Store, fleet: Fleet, policy: SignaturePolicy) -> None:
         self._store = store
         self._fleet = fleet
+        self._policy = policy
 
     async def CreateRollout(
         self, request: pb.CreateRolloutRequest, context: Context
@@ -46,6 +48,7 @@ class RolloutMethods(pb_grpc.ModelServiceServicer):
         shadow: rollouts.Shadow | None = None
 
         def work(session: Session) -> pb.CreateRolloutResponse:
+            self._policy.check_served(session, model, plan.revision)
             row = rollouts.create(session, model, plan, shadow, actor=by)
             return pb.CreateRolloutResponse(rollout=encode.rollout(row))
 

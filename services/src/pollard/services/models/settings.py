@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from pollard.services.common.lifecycle import is_loopback
 from pollard.services.common.settings import ServiceSettings
 
 
@@ -60,6 +61,17 @@ class ModelsSettings(ServiceSettings):
         description="Address space of the process that checks a bundle; a graph takes a few times "
         "its size.",
     )
+    signatures: Literal["auto", "allow", "warn", "require"] = Field(
+        "auto",
+        description="Bundles that no trusted key has signed are taken in (allow), with a warning "
+        "(warn), or refused (require); auto allows them on loopback and warns elsewhere. A wrong "
+        "signature is always refused.",
+    )
+    trusted_keys: Path | None = Field(
+        None,
+        description="Directory of the public keys (*.pub, *.pem) whose signatures count; read at "
+        "the start.",
+    )
     parallel_checks: int = Field(2, ge=1, description="Bundles that are checked at the same time.")
     event_retention_days: float = Field(
         400.0,
@@ -67,3 +79,10 @@ class ModelsSettings(ServiceSettings):
         description="How long events of the audit log are kept; 0 keeps them for ever. A watch "
         "that begins before the oldest one kept is refused.",
     )
+
+    @property
+    def signature_mode(self) -> Literal["allow", "warn", "require"]:
+        """What is asked of signatures, with ``auto`` decided."""
+        if self.signatures != "auto":
+            return self.signatures
+        return "allow" if is_loopback(self.host) else "warn"

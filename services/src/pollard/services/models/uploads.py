@@ -18,15 +18,17 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle
 from pollard.runtime.digests import sha256_file
+from pollard.runtime.signing import Signature
 from pollard.services.common.errors import (
     Conflict,
     DataLoss,
@@ -36,11 +38,12 @@ from pollard.services.common.errors import (
     OutOfRange,
     ResourceExhausted,
 )
-from pollard.services.models import aliases, registry
+from pollard.services.models import aliases, registry, signatures
 from pollard.services.models.blobs import Blobs, remove_leftovers
 from pollard.services.models.checks import Check, CheckLimits
 from pollard.services.models.events import DAY_US
 from pollard.services.models.schema import BundleFile, Revision, Upload
+from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store, now_us
 
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
@@ -48,6 +51,8 @@ _WRITE_BYTES = 4 * 1024 * 1024
 # Below it, starting the child early would gain nothing.
 _EARLY_BYTES = 16 * 1024 * 1024
 _DAY_SECONDS = 24 * 3600.0
+
+_log = structlog.get_logger("pollard.uploads")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class UploadRequest:
     labels: dict[str, str] = field(default_factory=dict)
     alias: str = ""
     allow_signature_change: bool = False
+    origin: bytes = b""
+    """Serialised ``Origin`` of the contract; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Uploaded:
     model: str
     revision: int
     existed: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -93,6 +101,7 @@ class Uploads:
         max_bundle_bytes: Largest tar.
         parallel_checks: Children that check at the same time; as many unpack
             what is still arriving.
+        policy: What is asked of signatures.
     """
 
     def __init__(
@@ -103,10 +112,12 @@ class Uploads:
         limits: CheckLimits,
         max_bundle_bytes: int,
         parallel_checks: int = 2,
+        policy: SignaturePolicy | None = None,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._limits = limits
+        self._policy = policy or SignaturePolicy()
         self._max_bundle_bytes = max_bundle_bytes
         self._checking = asyncio.Semaphore(parallel_checks)
         self._unpacking = asyncio.Semaphore(parallel_checks)
@@ -259,7 +270,13 @@ class Uploads:
 
     def _new_check(self, request: UploadRequest) -> Check:
         directory = self._store.staging / f"{request.upload_id}-{secrets.token_hex(4)}"
-        return Check(self.part(request.upload_id), request.total_bytes, directory, self._limits)
+        return Check(
+            self.part(request.upload_id),
+            request.total_bytes,
+            directory,
+            self._limits,
+            self._policy.trusted,
+        )
 
     async def _receive_bytes(self, request: UploadRequest, chunks: AsyncIterator[bytes]) -> None:
         writer = _Writer(self.part(request.upload_id), request.total_bytes)
@@ -299,9 +316,18 @@ class Uploads:
                 if check is None:
                     check = self._new_check(request)
                     stack.push_async_callback(check.end)
-                await check.verdict()
-            bundle = await asyncio.to_thread(_read_bundle, check.directory)
+                signature = await check.verdict()
+            warnings = self._policy.judge(signature)
+            bundle = await asyncio.to_thread(_read_bundle, check.directory, signature)
             uploaded = await self._store_bundle(request, bundle, check.directory, actor)
+            for warning in warnings:
+                _log.warning(
+                    "accepted with a warning",
+                    model=uploaded.model,
+                    revision=uploaded.revision,
+                    warning=warning,
+                )
+            uploaded = replace(uploaded, warnings=warnings)
         self.part(request.upload_id).unlink(missing_ok=True)
         return uploaded
 
@@ -313,7 +339,7 @@ class Uploads:
             with self._blobs.pinned(digests):
                 await asyncio.to_thread(self._adopt, bundle, staging)
                 return await self._store.write(
-                    lambda session: _commit(session, request, bundle, actor)
+                    lambda session: _commit(session, request, bundle, actor, self._policy)
                 )
         except BaseException:
             await asyncio.to_thread(self._blobs.collect, self._is_referenced, digests)
@@ -496,7 +522,11 @@ def _begin(session: Session, request: UploadRequest) -> Uploaded | None:
 
 
 def _commit(
-    session: Session, request: UploadRequest, bundle: registry.NewBundle, actor: str
+    session: Session,
+    request: UploadRequest,
+    bundle: registry.NewBundle,
+    actor: str,
+    policy: SignaturePolicy,
 ) -> Uploaded:
     revision, existed = registry.add_revision(
         session,
@@ -505,8 +535,11 @@ def _commit(
         notes=request.notes,
         labels=request.labels,
         actor=actor,
+        origin=request.origin,
     )
+    signatures.attach(session, bundle, actor)
     if request.alias:
+        policy.check_served(session, request.model, revision.number)
         aliases.set_alias(
             session,
             request.model,
@@ -522,12 +555,12 @@ def _commit(
     return Uploaded(request.model, revision.number, existed)
 
 
-def _read_bundle(directory: Path) -> registry.NewBundle:
+def _read_bundle(directory: Path, signed: Signature | None) -> registry.NewBundle:
     """Return what the registry keeps of a bundle that the child found good."""
     bundle = Bundle.open(directory, verify=False)
     files = [registry.StoredFile(MANIFEST, bundle.digest, (directory / MANIFEST).stat().st_size)]
     signature = directory / SIGNATURE
-    if signature.is_file():
+    if signed is not None:
         files.append(
             registry.StoredFile(SIGNATURE, sha256_file(signature), signature.stat().st_size)
         )
@@ -540,6 +573,7 @@ def _read_bundle(directory: Path) -> registry.NewBundle:
         size_bytes=bundle.size_bytes,
         signature=registry.input_signature(bundle.manifest),
         files=tuple(files),
+        signed=signed,
     )
 
 

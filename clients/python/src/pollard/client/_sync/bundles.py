@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import grpc
 
-from pollard.client import _convert
+from pollard.client import _convert, _copying
 from pollard.client._bundle import BundleTar, BundleWriter
-from pollard.client._names import checked_alias, model_name, revision_name
+from pollard.client._names import checked_alias, checked_model, model_name, revision_name
 from pollard.client._sync import _io
 from pollard.client._sync._manager import SERVICE
 from pollard.client._sync.aliases import AliasMethods
@@ -19,17 +19,35 @@ from pollard.client._sync.revisions import RevisionMethods
 from pollard.client._upload import ProgressCallback, Upload, transfer_timeout
 from pollard.client.errors import (
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidAnswer,
     InvalidBundle,
     NotFound,
     Unavailable,
     from_rpc_error,
 )
-from pollard.client.types import DamagedFile, Progress, Pushed, Revision, Verified
+from pollard.client.types import (
+    Copied,
+    DamagedFile,
+    Origin,
+    Progress,
+    Pushed,
+    Revision,
+    Verified,
+)
 from pollard.models.v1 import model_service_pb2
 
 # Reading a large store from a slow disk may well take hours.
 _VERIFY_SECONDS = 24 * 3600.0
+
+
+def _find_copy(to: RevisionMethods, model: str, source: Revision) -> Revision | None:
+    """Return the revision there that lacks nothing of `source`; None when there is none."""
+    try:
+        found = to.revisions(model, bundle_sha256=source.bundle_sha256)
+    except NotFound:
+        return None
+    return next((each for each in found if _copying.is_complete(each, source)), None)
 
 
 class BundleMethods(AliasMethods, RevisionMethods):
@@ -48,6 +66,8 @@ class BundleMethods(AliasMethods, RevisionMethods):
         wait_timeout: float = 120.0,
         idle_timeout: float = 60.0,
         progress: ProgressCallback | None = None,
+        origin: Origin | None = None,
+        upload_id: str | None = None,
     ) -> Pushed:
         """Store a bundle as the next revision of a model, and point an alias at it if asked to.
 
@@ -65,6 +85,9 @@ class BundleMethods(AliasMethods, RevisionMethods):
             wait_timeout: How long to wait for that, in seconds.
             idle_timeout: How long, in seconds, nothing may move while uploading.
             progress: Called as bytes go out.
+            origin: The revision of another installation that it is a copy of.
+            upload_id: UUID of the upload. The same one again goes on where an upload that was
+                broken off ended, also in another process; None makes one up.
 
         Raises:
             InvalidBundle: The directory is no bundle, or a file differs from its digest.
@@ -87,7 +110,10 @@ class BundleMethods(AliasMethods, RevisionMethods):
             allow_signature_change=allow_signature_change,
             idle_seconds=idle_timeout,
             progress=progress,
+            origin=None if origin is None else _convert.origin_message(origin),
         )
+        if upload_id is not None:
+            upload.upload_id = upload_id
         response = self._upload(upload)
         revision = _convert.revision(response.revision)
         if revision.bundle_sha256 != tar.bundle_sha256:
@@ -98,7 +124,87 @@ class BundleMethods(AliasMethods, RevisionMethods):
         current = None
         if alias is not None and wait:
             current = self.wait_alias(model, alias, revision.revision, wait_timeout=wait_timeout)
-        return Pushed(revision, response.existed, current)
+        return Pushed(revision, response.existed, current, tuple(response.warnings))
+
+    def copy(
+        self,
+        model: str,
+        to: BundleMethods,
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        name: str | None = None,
+        installation: str | None = None,
+        spool: str | os.PathLike[str] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Copied:
+        """Copy a revision to another installation: bundle, signature, notes, labels and origin.
+
+        The bundle keeps its digest. It is fetched to this machine first and then sent; a copy that
+        was broken off goes on from the bytes that arrived there, also in another process. What is
+        there already is not sent again, unless it lacks the signature.
+
+        Args:
+            model: Model name here.
+            to: The other installation's client.
+            revision: Revision to copy; by default the one that the alias points at.
+            alias: Alias to follow; by default "production".
+            name: Model name there; by default the same.
+            installation: How the origin names this installation; by default its address.
+            spool: Directory for bundles on their way; by default in the user's cache.
+            progress: Called as bytes come in and go out; the total is twice the bundle.
+
+        Raises:
+            NotFound: There is no such model, revision or alias.
+            InvalidBundle: What came does not fit its digests.
+            RequestFailed: Anything else that one of the servers answers.
+        """
+        source = self.revision(model, revision=revision, alias=alias)
+        target = checked_model(name or model)
+        there = _find_copy(to, target, source)
+        if there is not None:
+            return Copied(source, there, True)
+        place = _copying.place(spool, source)
+        total = 2 * source.size_bytes
+        if not place.exists():
+            self.pull(
+                model,
+                place,
+                revision=source.revision,
+                progress=_copying.part(progress, 0, total),
+            )
+        origin = Origin(
+            installation or self.address,
+            source.model,
+            source.revision,
+            source.creator,
+            source.create_time,
+            source.notes,
+            source.labels,
+            source.aliases,
+            source.origin,
+        )
+        upload_id = _copying.upload_id(to.address, target, source)
+        while True:
+            try:
+                pushed = to.push(
+                    place,
+                    target,
+                    notes=source.notes,
+                    labels=source.labels,
+                    wait=False,
+                    origin=origin,
+                    upload_id=upload_id,
+                    progress=_copying.part(progress, source.size_bytes, total),
+                )
+                break
+            except FailedPrecondition as error:
+                # That upload became a revision once, which was deleted since.
+                if error.reason != "REVISION_DELETED" or upload_id is None:
+                    raise
+                upload_id = None
+        _io.run_blocking(_copying.forget, place)
+        return Copied(source, pushed.revision, pushed.existed, pushed.warnings)
 
     def pull(
         self,

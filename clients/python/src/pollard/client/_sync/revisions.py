@@ -33,13 +33,16 @@ class RevisionMethods(ManagerClient):
         response = self._call(f"{SERVICE}/GetModel", self._stub.GetModel, request, None)
         return _convert.model(response.model)
 
-    def revisions(self, model: str) -> list[Revision]:
-        """List all revisions of a model, newest first."""
+    def revisions(self, model: str, *, bundle_sha256: str | None = None) -> list[Revision]:
+        """List all revisions of a model, newest first; or only those that have a bundle."""
         revisions: list[Revision] = []
         token = ""
         while True:
             request = model_service_pb2.ListRevisionsRequest(
-                parent=model_name(model), page_size=PAGE, page_token=token
+                parent=model_name(model),
+                page_size=PAGE,
+                page_token=token,
+                filter=f'bundle_sha256 = "{bundle_sha256}"' if bundle_sha256 else "",
             )
             page = self._call(f"{SERVICE}/ListRevisions", self._stub.ListRevisions, request, None)
             revisions += [_convert.revision(item) for item in page.revisions]

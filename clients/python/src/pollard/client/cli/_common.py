@@ -51,6 +51,11 @@ def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """Write a warning to standard error as plain text."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def say(message: str) -> None:
     """Write a line for people to standard output, whatever it contains."""
     stdout().print(message, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ import typer
 
 from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
 from pollard.client._names import checked_alias, checked_model
-from pollard.client.cli import rollout
+from pollard.client.cli import copy, rollout
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -34,6 +34,7 @@ from pollard.client.cli._common import (
     say,
     show_table,
     size,
+    warn,
 )
 from pollard.client.cli.signing import SignOption, signer
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 
 rollout.register(app)
+copy.register(app)
 
 Server = ModelsServerOption
 _TIMEOUT = 30.0
@@ -106,6 +108,8 @@ def push(
                 progress=moved,
             )
         number = pushed.revision.revision
+        for text in pushed.warnings:
+            warn(text)
         if not as_json:
             known = " (the registry already had this bundle)" if pushed.existed else ""
             say(
@@ -118,7 +122,7 @@ def push(
         if chosen and wait:
             moved_alias = client.wait_alias(model, chosen, number, wait_timeout=wait_timeout)
         if as_json:
-            print_json(types.Pushed(pushed.revision, pushed.existed, moved_alias))
+            print_json(types.Pushed(pushed.revision, pushed.existed, moved_alias, pushed.warnings))
             return
         if moved_alias is not None:
             _say_alias(moved_alias)
@@ -412,7 +416,7 @@ def _show_model(model: Model, revisions: list[Revision]) -> None:
         for failure in alias.failures:
             say(f"    {failure.server_id} refused: {failure.message}")
     show_table(
-        ["REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "NOTES"],
+        ["REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "SIGNED", "NOTES"],
         [
             [
                 str(revision.revision),
@@ -421,6 +425,7 @@ def _show_model(model: Model, revisions: list[Revision]) -> None:
                 ", ".join(revision.aliases) or "–",
                 ago(revision.create_time),
                 revision.bundle_sha256[:12],
+                _signed(revision, short=True),
                 revision.notes or revision.error,
             ]
             for revision in revisions
@@ -433,13 +438,27 @@ def _show_revision(revision: Revision) -> None:
     say(f"  state    {revision.state} {revision.error}")
     say(f"  aliases  {', '.join(revision.aliases) or '–'}")
     say(f"  bundle   {revision.bundle_sha256}, {size(revision.size_bytes)}")
-    say(f"  stored   {ago(revision.create_time)}")
+    say(f"  signed   {_signed(revision)}")
+    by = f" by {revision.creator}" if revision.creator else ""
+    say(f"  stored   {ago(revision.create_time)}{by}")
+    for line in copy.origin_lines(revision.origin):
+        say(f"  origin   {line}")
     if revision.notes:
         say(f"  notes    {revision.notes}")
     show_table(
         ["VARIANT", "TARGET", "SIZE", "ACCURACY", "LATENCY"],
         [_variant_row(variant) for variant in revision.variants],
     )
+
+
+def _signed(revision: Revision, *, short: bool = False) -> str:
+    signature = revision.signature
+    if signature is None:
+        return "no"
+    key = signature.key_sha256[:12] if short else f"with the key {signature.key_sha256}"
+    if signature.state == "TRUSTED":
+        return key
+    return f"{key} (unknown)" if short else f"{key}, which the manager does not know"
 
 
 def _variant_row(variant: types.Variant) -> list[str]:
