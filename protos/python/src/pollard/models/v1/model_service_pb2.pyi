@@ -181,6 +181,8 @@ class Revision(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "models/{model}/revisions/{n}"."""
     revision: _builtins.int
@@ -221,6 +223,18 @@ class Revision(_message.Message):
     def delete_time(self) -> _timestamp_pb2.Timestamp:
         """When it was deleted; unset otherwise."""
 
+    @_builtins.property
+    def signature(self) -> Global___BundleSignature:
+        """Who vouches for its bundle; unset when it is not signed. A signature
+        belongs to the bundle: every revision that has the bundle shows it.
+        """
+
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """The revision of another installation that it is a copy of; unset when it
+        was pushed here first.
+        """
+
     def __init__(
         self,
         *,
@@ -238,14 +252,161 @@ class Revision(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         etag: _builtins.str = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
+        signature: Global___BundleSignature | None = ...,
+        origin: Global___Origin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "error", b"error", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "error", b"error", "manifest", b"manifest", "origin", b"origin", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_sha256", b"bundle_sha256", "create_time", b"create_time", "creator", b"creator", "delete_time", b"delete_time", "error", b"error", "etag", b"etag", "labels", b"labels", "manifest", b"manifest", "name", b"name", "notes", b"notes", "revision", b"revision", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_sha256", b"bundle_sha256", "create_time", b"create_time", "creator", b"creator", "delete_time", b"delete_time", "error", b"error", "etag", b"etag", "labels", b"labels", "manifest", b"manifest", "name", b"name", "notes", b"notes", "origin", b"origin", "revision", b"revision", "signature", b"signature", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Revision: _TypeAlias = Revision  # noqa: Y015
+
+@_typing.final
+class BundleSignature(_message.Message):
+    """BundleSignature says who vouches for a bundle's content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BundleSignature._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: BundleSignature._State.ValueType  # 0
+        """Not set."""
+        STATE_TRUSTED: BundleSignature._State.ValueType  # 1
+        """Made by a key that this manager trusts."""
+        STATE_UNKNOWN_KEY: BundleSignature._State.ValueType  # 2
+        """Names a key that this manager does not trust, so that nobody has checked
+        who made it; it lists the files that the bundle holds.
+        """
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """State of a signature."""
+
+    STATE_UNSPECIFIED: BundleSignature.State.ValueType  # 0
+    """Not set."""
+    STATE_TRUSTED: BundleSignature.State.ValueType  # 1
+    """Made by a key that this manager trusts."""
+    STATE_UNKNOWN_KEY: BundleSignature.State.ValueType  # 2
+    """Names a key that this manager does not trust, so that nobody has checked
+    who made it; it lists the files that the bundle holds.
+    """
+
+    STATE_FIELD_NUMBER: _builtins.int
+    KEY_SHA256_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CREATOR_FIELD_NUMBER: _builtins.int
+    state: Global___BundleSignature.State.ValueType
+    """State. It follows the manager's trusted keys, which it reads when it starts."""
+    key_sha256: _builtins.str
+    """Fingerprint of the key: SHA-256 of its public key in PEM form, lower-case
+    hexadecimal, as `pollard keys show` prints it.
+    """
+    creator: _builtins.str
+    """Who stored it."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the signature was stored."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___BundleSignature.State.ValueType = ...,
+        key_sha256: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        creator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator", b"creator", "key_sha256", b"key_sha256", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BundleSignature: _TypeAlias = BundleSignature  # noqa: Y015
+
+@_typing.final
+class Origin(_message.Message):
+    """Origin is the revision that another one is a copy of, as it was when it was
+    copied. Whoever uploads says it; the manager keeps it as it was said.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    INSTALLATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    CREATOR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    installation: _builtins.str
+    """Installation, such as the address of its manager; at most 255 characters."""
+    revision: _builtins.str
+    """Resource name there, "models/{model}/revisions/{n}"."""
+    creator: _builtins.str
+    """Who stored it there."""
+    notes: _builtins.str
+    """Its notes there."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was stored there."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Its labels there."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases that pointed at it there."""
+
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """Where that one came from in turn; at most 16 deep."""
+
+    def __init__(
+        self,
+        *,
+        installation: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        creator: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        notes: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        origin: Global___Origin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "origin", b"origin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "create_time", b"create_time", "creator", b"creator", "installation", b"installation", "labels", b"labels", "notes", b"notes", "origin", b"origin", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
 
 @_typing.final
 class Alias(_message.Message):
@@ -485,6 +646,7 @@ class UploadHeader(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     ALLOW_SIGNATURE_CHANGE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """Model to add a revision to, "models/{model}"."""
     upload_id: _builtins.str
@@ -507,6 +669,12 @@ class UploadHeader(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the revision."""
 
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """The revision that this is a copy of; unset for none. Of a bundle that the
+        model already has it is passed over.
+        """
+
     def __init__(
         self,
         *,
@@ -519,10 +687,11 @@ class UploadHeader(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         alias: _builtins.str = ...,
         allow_signature_change: _builtins.bool = ...,
+        origin: Global___Origin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_signature_change", b"allow_signature_change", "labels", b"labels", "notes", b"notes", "parent", b"parent", "sha256", b"sha256", "total_bytes", b"total_bytes", "upload_id", b"upload_id", "write_offset", b"write_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_signature_change", b"allow_signature_change", "labels", b"labels", "notes", b"notes", "origin", b"origin", "parent", b"parent", "sha256", b"sha256", "total_bytes", b"total_bytes", "upload_id", b"upload_id", "write_offset", b"write_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -536,21 +705,31 @@ class UploadBundleResponse(_message.Message):
 
     REVISION_FIELD_NUMBER: _builtins.int
     EXISTED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     existed: _builtins.bool
-    """Whether the model already had this bundle."""
+    """Whether the model already had this bundle. Its notes, labels and origin
+    stay as they were; a signature that came with it is stored.
+    """
     @_builtins.property
     def revision(self) -> Global___Revision:
         """The revision."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the manager accepted and thinks little of, one sentence each, such as
+        that the bundle is not signed.
+        """
 
     def __init__(
         self,
         *,
         revision: Global___Revision | None = ...,
         existed: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -217,7 +217,9 @@ class ModelServiceServicer(object):
         model already has gives that revision again. Digests or a structure that
         do not agree fail with INVALID_ARGUMENT (DATA_LOSS when the bytes were
         damaged on the way) and leave nothing; a full disk fails with
-        RESOURCE_EXHAUSTED.
+        RESOURCE_EXHAUSTED. The tar may hold a signature beside what the manifest
+        lists; a wrong one is always refused, with INVALID_ARGUMENT, and where the
+        manager requires one, so is a bundle that no trusted key has signed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

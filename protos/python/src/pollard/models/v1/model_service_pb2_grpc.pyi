@@ -60,7 +60,9 @@ class ModelServiceStub:
     model already has gives that revision again. Digests or a structure that
     do not agree fail with INVALID_ARGUMENT (DATA_LOSS when the bytes were
     damaged on the way) and leave nothing; a full disk fails with
-    RESOURCE_EXHAUSTED.
+    RESOURCE_EXHAUSTED. The tar may hold a signature beside what the manifest
+    lists; a wrong one is always refused, with INVALID_ARGUMENT, and where the
+    manager requires one, so is a bundle that no trusted key has signed.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetUploadRequest, _model_service_pb2.GetUploadResponse]
     """GetUpload tells how many bytes of an unfinished upload are on disk.
@@ -182,7 +184,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     model already has gives that revision again. Digests or a structure that
     do not agree fail with INVALID_ARGUMENT (DATA_LOSS when the bytes were
     damaged on the way) and leave nothing; a full disk fails with
-    RESOURCE_EXHAUSTED.
+    RESOURCE_EXHAUSTED. The tar may hold a signature beside what the manifest
+    lists; a wrong one is always refused, with INVALID_ARGUMENT, and where the
+    manager requires one, so is a bundle that no trusted key has signed.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetUploadRequest, _model_service_pb2.GetUploadResponse]  # type: ignore[assignment]
     """GetUpload tells how many bytes of an unfinished upload are on disk.
@@ -307,7 +311,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         model already has gives that revision again. Digests or a structure that
         do not agree fail with INVALID_ARGUMENT (DATA_LOSS when the bytes were
         damaged on the way) and leave nothing; a full disk fails with
-        RESOURCE_EXHAUSTED.
+        RESOURCE_EXHAUSTED. The tar may hold a signature beside what the manifest
+        lists; a wrong one is always refused, with INVALID_ARGUMENT, and where the
+        manager requires one, so is a bundle that no trusted key has signed.
         """
 
     @_abc_1.abstractmethod
