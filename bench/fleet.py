@@ -38,6 +38,8 @@ class ServedBundle:
 
     revision: int
     bundle: Bundle
+    shadow: tuple[ServedBundle, float] | None = None
+    """Another revision that is loaded beside it, and the share of the requests copied to it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,23 @@ class Fleet(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer): 
             )
             route = model.routes.add(alias="production")
             route.targets.add(revision=served.revision, weight=1)
+            if served.shadow is not None:
+                other, share = served.shadow
+                model.revisions.add(
+                    revision=other.revision,
+                    bundle_sha256=other.bundle.digest,
+                    size_bytes=other.bundle.size_bytes,
+                )
+                if share:
+                    route.shadow.CopyFrom(
+                        fleet_pb.Shadow(
+                            revision=other.revision,
+                            base_revision=served.revision,
+                            share_ppm=round(share * 1e6),
+                            output=other.bundle.manifest.outputs[0].name,
+                        )
+                    )
+        state.report_interval.FromMilliseconds(500)
         self._orders.put_nowait(fleet_pb.SyncResponse(desired_state=state))
         while True:
             answer = await self._answers.get()
@@ -115,6 +134,13 @@ class Fleet(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer): 
                 raise RuntimeError(f"the server refused: {answer.nack}")
             if answer.HasField("ack") and answer.ack.version == self._version:
                 return
+
+    async def shadows(self) -> fleet_pb.ShadowCounters:
+        """Return what the server's next report counts of copies."""
+        self._reported.clear()
+        await asyncio.wait_for(self._reported.wait(), 10)
+        found = [s.counters.shadow for s in self._statuses if s.counters.HasField("shadow")]
+        return found[0] if found else fleet_pb.ShadowCounters()
 
     async def settled(self) -> None:
         """Wait until no revision is draining any more."""

@@ -74,6 +74,16 @@ def test_the_manifest_says_what_was_measured_and_how_it_came_to_be(
         assert [latency.batch_size for latency in figures.latencies] == [1, 8]
         assert all(0 < latency.p50_us <= latency.p99_us for latency in figures.latencies)
     assert variant.measurement.macs < 0.21 * manifest.parent.macs
+    agreement = variant.measurement.agreement
+    assert (agreement.name, agreement.samples, agreement.dataset) == (
+        "agreement",
+        445,
+        "digits/held-out",
+    )
+    # Two that agree less than this could not both be right as often as they are.
+    assert agreement.value >= variant.measurement.accuracy.value + result.parent.accuracy.value - 1
+    assert agreement.value < 1 or result.chosen.accuracy.value == result.parent.accuracy.value
+    assert not manifest.parent.HasField("agreement")
     assert variant.requirements.opset == 20
     assert 2**20 <= variant.requirements.memory_bytes <= 2**28
     assert variant.requirements.memory_bytes % 2**20 == 0

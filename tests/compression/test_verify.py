@@ -35,6 +35,7 @@ def measured(
         [Timing(1, us, us, 20)],
         Ratio(speed, lower or speed * 0.99, speed * 1.01),
         1.0,
+        wilson(99, 100, "d/choose"),
         np.zeros((10, 10), np.int64),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.services.models.histograms import Latencies, upper_tail
 from pollard.services.models.rollout_gates import Judge, Limits
-from pollard.services.models.rollout_tallies import Tally
+from pollard.services.models.rollout_tallies import Copies, Tally
 
 LIMITS = Limits(max_error_rate=0.005, max_p99_ratio=1.2, steps=3)
 STEPS = (0.05, 0.25, 0.5)
@@ -136,6 +137,69 @@ def test_a_tail_that_is_a_little_too_long_is_found_in_time() -> None:
         for seed in range(20)
     ]
     assert found == ["GATE_P99_RATIO"] * 20
+
+
+def shadow_reports(
+    chance: np.random.Generator, agreement: float, limit: float, *, failing: float = 0.0
+) -> str:
+    """Why a rollout is taken back for its shadows: four steps, each looked at 40 times."""
+    for _ in range(4):
+        judge = Judge(Limits(0.005, 1.2, 4, limit), 2, 1)
+        for _ in range(40):
+            copies = int(chance.integers(0, 60))
+            failed = int(chance.binomial(copies, failing))
+            items = copies - failed
+            agreed = int(chance.binomial(items, agreement))
+            judge.copies.add(Copies(items, items, agreed, 0, failed))
+            found = judge.verdict()
+            if found is not None:
+                return found.reason
+    return ""
+
+
+@pytest.mark.parametrize(("agreement", "limit"), [(1.0, 0.98), (0.98, 0.96), (0.96, 0.96)])
+def test_a_thousand_rollouts_that_agree_as_they_should_are_promoted(
+    agreement: float, limit: float
+) -> None:
+    """Also one that agrees no better than it must."""
+    ends = [shadow_reports(np.random.default_rng(seed), agreement, limit) for seed in range(1000)]
+    assert sum(bool(end) for end in ends) <= 10, [end for end in ends if end]
+
+
+def test_one_that_disagrees_or_fails_is_always_found() -> None:
+    for seed in range(300):
+        chance = np.random.default_rng(seed)
+        assert shadow_reports(chance, 0.85, 0.96) == "GATE_AGREEMENT"
+        assert shadow_reports(chance, 1.0, 0.96, failing=0.2) == "GATE_SHADOW_ERROR_RATE"
+
+
+def test_images_that_the_preprocessing_fails_count_against_their_revision_alone() -> None:
+    judge = Judge(LIMITS, 2, 1)
+    judge.images.add(Tally(30, 10), Tally(380, 2))
+    failed = judge.verdict()
+    assert failed is not None
+    assert "10 of 40 images, in the preprocess service" in failed.message
+    both = Judge(LIMITS, 2, 1)
+    both.images.add(Tally(30, 10), Tally(300, 100))
+    assert both.verdict() is None
+
+
+def test_a_judge_goes_on_from_what_was_stored() -> None:
+    chance = np.random.default_rng(3)
+    judge, kept = Judge(LIMITS, 2, 1), Judge(LIMITS, 2, 1)
+    for _ in range(30):
+        canary = tally(chance, 100, 0.004, 1, 0.5)
+        base = tally(chance, 900, 0.002, 1, 0.5)
+        copies = Copies(5, 9, 8, 1, 0, Latencies(4, {3: 9}))
+        for each in (judge, kept):
+            each.observe(canary, base)
+            each.images.add(canary, base)
+            each.copies.add(copies)
+        assert (judge.verdict() is None) == (kept.verdict() is None)
+        restored = Judge(LIMITS, 2, 1)
+        restored.restore(json.loads(json.dumps(kept.to_json())))
+        kept = restored
+        assert kept.to_json() == judge.to_json()
 
 
 def test_the_words_name_the_gate_with_the_numbers() -> None:

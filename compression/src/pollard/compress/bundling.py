@@ -18,6 +18,7 @@ import psutil
 from pollard.bundle.v1 import bundle_pb2
 from pollard.compress.data import Dataset
 from pollard.compress.errors import OutputExists
+from pollard.compress.evaluate import Accuracy
 from pollard.compress.export import INPUT, OPSET, OUTPUT
 from pollard.compress.golden import make_golden
 from pollard.compress.memory import measure_memory
@@ -204,7 +205,7 @@ def assemble(
                 opset=_opset(raw),
                 memory_bytes=measure_memory(candidate.path, candidate.target, spec, MAX_BATCH),
             ),
-            measurement=measurement(chosen, machine),
+            measurement=measurement(chosen, machine, compared=parent is not None),
             max_batch_size=MAX_BATCH,
         )
     )
@@ -237,20 +238,14 @@ def _opset(raw: bytes) -> int:
     return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), OPSET)
 
 
-def measurement(measured: Measured, machine: Machine) -> bundle_pb2.Measurement:
-    """Return the figures in the manifest's form."""
-    accuracy = measured.accuracy
+def measurement(
+    measured: Measured, machine: Machine, *, compared: bool = False
+) -> bundle_pb2.Measurement:
+    """Return the figures in the manifest's form, with the agreement if there is a parent."""
     return bundle_pb2.Measurement(
         target=measured.candidate.target,
-        accuracy=bundle_pb2.Metric(
-            name="top1",
-            value=accuracy.value,
-            samples=accuracy.samples,
-            lower=accuracy.lower,
-            upper=accuracy.upper,
-            confidence=0.95,
-            dataset=accuracy.dataset,
-        ),
+        accuracy=_metric("top1", measured.accuracy),
+        agreement=_metric("agreement", measured.parent_agreement) if compared else None,
         size_bytes=measured.candidate.size_bytes,
         macs=measured.candidate.macs,
         parameters=measured.candidate.parameters,
@@ -267,6 +262,18 @@ def measurement(measured: Measured, machine: Machine) -> bundle_pb2.Measurement:
             )
             for timing in measured.timings
         ],
+    )
+
+
+def _metric(name: str, share: Accuracy) -> bundle_pb2.Metric:
+    return bundle_pb2.Metric(
+        name=name,
+        value=share.value,
+        samples=share.samples,
+        lower=share.lower,
+        upper=share.upper,
+        confidence=0.95,
+        dataset=share.dataset,
     )
 
 

@@ -236,12 +236,16 @@ def _before_after(content: dict[str, Any]) -> str:
         rows.append(
             (title, form(parent[key]), form(chosen[key]), f"{chosen[key] / parent[key]:.1%} left")
         )
+    rows.append(("Same answer as the parent", "", _share(chosen["agreement_with_parent"]), ""))
     rows.append(("Same answer as in PyTorch", _agreement(parent), _agreement(chosen), ""))
     return table(("", "Parent", "Shipped", "Change"), rows)
 
 
 def _accuracy(figures: dict[str, Any]) -> str:
-    a = figures["accuracy"]
+    return _share(figures["accuracy"])
+
+
+def _share(a: dict[str, Any]) -> str:
     return f"{a['value']:.2%} ({a['lower']:.1%} to {a['upper']:.1%})"
 
 

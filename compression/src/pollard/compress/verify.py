@@ -62,6 +62,8 @@ class Measured:
     """How many times faster than the parent's float file, one image, one thread."""
     agreement: float
     """Share of images that get the same answer as from the PyTorch model."""
+    parent_agreement: Accuracy
+    """Share of images that get the same answer as from the parent's float file."""
     confusion: NDArray[np.int64] = field(repr=False)
 
     @property
@@ -83,6 +85,7 @@ class Measured:
             "speedup": _interval(self.speedup.estimate, self.speedup.lower, self.speedup.upper),
             "parity": self.candidate.parity,
             "agreement_with_torch": self.agreement,
+            "agreement_with_parent": self.parent_agreement.to_json(),
         }
 
 
@@ -107,12 +110,15 @@ def measure(
     timings, medians = _time_all(sessions, part, rounds)
     results: list[Measured] = []
     parent_right: NDArray[np.bool_] | None = None
+    parent_answers: NDArray[np.int64] | None = None
     answers: dict[int, NDArray[np.int64]] = {}
     rows = zip(candidates, sessions, timings, medians, strict=True)
     for candidate, session, timing, times in rows:
         logits = predict_part(session_predictor(session), part, MAX_BATCH)
         right = right_answers(logits, part)
         parent_right = right if parent_right is None else parent_right
+        given = logits.argmax(axis=1)
+        parent_answers = given if parent_answers is None else parent_answers
         if id(candidate.module) not in answers:
             answers[id(candidate.module)] = _torch_answers(candidate, part)
         results.append(
@@ -122,7 +128,8 @@ def measure(
                 paired_drop(parent_right, right),
                 timing,
                 ratio(medians[0], times),
-                float((logits.argmax(axis=1) == answers[id(candidate.module)]).mean()),
+                float((given == answers[id(candidate.module)]).mean()),
+                accuracy(given == parent_answers, part),
                 confusion(logits, part.labels, len(data.classes)),
             )
         )
