@@ -1,9 +1,9 @@
 """How soon a bad revision is taken back: `python -m bench.rollout`.
 
 Starts `pollard up`, pushes a good revision and a bad one (one request in five fails, or it takes
-about three times as long), keeps clients busy, and begins a rollout at 5 %. Time counts from the 200th
-request to the bad revision, or from its first one if it was taken back before, both as the manager
-hears of them: servers report once a second.
+about three times as long), keeps clients busy, and begins a rollout at 5 %. Time counts from the
+200th request to the bad revision, or from its first one if it was taken back before, both as the
+manager hears of them: servers report once a second.
 """
 
 from __future__ import annotations

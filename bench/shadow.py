@@ -171,10 +171,10 @@ def main(
             "",
             f"{built.title}, {found['rate']:.0f} requests a second at random moments ({load:.0%} "
             f"of the capacity), {share:.0%} of them copied, {rounds} rounds of four times "
-            f"{seconds:g} s: p50 with shadows {p50} × that without (allowed {_ALLOWED_P50}); p99 longer by "
-            f"{longer} ms (allowed: one service time, {found['service_ms']:.2f} ms for a request "
-            f"alone). Copies: {counted['compared']} compared, {counted['dropped']} dropped, "
-            f"{counted['failed']} failed. {found['failed']} requests failed.",
+            f"{seconds:g} s: p50 with shadows {p50} × that without (allowed {_ALLOWED_P50}); p99 "
+            f"longer by {longer} ms (allowed: one service time, {found['service_ms']:.2f} ms for "
+            f"a request alone). Copies: {counted['compared']} compared, {counted['dropped']} "
+            f"dropped, {counted['failed']} failed. {found['failed']} requests failed.",
             "",
         ]
     )

@@ -208,6 +208,39 @@ async def test_a_revision_that_takes_many_times_as_long_is_taken_back(
         assert (await models.alias("tardy")).revision == 1
 
 
+async def test_a_revision_whose_shadows_answer_otherwise_never_answers_anybody(
+    up: Any, make_bundle: BundleMaker
+) -> None:
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(make_bundle(seed=20).path, "shadowed", alias="production")
+        await models.push(make_bundle(seed=21).path, "shadowed")
+        # The same model in another bundle: it agrees in everything.
+        same = make_bundle(seed=20, edit=lambda manifest: setattr(manifest, "name", "again"))
+        await models.push(same.path, "shadowed")
+        async with Clients(up, "shadowed") as clients:
+            how: dict[str, Any] = {
+                "steps": [50, 100],
+                "hold": 0.5,
+                "min_requests": 20,
+                "max_p99_ratio": 1000,
+                "shadow_percent": 100,
+                "min_agreement": 0.95,
+            }
+            started = await models.start_rollout("shadowed", 2, **how)
+            assert (started.state, started.step) == ("SHADOW", -1)
+            found = await ended(models, "shadowed", started.number)
+            assert (found.state, found.step) == ("ROLLED_BACK", -1)
+            assert found.error.startswith("gate min_agreement: revision 2 gives the answer")
+            assert 2 not in clients.answered
+            started = await models.start_rollout("shadowed", 3, **how)
+            found = await ended(models, "shadowed", started.number)
+            assert (found.state, found.error) == ("PROMOTED", "")
+            assert found.evidence is not None
+            assert found.evidence.shadow is not None
+            assert found.evidence.shadow.agreed == found.evidence.shadow.items
+        assert clients.failed == []
+
+
 async def test_a_key_gets_the_same_revision_from_both_services(
     up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Any]]
 ) -> None:
