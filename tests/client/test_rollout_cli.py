@@ -115,7 +115,16 @@ def test_it_is_followed_until_it_ends(
     ]
     scripted.on("ListRollouts", lambda r, c: pb.ListRolloutsResponse(rollouts=states[:1]))
     coming = iter(states)
-    scripted.on("GetRollout", lambda r, c: pb.GetRolloutResponse(rollout=next(coming)))
+    asked = 0
+
+    def get(request: Any, context: grpc.ServicerContext) -> pb.GetRolloutResponse:
+        nonlocal asked
+        asked += 1
+        if asked in (3, 4):  # the manager is restarted
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no manager")
+        return pb.GetRolloutResponse(rollout=next(coming))
+
+    scripted.on("GetRollout", get)
     assert _main.run(["models", "rollout", "m", "--watch", "--server", address]) == 1
     said = capsys.readouterr().out
     assert said.index("only shadows (10 %)") < said.index("step 1 of 2") < said.index("rolled back")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Annotated
 
 import typer
@@ -172,8 +171,7 @@ def _follow(client: ModelsClient, found: Rollout, *, quiet: bool) -> Rollout:
     if not quiet:
         return rollout_view.watch(client, found)
     while found.end_time is None:
-        time.sleep(1.0)
-        found = client.rollout(found.model, found.number)
+        found = rollout_view.look_again(client, found)
     return found
 
 

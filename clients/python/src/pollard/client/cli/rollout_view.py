@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pollard.client import ModelsClient, Rollout
+from pollard.client import DeadlineExceeded, ModelsClient, Rollout, Unavailable
 from pollard.client.cli._common import say, stdout
 from pollard.client.types import RevisionEvidence, RolloutEvidence
 
@@ -69,14 +70,22 @@ def watch(client: ModelsClient, item: Rollout) -> Rollout:
             if item.end_time is not None:
                 show(item)
                 return item
-            time.sleep(_LOOK_SECONDS)
-            item = client.rollout(item.model, item.number)
+            item = look_again(client, item)
     with Live(picture(item), console=console, auto_refresh=False) as live:
         while item.end_time is None:
-            time.sleep(_LOOK_SECONDS)
-            item = client.rollout(item.model, item.number)
+            item = look_again(client, item)
             live.update(picture(item), refresh=True)
     return item
+
+
+def look_again(client: ModelsClient, item: Rollout) -> Rollout:
+    """Return a rollout a moment later; as it was, if the manager cannot be reached just then."""
+    time.sleep(_LOOK_SECONDS)
+    try:
+        return client.rollout(item.model, item.number)
+    except (Unavailable, DeadlineExceeded) as error:
+        print(f"waiting for the manager: {error}", file=sys.stderr)
+        return item
 
 
 def _numbers(item: Rollout, evidence: RolloutEvidence) -> Table:
