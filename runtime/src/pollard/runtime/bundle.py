@@ -8,7 +8,10 @@ file is never serialised a second time.
 
 from __future__ import annotations
 
+import math
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +34,12 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 # Far above the signature of the largest bundle, for the same reason.
 MAX_SIGNATURE_BYTES = 8 * 1024 * 1024
+
+# Golden inputs and outputs are a few images; more is an attack on the memory.
+MAX_GOLDEN_BYTES = 1024**3
+
+# gRPC carries no larger message, so no request could hold a larger batch.
+MAX_BATCH_BYTES = 2**31
 
 TARGETS = ("cpu-fp32", "cpu-int8", "cuda-fp16", "tensorrt-int8")
 
@@ -132,6 +141,7 @@ class Bundle:
         inputs: dict[str, NDArray[np.generic]] = {}
         outputs: dict[str, NDArray[np.generic]] = {}
         try:
+            _refuse_bomb(self.path / variant.golden_file)
             with np.load(self.path / variant.golden_file, allow_pickle=False) as archive:
                 for key in archive.files:
                     side, _, name = key.partition("/")
@@ -139,7 +149,19 @@ class Bundle:
                         inputs[name] = archive[key]
                     elif side == "output":
                         outputs[name] = archive[key]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        # A pickle is a ValueError; a shape that is not true may be a MemoryError.
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            MemoryError,
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise BundleCorrupt(
                 f"{variant.golden_file} is not a readable NumPy archive: {error}",
                 path=variant.golden_file,
@@ -168,6 +190,19 @@ class Bundle:
                 raise BundleCorrupt(f"{found} is not listed in the manifest", path=found)
         for file in self.manifest.files:
             check_file(self.path, file, (digests or {}).get(file.path))
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Look what an archive says that it takes unpacked; reading takes no more than that."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_GOLDEN_BYTES:
+        raise BundleCorrupt(
+            f"{path.name} takes {size} bytes unpacked; golden inputs and outputs may take "
+            f"{MAX_GOLDEN_BYTES}",
+            path=path.name,
+            limit=MAX_GOLDEN_BYTES,
+        )
 
 
 def _files_below(root: Path) -> Iterator[str]:
@@ -297,6 +332,15 @@ def check_manifest(manifest: bundle_pb2.Manifest) -> None:
             refuse(
                 f"variants[{variant.name}].golden_file", f"{variant.golden_file!r} is not in files"
             )
+        for spec in manifest.inputs:
+            row = math.prod(max(size, 1) for size in spec.shape)
+            if row * max(1, variant.max_batch_size) > MAX_BATCH_BYTES:
+                refuse(
+                    f"variants[{variant.name}].max_batch_size",
+                    f"a batch of {max(1, variant.max_batch_size)} of the input {spec.name!r} "
+                    f"{list(spec.shape)} is larger than the {MAX_BATCH_BYTES} bytes of the largest "
+                    "request",
+                )
     labels = manifest.postprocess.labels_file
     if labels and labels not in paths:
         refuse("postprocess.labels_file", f"{labels!r} is not in files")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,13 @@ def open_session(
     try:
         raw = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class but this
+        newest = re.search(r"domain (\S+) is till opset (\d+)", str(error))
+        if newest is not None:
+            raise ModelLoadFailed(
+                f"the model asks for a newer opset of {newest[1]} than {newest[2]}, the newest "
+                f"of onnxruntime {onnxruntime.__version__} here; export it for an older one",
+                newest_opset=newest[2],
+            ) from error
         raise ModelLoadFailed(f"onnxruntime cannot load the model: {_first_line(error)}") from error
     if raw.get_providers()[0] != provider:
         raise ModelLoadFailed(

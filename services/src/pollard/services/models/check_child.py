@@ -20,12 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
+from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.archive import ArchiveLimits, unpack
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.errors import ModelLoadFailed, RuntimeFault
+from pollard.runtime.graph_scan import check_external, check_opset, scan_graph
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.sessions import Session, check_signature, open_session
 from pollard.runtime.signing import read_signature
+from pollard.runtime.tensors import NUMPY
 
 
 def _check(arguments: dict[str, object]) -> dict[str, object]:
@@ -72,8 +77,14 @@ def _trusted(paths: object) -> TrustedKeys | None:
 
 
 def _check_graphs(bundle: Bundle) -> None:
+    sizes = {file.path: file.size_bytes for file in bundle.manifest.files}
+    _ = bundle.labels  # that they can be read
     for variant in bundle.manifest.variants:
         try:
+            # Before anything parses it.
+            graph = scan_graph(bundle.model_path(variant))
+            check_external(graph, variant.model_file, sizes)
+            check_opset(graph, variant.requirements.opset)
             session = _open(bundle.model_path(variant))
         except ModelLoadFailed as fault:
             # A graph made for an accelerator may use kernels that the CPU has
@@ -84,6 +95,36 @@ def _check_graphs(bundle: Bundle) -> None:
                 f"variant {variant.name!r}: {fault.message}", variant=variant.name
             ) from fault
         check_signature(session, bundle.manifest)
+        _run_once(session, bundle, variant)
+
+
+def _run_once(session: Session, bundle: Bundle, variant: bundle_pb2.Variant) -> None:
+    """Run what the servers will run first: what never ends or eats the memory does it here.
+
+    Whether the answers are right is for the servers, which have the machine for the variant.
+    """
+    golden = bundle.golden(variant)
+    if golden is not None:
+        feeds = golden.inputs
+    else:
+        feeds = {
+            info.name: np.zeros([max(size, 1) for size in info.shape], NUMPY[info.datatype])
+            for info in session.inputs
+            if info.datatype in NUMPY
+        }
+    try:
+        session.run(feeds)
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # Zeros need not be a valid input, and an accelerator's graph need not run here.
+        memory = isinstance(error, MemoryError) or "alloc" in why.lower()
+        if memory or (golden is not None and variant.target.startswith("cpu-")):
+            raise ModelLoadFailed(
+                f"variant {variant.name!r} cannot be run"
+                + (" within the memory of a check" if memory else " on its golden inputs")
+                + f": {why}",
+                variant=variant.name,
+            ) from error
 
 
 def _open(path: Path) -> Session:
