@@ -183,7 +183,8 @@ class Connection:
                 "a Hello comes only once, as the first message", reason="HELLO_TWICE"
             )
         else:
-            raise InvalidRequest("an empty message", reason="MESSAGE_EMPTY")
+            # A later version of the server may say more than this one of the manager knows.
+            _log.debug("a message of an unknown kind", server=server.hello.server_id)
 
     def _is_ours(self, version: int, nonce: str) -> bool:
         known = self._nonces.get(version) == nonce
