@@ -150,6 +150,18 @@ def test_the_same_recipe_gives_the_same_file(digits_parent: Path, tmp_path: Path
     onnx.checker.check_model(onnx.load_from_string(models[0]))
 
 
+def test_a_budget_is_met_by_the_file_that_is_shipped(digits_parent: Path, tmp_path: Path) -> None:
+    small = recipe(
+        digits_parent, target="cpu-fp32", budget=("size=0.2", "macs=0.4"), epochs=2, prune_steps=1
+    )
+    result = compress(small, tmp_path / "out")
+    summary, pruning = result.report["summary"], result.report["pruning"]
+    assert summary["size_compressed_bytes"] <= 0.2 * summary["size_parent_bytes"]
+    assert summary["macs_compressed"] <= 0.4 * summary["macs_parent"]
+    assert pruning["search"]["budgets"] == ["size=0.2", "macs=0.4"]
+    assert "What was cut, and why" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_gate_that_cannot_be_met_leaves_nothing(digits_parent: Path, tmp_path: Path) -> None:
     hopeless = recipe(digits_parent, target="cpu-fp32", prune=0.95, epochs=0, max_drop=0.5)
     with pytest.raises(GateRefused, match="pruned-fp32 lost") as caught:

@@ -115,6 +115,27 @@ def compress(
         float,
         typer.Option("--prune", help="Share of the MACs to remove, 0 to 1; 0 does not prune."),
     ] = 0.5,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            help="Instead of --prune: latency=0.4, macs=, params= or size= of the parent's float "
+            "file, or an amount such as latency=1.5ms; repeatable. Widths and residual blocks are "
+            "chosen by measured latency.",
+        ),
+    ] = None,
+    importance: Annotated[
+        str, typer.Option("--importance", help="How channels are ranked: l1, l2, bn or taylor.")
+    ] = "l2",
+    prune_steps: Annotated[
+        int, typer.Option("--prune-steps", min=1, help="Cuts on the way to a budget.")
+    ] = 2,
+    remove_blocks: Annotated[
+        bool,
+        typer.Option(
+            "--remove-blocks/--keep-blocks", help="Whether residual blocks may go for a budget."
+        ),
+    ] = True,
     max_drop: Annotated[
         float, typer.Option("--max-drop", help="Most accuracy that may be lost, in points.")
     ] = 1.0,
@@ -164,6 +185,10 @@ def compress(
             "weights": weights,
             "target": target,
             "prune": prune,
+            "budget": tuple(budget or ()),
+            "importance": importance,
+            "prune_steps": prune_steps,
+            "remove_blocks": remove_blocks,
             "max_drop": max_drop,
             "epochs": epochs,
             "batch_size": batch_size,
@@ -175,6 +200,8 @@ def compress(
             "seed": seed,
             "threads": threads,
         }
+        if budget and _given(context, "prune"):
+            raise UsageInvalid("--prune and --budget exclude each other; --budget macs= is a share")
         fields = recipe_file.read(recipe_path) if recipe_path else {}
         if fields.get("spec") is not None:
             fields["spec"] = recipe_file.make_spec(fields["spec"])

@@ -36,8 +36,8 @@ SCHEMA_VERSION = 1
 # Operators of one small graph: enough to spread the cost of making a session, few enough
 # that every one is met again before the machine has changed.
 _SIDE_BY_SIDE = 24
-_SECONDS = 0.6
-_LEAST_RUNS, _MOST_RUNS = 15, 200
+_SECONDS = 0.4
+_LEAST_RUNS, _MOST_RUNS = 15, 120
 
 # Not counted where they are not the operator itself.
 _LAYOUT = frozenset({"Transpose", "ReorderInput", "ReorderOutput"})

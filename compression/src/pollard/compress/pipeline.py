@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pollard.compress import bundling, report, verify
+from pollard.compress.budget import parse_budgets
 from pollard.compress.candidates import Candidate, build
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import GateRefused, UsageInvalid
@@ -27,6 +28,7 @@ from pollard.compress.prune import Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
 from pollard.compress.recover import recover
+from pollard.compress.shrink import ShrinkConfig, loss_gradients, shrink
 from pollard.compress.training import FitConfig, History
 from pollard.compress.verify import Measured
 from pollard.runtime.bundle import Bundle
@@ -250,11 +252,9 @@ def _load(recipe: Recipe, source: Source, reporter: Reporter) -> tuple[Dataset, 
 def _prune_and_recover(
     recipe: Recipe, parent: LoadedModel, data: Dataset, reporter: Reporter
 ) -> tuple[Pruned | None, History | None]:
-    if recipe.prune == 0:
+    if not recipe.prunes:
         return None, None
     spec, defaults = parent.spec, parent.source.training
-    with reporter.step("Pruning", 1):
-        pruned = prune(parent.module, spec, recipe.prune, keep_whole=recipe.keep_whole)
     config = FitConfig(
         epochs=recipe.epochs or 0,
         batch_size=recipe.batch_size or defaults.batch_size,
@@ -265,7 +265,35 @@ def _prune_and_recover(
         distill_weight=recipe.distill_weight,
         distill_temperature=recipe.distill_temperature,
     )
+    if recipe.budget:
+        found = shrink(parent.module, data, spec, shrink_config(recipe), config, reporter=reporter)
+        if found[0] is None:
+            reporter.say(f"Nothing needs to be cut for {', '.join(recipe.budget)}")
+        return found
+    with reporter.step("Pruning", 1):
+        pruned = prune(
+            parent.module,
+            spec,
+            recipe.prune,
+            keep_whole=recipe.keep_whole,
+            importance=recipe.importance,
+            gradients=loss_gradients(data, spec),
+        )
     return pruned, recover(pruned.module, parent.module, data, spec, config, reporter=reporter)
+
+
+def shrink_config(recipe: Recipe) -> ShrinkConfig:
+    """Return how a recipe wants its budget met."""
+    # With 8 bits allowed float files compete, too.
+    targets = ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
+    return ShrinkConfig(
+        parse_budgets(recipe.budget),
+        targets,
+        recipe.prune_steps,
+        recipe.importance,
+        recipe.keep_whole,
+        recipe.remove_blocks,
+    )
 
 
 def _build_all(

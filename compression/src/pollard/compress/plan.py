@@ -20,10 +20,11 @@ from pollard.compress.errors import DataInvalid
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
 from pollard.compress.models import LoadedModel, load_model, resolve
-from pollard.compress.pipeline import require_weights, torch_threads
+from pollard.compress.pipeline import require_weights, shrink_config, torch_threads
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
+from pollard.compress.shrink import plan_shrink
 from pollard.compress.sources import open_source
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.machine import Machine
@@ -59,17 +60,26 @@ class Plan:
             + ", ".join(f"{count} {name}" for name, count in self.images.items())
         ]
         if self.pruned is None:
-            told.append("Pruning: none asked for")
+            met = f"nothing needs to be cut for {', '.join(recipe.budget)}"
+            told.append(f"Pruning: {met if recipe.budget else 'none asked for'}")
         else:
-            told.append(
-                f"Pruning: {recipe.prune:.0%} of the MACs asked for, {self.pruned.removed:.1%} can "
-                f"be removed with widths in steps of {self.pruned.rounding}"
-            )
+            gone = f"{self.pruned.removed:.1%}"
+            if recipe.budget:
+                told.append(
+                    f"Pruning: by the table of latencies {', '.join(recipe.budget)} can be met, "
+                    f"roughly like this ({gone} of the MACs go):"
+                )
+            else:
+                told.append(
+                    f"Pruning: {recipe.prune:.0%} of the MACs asked for, {gone} can be removed "
+                    f"with widths in steps of {self.pruned.rounding}"
+                )
             told += [
                 f"  {group.name}: {group.width} → {group.kept} channels"
                 for group in self.pruned.groups
                 if group.kept < group.width
             ]
+            told += [f"  {name} is removed" for name in self.pruned.blocks]
             told += [f"  {name} stays whole: {why}" for name, why in self.pruned.left_whole.items()]
             told.append(f"Recovery: {self.epochs} epochs")
         told += [
@@ -113,8 +123,11 @@ def make_plan(recipe: Recipe) -> Plan:
     with torch_threads(recipe.threads):
         pruned = None
         recovery = 0.0
-        if recipe.prune:
+        if recipe.budget:
+            pruned = plan_shrink(parent.module, source.spec, shrink_config(recipe))
+        elif recipe.prune:
             pruned = prune(parent.module, source.spec, recipe.prune, keep_whole=recipe.keep_whole)
+        if pruned is not None:
             batch = recipe.batch_size or source.training.batch_size
             recovery = _step_seconds(parent, pruned, batch) * epochs * images["train"] / batch
         else:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pollard.compress.budget import parse_budgets
 from pollard.compress.errors import UsageInvalid
 from pollard.compress.recipe_file import SCHEMA_VERSION
 from pollard.compress.spec import InputSpec
 
 Target = Literal["cpu-int8", "cpu-fp32"]
 TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
+
+Importance = Literal["l1", "l2", "bn", "taylor"]
+IMPORTANCES: tuple[Importance, ...] = ("l1", "l2", "bn", "taylor")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,16 @@ class Recipe:
     """What may be used: "cpu-int8" lets float files compete, too; "cpu-fp32"
     means float only."""
     prune: float = 0.5
-    """Share of the MACs to remove; 0 does not prune."""
+    """Share of the MACs to remove; 0 does not prune. Not used with ``budget``."""
+    budget: tuple[str, ...] = ()
+    """What the shipped file may take, such as "latency=0.4" or "size=300kB"; shares are of
+    the parent's float file. Widths and residual blocks are chosen by measured latency."""
+    importance: Importance = "l2"
+    """How channels are ranked: "l1", "l2", "bn" or "taylor"."""
+    prune_steps: int = 2
+    """Cuts on the way to a budget, with recovery between them."""
+    remove_blocks: bool = True
+    """Whether whole residual blocks may go for a budget."""
     max_drop: float = 1.0
     """Most accuracy that may be lost, in points."""
     epochs: int | None = None
@@ -64,6 +77,12 @@ class Recipe:
     def __post_init__(self) -> None:
         _check(self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}")
         _check(0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1")
+        parse_budgets(self.budget)
+        _check(
+            self.importance in IMPORTANCES,
+            f"importance {self.importance!r} is not one of {', '.join(IMPORTANCES)}",
+        )
+        _check(1 <= self.prune_steps <= 20, f"prune_steps is {self.prune_steps}; it is 1 to 20")
         _check(0 <= self.max_drop <= 100, f"max_drop is {self.max_drop}; it is in points, 0 to 100")
         _check(self.epochs is None or self.epochs >= 0, f"epochs is {self.epochs}")
         _check(self.batch_size is None or self.batch_size > 1, f"batch_size is {self.batch_size}")
@@ -76,6 +95,11 @@ class Recipe:
         _check(self.calibration_images > 0, f"calibration_images is {self.calibration_images}")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}")
         _check(self.threads is None or self.threads > 0, f"threads is {self.threads}")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is to be cut."""
+        return bool(self.budget) or self.prune > 0
 
     def public(self) -> dict[str, Any]:
         """Return the fields for bundle and report: files by name, not by path."""

@@ -33,6 +33,16 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
     "weights": (_TEXT, False, "The trained parent: a state dict (.pt) or .safetensors."),
     "target": (_TEXT, False, "cpu-int8 (float files compete, too) or cpu-fp32."),
     "prune": (_NUMBER, False, "Share of the MACs to remove, 0 to 1; 0 does not prune."),
+    "budget": (
+        _LIST,
+        False,
+        "Instead of prune: what the shipped file may take, such as [latency=0.4]; also macs, "
+        "params\n# and size. Shares are of the parent's float file; latency=1.5ms and size=300kB "
+        "work, too.",
+    ),
+    "importance": (_TEXT, False, "How channels are ranked: l1, l2, bn or taylor."),
+    "prune_steps": (_COUNT, False, "Cuts on the way to a budget, with recovery between them."),
+    "remove_blocks": (_SWITCH, False, "Whether whole residual blocks may go for a budget."),
     "max_drop": (_NUMBER, False, "Most accuracy that may be lost, in points."),
     "epochs": (_COUNT, True, "Epochs of recovery after pruning; null: by model."),
     "batch_size": (_COUNT, True, "Images per step of recovery; null: by model."),

@@ -172,6 +172,8 @@ def _pruning(pruned: Pruned, requested: float) -> dict[str, Any]:
         "groups": [asdict(group) for group in pruned.groups],
         "rewritten_shortcuts": pruned.rewritten,
         "left_whole": pruned.left_whole,
+        "removed_blocks": pruned.blocks,
+        "search": pruned.search,
     }
 
 

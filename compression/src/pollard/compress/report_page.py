@@ -72,6 +72,8 @@ def _sections(content: dict[str, Any]) -> list[str]:
         panel(_candidate_table(content)),
     ]
     parts += _stage_notes(content)
+    if content["pruning"] and content["pruning"]["search"]:
+        parts += _search_sections(content["pruning"]["search"])
     if content["recovery"]:
         parts += ["<h2>Recovery</h2>", _recovery_text(content), panel(_curves(content))]
     parts += [
@@ -337,11 +339,18 @@ def _stage_notes(content: dict[str, Any]) -> list[str]:
     ]
     pruning = content["pruning"]
     if pruning:
-        notes.append(
-            f"<li>Pruning removed {pruning['removed']:.1%} of the multiply-accumulates "
-            f"({pruning['requested']:.1%} were asked for); changed widths are multiples of "
-            f"{pruning['rounding']}.</li>"
+        search = pruning["search"]
+        how = (
+            f"for {html.escape(', '.join(search['budgets']))}"
+            if search
+            else f"({pruning['requested']:.1%} were asked for); changed widths are multiples of "
+            f"{pruning['rounding']}"
         )
+        notes.append(
+            f"<li>Pruning removed {pruning['removed']:.1%} of the multiply-accumulates {how}.</li>"
+        )
+        if blocks := pruning["removed_blocks"]:
+            notes.append(f"<li>Removed as a whole: {html.escape(', '.join(blocks))}.</li>")
         if rewritten := len(pruning["rewritten_shortcuts"]):
             notes.append(
                 f"<li>{rewritten} parameter-free shortcut(s) became equal 1×1 convolutions.</li>"
@@ -349,6 +358,49 @@ def _stage_notes(content: dict[str, Any]) -> list[str]:
         for name, why in pruning["left_whole"].items():
             notes.append(f"<li>{html.escape(name)} kept its outputs: {html.escape(why)}.</li>")
     return [f"<ul>{''.join(notes)}</ul>"] if notes else []
+
+
+def _search_sections(search: dict[str, Any]) -> list[str]:
+    """Show what each choice would have cost, and which were taken."""
+    parts = [
+        "<h2>What was cut, and why</h2>",
+        "<p class='muted'>Sensitivity is how far the answers move, in nats an image, when half of "
+        "a group of channels, or a whole block, is taken away by itself and the batch norms are "
+        "measured anew. Of all choices those with the least loss for the latency that the table "
+        "says they save were taken.</p>",
+    ]
+    for step in search["steps"]:
+        taken = {g["name"]: g for g in step["groups"]}
+        half = {}
+        for name, group in taken.items():
+            known = {abs(int(w) - group["width"] / 2): v for w, v in group["losses"].items()}
+            if known:
+                half[name] = known[min(known)]
+        losses = {**half, **step["blocks"]}
+        cut = {n for n, g in taken.items() if g["kept"] < g["width"]} | set(step["removed_blocks"])
+        labels = [
+            f"{name} (block)" if name in step["blocks"] else
+            f"{name} ({taken[name]['width']} → {taken[name]['kept']})"
+            for name in losses
+        ]  # fmt: skip
+        figure = go.Figure(
+            go.Bar(
+                x=labels,
+                y=list(losses.values()),
+                marker_color=[RED if name in cut else GREY for name in losses],
+                hovertemplate="%{x}<br>%{y:.4f} nats<extra></extra>",
+            )
+        )
+        figure.update_xaxes(type="category", tickangle=-45)
+        figure.update_yaxes(title="nats an image")
+        figure.update_layout(title={"text": "red: cut", "font": {"size": 13}})
+        parts.append(
+            f"<p>Step {step['step']}, by the table of {step['target']}: "
+            f"{time_text(step['before']['latency'])} → {time_text(step['after']['latency'])} "
+            f"(parent in float: {time_text(search['parent']['latency'])}).</p>"
+        )
+        parts.append(panel(plot(figure, 380)))
+    return parts
 
 
 def _recovery_text(content: dict[str, Any]) -> str:

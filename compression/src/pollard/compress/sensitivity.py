@@ -1,0 +1,153 @@
+"""How much each group, block and 8-bit layer matters, by taking it away and looking.
+
+The measure is the divergence of the answers from the parent's, in nats an image, on
+images of the choosing part: finer than counting mistakes, so that few images suffice.
+Batch norms are measured anew after each change; without that every deep change looks fatal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pollard.compress.data import Dataset
+from pollard.compress.groups import Group, Prunable
+from pollard.compress.knapsack import options
+from pollard.compress.progress import Reporter
+from pollard.compress.spec import InputSpec
+from pollard.compress.training import recalibrate_batch_norm
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Losses in nats an image, each by itself."""
+
+    groups: Mapping[str, Mapping[int, float]]
+    """Group → width → loss."""
+    blocks: Mapping[str, float]
+    """Residual block → loss without it."""
+
+
+def measure_sensitivities(
+    prunable: Prunable,
+    blocks: Sequence[str],
+    data: Dataset,
+    spec: InputSpec,
+    teacher: nn.Module,
+    *,
+    images: int = 256,
+    reporter: Reporter | None = None,
+) -> Sensitivities:
+    """Measure what losing half of each group, and each block, does to the answers.
+
+    Between no loss and half of a group, and beyond, the loss follows the share of the
+    importance that goes.
+
+    Args:
+        prunable: From :func:`pollard.compress.groups.analyse`; it is as before afterwards.
+        blocks: Names of residual blocks that can go.
+        data: Batch norms are measured on its training images, losses on its choosing ones.
+        spec: What the model takes.
+        teacher: The parent, whose answers are the right ones.
+        images: How many of each are used.
+        reporter: Told of progress.
+    """
+    reporter = reporter or Reporter()
+    probe = spec.normalize(data.choose.images[:images])
+    wanted = _log_answers(teacher, probe)
+    work = prunable.module
+    state = copy.deepcopy(work.state_dict())
+    recalibrate_batch_norm(work, data.train, spec, images)
+    # What measuring the batch norms on few images does by itself is no group's fault.
+    floor = _divergence(wanted, _log_answers(work, probe))
+
+    def measured(change: Callable[[], None]) -> float:
+        work.load_state_dict(state)
+        change()
+        recalibrate_batch_norm(work, data.train, spec, images)
+        return max(0.0, _divergence(wanted, _log_answers(work, probe)) - floor)
+
+    groups: dict[str, dict[int, float]] = {}
+    singles: dict[str, float] = {}
+    with reporter.step("Sensitivity", len(prunable.groups) + len(blocks)) as step:
+        for group in prunable.groups:
+            widths = options(group.width, len(group.units[0]))
+            if widths:
+                near = min(widths, key=lambda width: abs(width - group.width / 2))
+                lost = prunable.doomed(group, near)
+                loss = measured(lambda lost=lost: _silence(work, lost))  # type: ignore[misc]
+                groups[group.name] = curve(group, widths, near, loss)
+            step.advance(note=group.name)
+        for block in blocks:
+            owner, _, attribute = block.rpartition(".")
+            holder, original = work.get_submodule(owner), work.get_submodule(block)
+            work.load_state_dict(state)
+            setattr(holder, attribute, nn.Identity())
+            try:
+                recalibrate_batch_norm(work, data.train, spec, images)
+                singles[block] = max(0.0, _divergence(wanted, _log_answers(work, probe)) - floor)
+            finally:
+                setattr(holder, attribute, original)
+            step.advance(note=block)
+    work.load_state_dict(state)
+    work.eval()
+    return Sensitivities(groups, singles)
+
+
+def curve(group: Group, widths: Sequence[int], near: int, loss: float) -> dict[int, float]:
+    """Return the loss at each width, in proportion to the importance that goes."""
+    ranked = np.sort(group.importance.detach().double().clamp_min(0).numpy())
+    total = float(ranked.sum()) or 1.0
+    gone = {width: float(ranked[: group.width - width].sum()) / total for width in widths}
+    # Channels of no importance at all still count a little: ties go to fewer of them.
+    share = {w: gone[w] + 0.01 * (1 - w / group.width) for w in widths}
+    return {width: loss * share[width] / share[near] for width in widths}
+
+
+def guessed_sensitivities(prunable: Prunable, blocks: Sequence[str]) -> Sensitivities:
+    """Return losses without looking at data: each group by the importance that goes.
+
+    Good enough to say whether a budget can be met.
+    """
+    groups = {}
+    for group in prunable.groups:
+        widths = options(group.width, len(group.units[0]))
+        if widths:
+            groups[group.name] = curve(group, widths, widths[0], 1.0)
+    return Sensitivities(groups, dict.fromkeys(blocks, 0.5))
+
+
+def _silence(module: nn.Module, lost: Mapping[str, list[int]]) -> None:
+    """Zero the outputs that go; what they feed then gets what it would get without them."""
+    with torch.no_grad():
+        for name, indices in lost.items():
+            layer = module.get_submodule(name)
+            transposed = isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1
+            for parameter in layer.parameters(recurse=False):
+                rows = parameter.transpose(0, 1) if transposed and parameter.ndim > 1 else parameter
+                rows[indices] = 0
+
+
+def _log_answers(module: nn.Module, inputs: Tensor) -> Tensor:
+    module.eval()
+    with torch.no_grad():
+        return torch.cat(
+            [functional.log_softmax(module(piece), 1) for piece in torch.split(inputs, 64)]
+        )
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> float:
+    return float(functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
+
+
+def answer_divergence(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """Return how far logits are from those wanted, in nats an image."""
+    pair = [functional.log_softmax(torch.from_numpy(x), 1) for x in (wanted, found)]
+    return _divergence(pair[0], pair[1])
