@@ -34,9 +34,9 @@ _log = structlog.get_logger("pollard.fleet")
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    # A manager whose machine vanished is noticed within a minute.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A manager whose machine vanished is noticed while a successor still waits for this server.
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     # The channel would wait up to two minutes by itself; the agent has its own backoff.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -82,7 +82,8 @@ class AgentOptions:
 
     kind: fleet_pb.ServerKind.ValueType
     manager: str
-    """gRPC target of the manager; empty runs from the cache alone."""
+    """gRPC target of the manager, or of several, with commas between, of which the next is tried
+    when one does not answer; empty runs from the cache alone."""
     cache_dir: Path
     address: str = ""
     """gRPC target under which others reach this server; may be set later by `advertise`."""
@@ -115,7 +116,9 @@ class FleetAgent:
         self.server_id = options.server_id or self.cache.server_id(prefix)
         self.settled = asyncio.Event()
         """Set once a state, from the cache or the manager, has been applied as far as it can be."""
-        self._channel: grpc.aio.Channel | None = None
+        self._managers = [name.strip() for name in options.manager.split(",") if name.strip()]
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._current = 0
         self.bundles = BundleSource(self.cache, lambda: self._channel)
         self._run_id = secrets.token_hex(8)
         self._saved = fleet_pb.DesiredState()
@@ -136,10 +139,8 @@ class FleetAgent:
         Returns when the cached state has been applied as far as it can be; does not wait for the
         manager.
         """
-        if self._options.manager:
-            self._channel = grpc.aio.insecure_channel(
-                self._options.manager, options=_CHANNEL_OPTIONS
-            )
+        for manager in self._managers:
+            self._channels[manager] = grpc.aio.insecure_channel(manager, options=_CHANNEL_OPTIONS)
         saved = await asyncio.to_thread(self.cache.load_state)
         if saved is not None:
             _log.info("starting from the cache", version=saved.version, models=len(saved.models))
@@ -161,9 +162,18 @@ class FleetAgent:
     async def stop(self) -> None:
         """Close the stream and let the cache go. What runs is not touched."""
         await cancel(*self._tasks)
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels.values():
+            await channel.close()
         self.cache.close()
+
+    @property
+    def manager(self) -> str:
+        """The manager that is talked to, or tried next."""
+        return self._managers[self._current] if self._managers else ""
+
+    @property
+    def _channel(self) -> grpc.aio.Channel | None:
+        return self._channels.get(self.manager)
 
     def report_soon(self) -> None:
         """Send a report now, because a revision's state has changed."""
@@ -182,7 +192,7 @@ class FleetAgent:
             except grpc.aio.AioRpcError as error:
                 _log.warning(
                     "no stream to the manager; serving on",
-                    manager=self._options.manager,
+                    manager=self.manager,
                     code=error.code().name,
                     details=error.details(),
                 )
@@ -190,8 +200,11 @@ class FleetAgent:
                 _log.error("the stream to the manager failed", exc_info=error)
             if time.monotonic() - opened > 10:
                 pause = 0.1
+            # Downloads that are under way keep their channel, and take the next when they fail.
+            self._current = (self._current + 1) % len(self._managers)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2 * pause, self._options.max_backoff_seconds)
+            if self._current == 0:
+                pause = min(2 * pause, self._options.max_backoff_seconds)
 
     async def _stream_once(self) -> None:
         assert self._channel is not None  # noqa: S101 - set before the task was started

@@ -71,12 +71,35 @@ class Outcome:
         return status_pb2.Status(code=self.code.value[0], message=self.message, details=[packed])
 
 
+class RelayedError(Exception):
+    """How another Pollard server ended a call that was handed on to it; leaves unchanged."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> RelayedError:
+        """Return the error of a call as it should leave this server."""
+        status = status_pb2.Status()
+        info = error_details_pb2.ErrorInfo(reason="UNREACHABLE")
+        for key, value in error.trailing_metadata() or ():
+            if key == "grpc-status-details-bin" and isinstance(value, bytes):
+                status.ParseFromString(value)
+        for detail in status.details:
+            detail.Unpack(info)
+        words = error.details() or ""
+        return cls(Outcome(error.code(), words, info.reason, dict(info.metadata)))
+
+
 def describe(error: BaseException) -> Outcome:
     """Return how ``error`` leaves a server.
 
     An error that nobody expected is logged with its traceback; the caller
     learns only a request id, under which the log has it.
     """
+    if isinstance(error, RelayedError):
+        return error.outcome
     if isinstance(error, (errors.ServiceError, runtime_errors.RuntimeFault)):
         for kind, code in _TABLE:
             if isinstance(error, kind):

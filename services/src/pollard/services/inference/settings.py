@@ -22,7 +22,8 @@ class InferenceSettings(ServiceSettings):
     unix_socket: str | None = Field(None, description="Also listen on this Unix socket.")
     manager: str = Field(
         "127.0.0.1:8021",
-        description="gRPC target of the manager; empty serves from the cache alone.",
+        description="gRPC target of the manager, or of several on one database, with commas "
+        "between; empty serves from the cache alone.",
     )
     cache_dir: Path = Field(
         Path("var/inference"), description="Folder for bundles and the last desired state."

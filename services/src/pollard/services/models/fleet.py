@@ -1,5 +1,8 @@
 """The fleet: which servers there are, what they should run, and what they say.
 
+Of the managers on one database, the one that leads has it; the others hand the streams of servers
+on to it. So what servers say is always where the steps are taken.
+
 All methods run in the event loop; one task takes the steps of the switch, so
 that steps never overlap and a state is sent only after the transaction that
 made it.
@@ -34,6 +37,10 @@ _log = structlog.get_logger("pollard.fleet")
 MAX_REPORTED_REVISIONS = 10_000
 MAX_VERSION = 2**53
 RETRY_SECONDS = 1.0
+
+MOVE_SECONDS = 15.0
+"""How much longer servers are waited for that come over from another manager: one whose machine
+is gone is noticed by its servers only after a while."""
 
 WATCHING_REPORT_SECONDS = 1.0
 """Longest time between two reports while a rollout is judged by them."""
@@ -256,6 +263,7 @@ class Fleet:
         lease_seconds: How long a server whose stream broke is waited for.
         report_interval_seconds: Longest time between two reports of a server.
         clock: Monotonic seconds; the switch's.
+        check: Called in every transaction; raises when this manager no longer leads.
     """
 
     def __init__(
@@ -266,6 +274,7 @@ class Fleet:
         lease_seconds: float,
         report_interval_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        check: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.report_interval_seconds = report_interval_seconds
         self.silence_seconds = max(6 * report_interval_seconds, lease_seconds)
@@ -278,23 +287,34 @@ class Fleet:
         self._switch = switch
         self._lease_seconds = lease_seconds
         self._clock = clock
+        self._check = check
         self._servers: dict[str, _Server] = {}
         self._dirty: set[_Server] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._closed: ServiceError | None = _stopping()
         self._next_step: float | None = None
 
-    async def start(self) -> None:
-        """Remember the servers, take the first step and begin to move."""
+    async def start(self, *, after_another: bool = False) -> None:
+        """Remember the servers, take the first step and begin to move; also after a stop.
+
+        Args:
+            after_another: Another manager led until now, and servers come over from it.
+        """
         horizon = now_us() - DAY_US
 
         def load(session: Session) -> list[ServerRow]:
+            self._check(session)
             session.execute(delete(ServerRow).where(ServerRow.last_seen_time < horizon))
             return list(session.scalars(select(ServerRow)))
 
+        self._servers, self._dirty = {}, set()
+        self._switch.begin_anew()
+        rows = await self._store.write(load)
         lease_ends = self._clock() + self._lease_seconds
-        for row in await self._store.write(load):
+        if after_another:
+            lease_ends += MOVE_SECONDS
+        for row in rows:
             self._servers[row.server_id] = _Server(
                 hello=pb.Hello.FromString(row.hello),
                 present=row.present,
@@ -306,22 +326,25 @@ class Fleet:
                 lease_ends=lease_ends,
             )
         self._apply(await self._step())
+        self._closed = None
         self._task = asyncio.create_task(self._run(), name="fleet")
 
-    async def stop(self) -> None:
-        """End every stream and stop moving."""
-        self._stopping = True
-        await cancel(self._task)
+    async def stop(self, why: ServiceError | None = None) -> None:
+        """End every stream, with ``why``, and stop moving."""
+        self._closed = why or _stopping()
+        # The streams first: the rest may have to wait for the database.
         for server in self._servers.values():
             if server.connection is not None:
                 self._dirty.add(server)
-                server.connection.end(
-                    Unavailable("the manager is stopping", reason="SHUTTING_DOWN")
-                )
+                server.connection.end(self._closed)
+        task, self._task = self._task, None
+        await cancel(task)
         dirty = self._take_dirty()
+        for server in self._servers.values():
+            server.disconnected()
         if dirty:
             with contextlib.suppress(Exception):  # only the times of last sight would be lost
-                await self._store.write(lambda session: _save(session, dirty))
+                await self._store.write(lambda session: self._save(session, dirty))
 
     def poke(self) -> None:
         """Something changed: look whether a step is possible."""
@@ -340,8 +363,8 @@ class Fleet:
             Unavailable: the manager is stopping.
         """
         _check_hello(hello)
-        if self._stopping:
-            raise Unavailable("the manager is stopping", reason="SHUTTING_DOWN")
+        if self._closed is not None:
+            raise self._closed
         server = self._servers.get(hello.server_id)
         if server is None:
             server = self._servers[hello.server_id] = _Server(hello=hello)
@@ -366,7 +389,7 @@ class Fleet:
         # afterwards that there is a server to wait for.
         row = server.row()
         try:
-            await self._store.write(lambda session: _save(session, [row]))
+            await self._store.write(lambda session: self._save(session, [row]))
         except BaseException:
             self.disconnect(connection)
             raise
@@ -410,6 +433,10 @@ class Fleet:
             try:
                 self._apply(await self._step())
                 retry = False
+            except Unavailable as error:
+                # The database is away, or another manager has taken the lead.
+                _log.warning("the fleet cannot move on", error=error.message)
+                retry = True
             except Exception:
                 # A full disk, for example: everything stays as it is, and is tried again.
                 _log.exception("the fleet cannot move on")
@@ -421,7 +448,7 @@ class Fleet:
         dirty = self._take_dirty()
 
         def work(session: Session) -> StepResult:
-            _save(session, dirty)
+            self._save(session, dirty)
             return self._switch.step(session, view)
 
         try:
@@ -474,15 +501,19 @@ class Fleet:
         present = [server.view() for server in self._servers.values() if server.present]
         return FleetView(present, fallback)
 
+    def _save(self, session: Session, rows: list[ServerRow]) -> None:
+        self._check(session)
+        for row in rows:
+            session.merge(row)
+
     def _take_dirty(self) -> list[ServerRow]:
         rows = [server.row() for server in self._dirty]
         self._dirty.clear()
         return rows
 
 
-def _save(session: Session, rows: list[ServerRow]) -> None:
-    for row in rows:
-        session.merge(row)
+def _stopping() -> Unavailable:
+    return Unavailable("the manager is stopping", reason="SHUTTING_DOWN")
 
 
 def _check_hello(hello: pb.Hello) -> None:

@@ -22,6 +22,8 @@ from pollard.services.models import signatures
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.checks import CheckLimits
 from pollard.services.models.fleet import Fleet
+from pollard.services.models.leader import Leadership
+from pollard.services.models.relay import Relay
 from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
 from pollard.services.models.settings import ModelsSettings
@@ -66,6 +68,14 @@ class ModelsService:
             ),
             lease_seconds=settings.server_lease_seconds,
             report_interval_seconds=settings.report_interval_seconds,
+            check=lambda session: self.leadership.check(session),
+        )
+        self.relay = Relay()
+        self.leadership = Leadership(
+            self.store,
+            begin=lambda after_another: self.fleet.start(after_another=after_another),
+            end=self.fleet.stop,
+            changed=self.fleet.poke,
         )
         self.events = EventFeed(self.store)
         self.grpc = GrpcServer(
@@ -85,7 +95,7 @@ class ModelsService:
             self.grpc.server,
         )
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetServicer(self.fleet), self.grpc.server
+            FleetServicer(self.fleet, self.leadership, self.relay), self.grpc.server
         )
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -106,12 +116,17 @@ class ModelsService:
             await asyncio.to_thread(
                 signatures.review, self.store, self.blobs, self.signatures.trusted
             )
-            await self.fleet.start()
+            if not self.store.database.shared:
+                await self.leadership.start("")
             self.events.start()
             await self.grpc.start()
+            if self.store.database.shared:
+                # The others are told where this manager is reached, which is known only now.
+                await self.leadership.start(self.settings.advertise or self.address)
         except BaseException as error:
             await self.events.stop()
-            await self.fleet.stop()
+            await self.leadership.stop()
+            await self.grpc.stop(0)
             await asyncio.to_thread(self.store.close)
             if isinstance(error, (OSError, ServiceError)):
                 raise StartupError(
@@ -128,7 +143,8 @@ class ModelsService:
         await cancel(*self._tasks)
         # Watches and Sync streams never end by themselves.
         await self.events.stop()
-        await self.fleet.stop()
+        await self.leadership.stop()
+        await self.relay.close()
         await self.grpc.stop(grace_seconds)
         await asyncio.to_thread(self.store.close)
 

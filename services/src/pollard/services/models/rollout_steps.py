@@ -71,6 +71,10 @@ class RolloutSteps:
         """Whether a rollout runs."""
         return bool(self._watches)
 
+    def begin_anew(self) -> None:
+        """Forget what was seen."""
+        self._watches = {}
+
     def observe(self, session: Session, view: FleetView) -> None:
         """Take in what the servers have counted since the last call."""
         rows = {(row.model, row.number): row for row in running(session)}

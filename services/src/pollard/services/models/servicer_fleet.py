@@ -13,13 +13,20 @@ from pollard.models.v1 import fleet_service_pb2_grpc as pb_grpc
 from pollard.services.common.errors import InvalidRequest, ServiceError, Unavailable
 from pollard.services.common.lifecycle import cancel
 from pollard.services.models.fleet import Connection, Fleet
+from pollard.services.models.leader import Leadership
+from pollard.services.models.relay import Relay
 
 
 class FleetServicer(pb_grpc.FleetServiceServicer):
-    """Hands messages to the fleet and states to the servers."""
+    """Hands messages to the fleet and states to the servers.
 
-    def __init__(self, fleet: Fleet) -> None:
+    Where another manager leads, both go on to it.
+    """
+
+    def __init__(self, fleet: Fleet, leadership: Leadership, relay: Relay) -> None:
         self._fleet = fleet
+        self._leadership = leadership
+        self._relay = relay
 
     async def Sync(
         self,
@@ -33,6 +40,11 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
             raise InvalidRequest(
                 "the first message of a Sync stream is a Hello", reason="HELLO_MISSING"
             )
+        leader = await self._leadership.leader()
+        if leader:
+            async for response in self._relay.sync(leader, first, incoming, context):
+                yield response
+            return
         connection = await self._fleet.connect(first.hello)
 
         # The stream may end while this generator waits to be asked for more.
@@ -80,6 +92,9 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> pb.ListServersResponse:
         """List the servers by id."""
+        leader = await self._leadership.leader()
+        if leader:
+            return await self._relay.list_servers(leader, request, context)
         servers, token = self._fleet.list_servers(
             page_size=request.page_size, page_token=request.page_token
         )

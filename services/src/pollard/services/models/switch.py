@@ -83,6 +83,12 @@ class Switch:
             load_timeout_seconds=load_timeout_seconds, settled=self._settled, clock=clock
         )
 
+    def begin_anew(self) -> None:
+        """Forget every clock and what was seen in rollouts: another manager may have gone on."""
+        self._loading_since = {}
+        self._draining_since = {}
+        self._rollouts.begin_anew()
+
     def step(self, session: Session, view: FleetView) -> StepResult:
         """Take every step that is possible now."""
         _note_revision_states(session, view)

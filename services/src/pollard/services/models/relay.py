@@ -1,0 +1,122 @@
+"""Handing the calls of servers on to the manager that leads.
+
+A server may keep its stream to any manager on the database, or to a balancer before them; what it
+says must come to the one that takes the steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from pollard.models.v1 import fleet_service_pb2 as pb
+from pollard.models.v1 import fleet_service_pb2_grpc as pb_grpc
+from pollard.services.common.errors import Unavailable
+from pollard.services.common.status import RelayedError
+
+_MARK = "pollard-relayed"
+"""Metadata of a call that was handed on: it is not handed on again."""
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class Relay:
+    """Calls to the manager that leads."""
+
+    def __init__(self) -> None:
+        self._address = ""
+        self._channel: grpc.aio.Channel | None = None
+
+    async def close(self) -> None:
+        """End every call that is handed on."""
+        channel, self._channel, self._address = self._channel, None, ""
+        if channel is not None:
+            await channel.close()
+
+    async def sync(
+        self,
+        leader: str,
+        first: pb.SyncRequest,
+        incoming: AsyncIterator[pb.SyncRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.SyncResponse]:
+        """Hand on a stream, from its first message on.
+
+        Raises:
+            RelayedError: how the leader ended it.
+            Unavailable: the call was handed on already; who leads is changing.
+        """
+
+        async def messages() -> AsyncIterator[pb.SyncRequest]:
+            yield first
+            async for message in incoming:
+                yield message
+
+        call: Any = (await self._stub(leader, context)).Sync(
+            messages(), metadata=_metadata(context)
+        )
+        # The stream may end while this generator waits to be asked for more.
+        context.add_done_callback(lambda _: call.cancel())  # type: ignore[arg-type]  # typed as a class of its own
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise RelayedError.of(error) from None
+        except asyncio.CancelledError:
+            if call.cancelled() and not context.cancelled():
+                raise Unavailable(
+                    "this manager is stopping, or another leads now; connect again",
+                    reason="NOT_LEADER",
+                ) from None
+            raise
+        finally:
+            call.cancel()
+
+    async def list_servers(
+        self,
+        leader: str,
+        request: pb.ListServersRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> pb.ListServersResponse:
+        """Ask the leader.
+
+        Raises:
+            RelayedError: what the leader said.
+            Unavailable: the call was handed on already; who leads is changing.
+        """
+        stub = await self._stub(leader, context)
+        try:
+            answer: pb.ListServersResponse = await stub.ListServers(
+                request, timeout=context.time_remaining() or 10.0, metadata=_metadata(context)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise RelayedError.of(error) from None
+        return answer
+
+    async def _stub(self, leader: str, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if any(key == _MARK for key, _ in context.invocation_metadata() or ()):
+            raise Unavailable("another manager leads now; connect again", reason="NOT_LEADER")
+        if leader != self._address or self._channel is None:
+            await self.close()
+            self._address = leader
+            self._channel = grpc.aio.insecure_channel(leader, options=_OPTIONS)
+        return pb_grpc.FleetServiceStub(self._channel)
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> tuple[tuple[str, str | bytes], ...]:
+    kept = [
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key == "authorization" or key.startswith("pollard-")
+    ]
+    return (*kept, (_MARK, "1"))
