@@ -596,7 +596,10 @@ def purge_expired(session: Session) -> int:
             model=revision.model,
         )
     session.flush()
-    session.execute(delete(Model).where(Model.delete_time < limit))
+    for model in session.scalars(select(Model.name).where(Model.delete_time < limit)).all():
+        session.execute(delete(Model).where(Model.name == model))
+        detail = "30 days after its deletion"
+        record(session, MANAGER, "MODEL_PURGED", model_name(model), detail, model=model)
     used: Any = select(Revision.bundle_sha256)
     session.execute(delete(Bundle).where(Bundle.sha256.not_in(used)))
     return len(old)
