@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own, for tests and benchmarks: a temporary directory, a free port.
+"""A PostgreSQL server of one's own, for tests and benchmarks: a temporary directory, a Unix socket.
 
 It imports nothing of this repository: the tests load it by its path.
 """
@@ -9,7 +9,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -53,9 +52,9 @@ class Postgres:
         self._user = _unprivileged_user()
         if self._user is not None:
             os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        # Names the socket. No TCP port is used: while the server is stopped, another program could
+        # take it.
+        self.port = 5432
         self._made = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -72,7 +71,7 @@ class Postgres:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         settings = {
-            "listen_addresses": "127.0.0.1",
+            "listen_addresses": "",
             "port": str(self.port),
             "unix_socket_directories": str(self.directory),
             "max_connections": "200",
@@ -119,10 +118,8 @@ class Postgres:
         log = self.directory / "log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def url(self, database: str, *, port: int | None = None) -> str:
-        """Return the URL of a database: over the socket, or over a TCP port."""
-        if port is not None:
-            return f"postgresql://pollard@127.0.0.1:{port}/{database}"
+    def url(self, database: str) -> str:
+        """Return the URL of a database."""
         where = quote(str(self.directory), safe="")
         return f"postgresql://pollard@/{database}?host={where}&port={self.port}"
 
