@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pollard.compress.demo.reference import Sample
+from pollard.runtime.reference import Sample
 
 POLLARD = [sys.executable, "-m", "pollard.client.cli"]
 

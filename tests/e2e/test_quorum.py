@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pollard.client import AliasSwitchFailed, AsyncInferenceClient, AsyncModelsClient
-from pollard.compress.demo.reference import Reference
-from pollard.compress.demo.traffic import IMAGE, TENSOR, Load
+from pollard.client.load import IMAGE, TENSOR, Load
 from pollard.runtime.bundle import Bundle
+from pollard.runtime.reference import Reference
 from pollard.services.inference import main as inference_main
 from pollard.services.inference.settings import InferenceSettings
 from pollard.services.models import main as models_main

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pollard.client import AsyncModelsClient, ModelsClient
-from pollard.compress.demo.reference import Reference
-from pollard.compress.demo.traffic import IMAGE, TENSOR, Load
+from pollard.client.load import IMAGE, TENSOR, Load
 from pollard.runtime.bundle import Bundle
+from pollard.runtime.reference import Reference
 
 BundleMaker = Callable[..., Bundle]
 

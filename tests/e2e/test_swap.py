@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pollard.client import AsyncModelsClient
-from pollard.compress.demo.reference import Reference, Sample, telling
-from pollard.compress.demo.traffic import IMAGE, TENSOR, Load
+from pollard.client.load import IMAGE, TENSOR, Load
 from pollard.runtime.bundle import Bundle
+from pollard.runtime.reference import Reference, Sample, telling
 
 BundleMaker = Callable[..., Bundle]
 

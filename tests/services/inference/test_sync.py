@@ -415,3 +415,24 @@ async def test_strings_and_halves_are_carried(manager, server, stub, make_bundle
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ModelInfer(request, timeout=10)
     assert "expected 2 string elements" in caught.value.details()
+
+
+async def test_before_it_knows_what_to_serve_nothing_is_unknown(
+    manager, start_server, make_bundle, tensor_request
+) -> None:
+    """A restarted server must not answer "no such model" only because nobody has told it yet."""
+    server = await start_server(manager.address)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        for version in ("", "1"):
+            request = tensor_request(np.zeros((1, 4)))
+            request.model_version = version
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ModelInfer(request, timeout=10)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "not at ready state" in caught.value.details()
+        manager.want("other", {1: make_bundle(1.0)}, {"production": {1: 1}})
+        assert (await manager.apply()).HasField("ack")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ModelInfer(tensor_request(np.zeros((1, 4))), timeout=10)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND

@@ -227,3 +227,19 @@ async def test_it_serves_on_and_restarts_without_the_manager(
 
 async def predict(replica, content: bytes) -> vision_pb.PredictResponse:
     return await replica.vision.Predict(question(content), timeout=30)
+
+
+async def test_before_it_knows_what_to_serve_nothing_is_unknown(
+    manager, start_preprocess, make_bundle, make_picture
+):
+    """A restarted server must not answer "no such model" only because nobody has told it yet."""
+    replica = await start_preprocess()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await replica.vision.Predict(question(make_picture()), timeout=20)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "try again" in caught.value.details()
+    version = manager.set(PREPROCESS, {1: make_bundle()}, {"production": {1: 1}}, model="other")
+    await manager.acknowledged(version, "preprocess-1")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await replica.vision.Predict(question(make_picture()), timeout=20)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND

@@ -1,4 +1,4 @@
-"""`pollard serve` and `pollard up`.
+"""`pollard serve`, `pollard up` and `pollard drill`.
 
 This module is imported by every `pollard` command, so it imports nothing heavy by itself.
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pollard.services.drill.cli import app as drill
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -28,6 +30,7 @@ def register(app: typer.Typer) -> None:
         _add_service(serve, name, text)
     app.add_typer(serve, name="serve")
     app.command()(up)
+    app.add_typer(drill, name="drill")
 
 
 def _add_service(app: typer.Typer, name: str, text: str) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 from rich.console import Console
 
 from pollard.client import AsyncModelsClient, PollardError
+from pollard.client.load import Load
 from pollard.compress.demo.errors import DemoFailed
 from pollard.compress.demo.processes import Suite, run_command, running_services, tail
-from pollard.compress.demo.reference import Reference, Sample, make_samples, telling
 from pollard.compress.demo.summary import Run, Swap, figures, show, write_json
-from pollard.compress.demo.traffic import Load
 from pollard.runtime.bundle import Bundle
+from pollard.runtime.reference import Reference, Sample, make_samples, telling
 
 MODEL = "digits"
 ALIAS = "production"

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pollard.compress.demo.reference import Reference
-from pollard.compress.demo.traffic import IMAGE, TENSOR, Answered, Traffic
+from pollard.client.load import IMAGE, TENSOR, Answered, Traffic
+from pollard.runtime.reference import Reference
 
 # Requests that were sent before a swap ended are on their way for a little longer.
 AFTER_SWAP_SECONDS = 0.25

@@ -32,6 +32,9 @@ from pollard.services.common.status import to_proto
 
 _log = structlog.get_logger("pollard.fleet")
 
+_FIRST_PAUSE_SECONDS = 0.1
+"""Before the stream is opened again; it doubles while the manager is away."""
+
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     # A manager whose machine vanished is noticed while a successor still waits for this server.
@@ -127,6 +130,7 @@ class FleetAgent:
         self._outbox: asyncio.Queue[fleet_pb.SyncRequest] | None = None
         self._report_wanted = asyncio.Event()
         self._report_seconds = options.report_seconds
+        self._heard = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def advertise(self, address: str) -> None:
@@ -152,6 +156,8 @@ class FleetAgent:
                 _log.warning("the cached state does not run entirely", error=_words(applied))
             self.settled.set()
         elif self._channel is None:
+            # Nobody will ever say anything else.
+            await self._member.apply(fleet_pb.DesiredState(), self.bundles)
             self.settled.set()
         if self._channel is not None:
             self._tasks = [
@@ -183,9 +189,9 @@ class FleetAgent:
 
     async def _follow(self) -> None:
         """Keep a stream open for ever."""
-        pause = 0.1
+        pause = _FIRST_PAUSE_SECONDS
         while True:
-            opened = time.monotonic()
+            self._heard, opened = False, time.monotonic()
             try:
                 await self._stream_once()
                 _log.info("the manager closed the stream")
@@ -198,8 +204,10 @@ class FleetAgent:
                 )
             except Exception as error:
                 _log.error("the stream to the manager failed", exc_info=error)
-            if time.monotonic() - opened > 10:
-                pause = 0.1
+            if self._heard and time.monotonic() - opened > 1.0:
+                # It was there a moment ago: it has just died, or is being started anew. Streams
+                # that end at once have another reason, such as a second server of the same id.
+                pause = _FIRST_PAUSE_SECONDS
             # Downloads that are under way keep their channel, and take the next when they fail.
             self._current = (self._current + 1) % len(self._managers)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
@@ -227,6 +235,7 @@ class FleetAgent:
         reporter = asyncio.create_task(self._report_regularly(outbox), name="fleet-report")
         try:
             async for response in call:
+                self._heard = True
                 state = response.desired_state
                 if state.HasField("report_interval"):
                     seconds = state.report_interval.ToTimedelta().total_seconds()

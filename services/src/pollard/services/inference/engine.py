@@ -75,6 +75,9 @@ class Engine:
         self.known: Mapping[str, frozenset[int]] = {}
         """Revisions that should be served, loaded or not, by model: what is known but not loaded
         is "not ready", the rest is unknown."""
+        self.settled = True
+        """Whether `known` is what the manager, or the cache, says; until then nothing is unknown,
+        only not ready."""
         self._max_request_seconds = max_request_seconds
         self._counters: dict[tuple[str, int], RequestCounters] = {}
         self._cores = len(os.sched_getaffinity(0))
@@ -108,7 +111,7 @@ class Engine:
             number = parse_version(version)
             revision = served.revisions.get(number) if served else None
             if revision is None:
-                if number in self.known.get(model, ()):
+                if not self.settled or number in self.known.get(model, ()):
                     raise ModelNotReady(
                         f"Request for unknown model: '{model}' version {number} is not at ready "
                         "state",
@@ -122,7 +125,7 @@ class Engine:
                 )
             return revision
         if served is None:
-            if self.known.get(model):
+            if not self.settled or self.known.get(model):
                 raise ModelNotReady(
                     f"Request for unknown model: '{model}' is not at ready state", model=model
                 )

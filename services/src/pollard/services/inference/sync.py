@@ -57,6 +57,8 @@ class InferenceMember:
             on_change: Called when the state of a revision has changed.
         """
         self._engine = engine
+        # Until a first state is here, from the manager or the cache, nothing is known.
+        engine.settled = False
         self._loader = loader
         self.on_change = on_change
         self.ready = False
@@ -314,6 +316,7 @@ class InferenceMember:
             for name, model in wanted.items()
         }
         self._engine.known = known
+        self._engine.settled = True
         for (model, number), status in list(self._statuses.items()):
             if status.state == fleet_pb.REVISION_STATE_FAILED and number not in known.get(
                 model, ()

@@ -167,6 +167,9 @@ class Snapshot:
     models: Mapping[str, ServedModel] = field(default_factory=lambda: MappingProxyType({}))
     endpoints: tuple[str, ...] = ()
     """gRPC targets of the inference servers."""
+    settled: bool = True
+    """Whether it is what the manager, or the cache, says; until then nothing is known to be
+    unknown."""
     refused: Mapping[str, frozenset[tuple[str, int]]] = field(
         default_factory=lambda: MappingProxyType({})
     )
@@ -195,8 +198,14 @@ class Snapshot:
         Raises:
             RevisionUnknown: there is no such model, revision or alias; says
                 what there is.
-            RevisionNotReady: the alias leads nowhere for now.
+            RevisionNotReady: the alias leads nowhere for now, or nobody has said
+                yet what to serve.
         """
+        if not self.settled:
+            raise RevisionNotReady(
+                "this server has only just started and does not know yet what to serve; try again",
+                model=selector.model,
+            )
         model = self.models.get(selector.model)
         if model is None:
             raise RevisionUnknown(
@@ -234,8 +243,8 @@ class Current:
     """The one reference to the snapshot in force."""
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
-        """Begin with ``snapshot``, by default an empty one."""
-        self.snapshot = snapshot or Snapshot()
+        """Begin with ``snapshot``, by default one that knows nothing yet."""
+        self.snapshot = snapshot or Snapshot(settled=False)
 
 
 def _there(what: str, names: list[str] | list[int]) -> str:

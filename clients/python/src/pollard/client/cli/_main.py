@@ -22,6 +22,7 @@ from pollard.client.errors import PollardError, RequestFailed
 _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "up": ("pollard-services[cpu]", "Start all services on this machine."),
     "serve": ("pollard-services[cpu]", "Start one service."),
+    "drill": ("pollard-services[cpu]", "Prove on this machine what Pollard promises."),
     "train": ("pollard-compression[cpu]", "Train a model of the zoo."),
     "eval": ("pollard-compression[cpu]", "Measure a model's accuracy."),
     "compress": ("pollard-compression[cpu]", "Prune and quantize a model into a bundle."),
