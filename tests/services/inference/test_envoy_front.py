@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -75,9 +76,11 @@ def serving(repository: Path) -> Iterator[tuple[subprocess.Popen, str]]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     lines: queue.Queue[str] = queue.Queue()
+    log: list[str] = []
 
     def read() -> None:
         for line in process.stdout:
+            log.append(line)
             lines.put(line)
         lines.put("")
 
@@ -97,6 +100,8 @@ def serving(repository: Path) -> Iterator[tuple[subprocess.Popen, str]]:
         process.wait(30)
         reader.join(10)
         process.stdout.close()
+        assert "unexpected error" not in "".join(log)
+        assert "Traceback" not in "".join(log), "".join(log)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +208,44 @@ def test_requests_in_flight_are_answered_when_it_stops(tmp_path) -> None:
         got = [np.frombuffer(each.result().raw_output_contents[0], np.float32) for each in slow]
         assert got == [1, 2, 3]
         assert process.wait(30) == 0
+
+
+def runs(stub, model: str = "slow") -> int:
+    (stats,) = stub.ModelStatistics(pb.ModelStatisticsRequest(name=model)).model_stats
+    return stats.execution_count
+
+
+def test_what_a_client_that_went_has_sent_is_not_run(channel) -> None:
+    stub = pb_grpc.GRPCInferenceServiceStub(channel)
+    before = runs(stub)
+    # More than are worked on at a time, so that some are unread; then more than is read ahead.
+    for count, size in ((60, 0), (2000, 5000)):
+        sent = threading.Event()
+
+        def requests(count: int = count, size: int = size, sent=sent):
+            for _ in range(count):
+                request = ask("slow")
+                request.id = "a" * size
+                yield request
+            sent.set()
+            threading.Event().wait(30)
+
+        answers = stub.ModelStreamInfer(requests(), timeout=60)
+        assert sent.wait(30)
+        answers.cancel()
+    # A single request that goes, and one whose time is over.
+    gone = stub.ModelInfer.future(ask("slow"), timeout=60)
+    gone.cancel()
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(ask("slow"), timeout=0.001)
+    stub.ModelInfer(ask("slow"), timeout=60)
+    assert runs(stub) - before < 30
+
+
+def test_if_envoy_dies_so_does_the_server(tmp_path) -> None:
+    with serving(tmp_path) as (process, address), grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        stub.ModelInfer(ask(), timeout=20)
+        for envoy in psutil.Process(process.pid).children(recursive=True):
+            envoy.kill()
+        assert process.wait(30) == 1

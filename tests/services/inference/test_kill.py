@@ -24,7 +24,7 @@ sys.exit(run(InferenceSettings.load({**settings, "memory_headroom_bytes": 0})))
 
 @asynccontextmanager
 async def process(
-    manager: str, cache: Path
+    manager: str, cache: Path, frontend: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """Run a server as a process of its own; give it and its address, and kill it at the end."""
     running = await asyncio.create_subprocess_exec(
@@ -34,7 +34,11 @@ async def process(
         manager,
         str(cache),
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "POLLARD_INFERENCE_FRONTEND": frontend,
+        },
     )
     assert running.stderr is not None
     address = ""
@@ -61,14 +65,24 @@ async def answer(address: str, request) -> tuple[str, float]:
     return response.model_version, float(np.frombuffer(response.raw_output_contents[0], "f4")[0])
 
 
-@pytest.mark.parametrize("moment", ["fetching", "loading", "acknowledged"])
+@pytest.mark.parametrize(
+    ("moment", "frontend"),
+    [
+        ("fetching", "grpcio"),
+        ("loading", "grpcio"),
+        ("acknowledged", "grpcio"),
+        ("acknowledged", "envoy"),
+    ],
+)
 async def test_killed_in_the_middle_of_a_swap(
-    manager, make_bundle, tensor_request, tmp_path, moment
+    manager, make_bundle, tensor_request, tmp_path, moment, frontend
 ) -> None:
+    if frontend == "envoy":
+        pytest.importorskip("pyvoy", reason="the extra [envoy] is not installed")
     cache = tmp_path / "cache"
     manager.want("adder", {1: make_bundle(1.0)}, {"production": {1: 1}})
     manager.send()
-    async with process(manager.address, cache) as (running, address):
+    async with process(manager.address, cache, frontend) as (running, address):
         assert (await manager.answer()).HasField("ack")
         assert await answer(address, tensor_request()) == ("1", 1.0)
         if moment == "fetching":
@@ -88,7 +102,7 @@ async def test_killed_in_the_middle_of_a_swap(
         await running.wait()
     await manager.stop()
 
-    async with process(manager.address, cache) as (_, address):
+    async with process(manager.address, cache, frontend) as (_, address):
         # Without the manager: what was acknowledged is not lost, else either state will do.
         expected = {"fetching": ["1"], "loading": ["1", "2"], "acknowledged": ["2"]}[moment]
         name, value = await answer(address, tensor_request())

@@ -35,6 +35,7 @@ from pollard.services.inference.frontends.framing import (
     seconds_of,
     trailers,
 )
+from pollard.services.inference.frontends.receiving import ClientWatch, ReadAhead, Receive
 from pollard.services.inference.methods import Call, ProtocolMethods, Unary
 from pollard.services.inference.parameters import RequestOptions
 from pollard.services.inference.restrictions import Restriction
@@ -50,9 +51,6 @@ _ALIAS, _STICKY = ALIAS_METADATA.encode(), STICKY_METADATA.encode()
 _SHADOW = SHADOW_METADATA.encode()
 _STRICT = STREAM_STATUS_METADATA.encode()
 
-_WATCH_AFTER_SECONDS = 0.01
-"""Most calls are over before it pays to listen whether the client goes."""
-
 _START = {
     "type": "http.response.start",
     "status": 200,
@@ -67,7 +65,6 @@ _OK = {
 }
 
 Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
@@ -187,7 +184,7 @@ class GrpcApplication:
         send: Send,
     ) -> None:
         data = await Messages(receive, headers.encoding, self._max_message_bytes).only()
-        watch = _ClientWatch(receive)
+        watch = ClientWatch(receive)
         watch.listen_later()
         try:
             answer = await method(data, headers)
@@ -198,33 +195,38 @@ class GrpcApplication:
                 f"the answer has {len(answer)} bytes, the limit is {self._max_message_bytes}; "
                 "raise --max-message-bytes"
             )
-        await send(_START)
-        await send({"type": "http.response.body", "body": frame(answer), "more_body": False})
-        await send(_OK)
+        try:
+            await send(_START)
+            await send({"type": "http.response.body", "body": frame(answer), "more_body": False})
+            await send(_OK)
+        except OSError:
+            raise CallerGone from None
 
     async def _answer_stream(
         self, method: StreamMethod, headers: Headers, receive: Receive, send: Send
     ) -> None:
         started = False
-        watch = _ClientWatch(receive)
-        messages = Messages(
-            receive,
-            headers.encoding,
-            self._max_message_bytes,
-            on_gone=watch.gone,
-            on_end=watch.listen,
-        )
+        ahead = ReadAhead(receive)
+        messages = Messages(ahead.receive, headers.encoding, self._max_message_bytes)
         try:
             async with asyncio.timeout(headers.seconds_left):
                 answers = method(messages.each(), headers)
                 async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
                     async for answer in answers:
-                        if not started:
-                            await send(_START)
-                            started = True
-                        await send(
-                            {"type": "http.response.body", "body": frame(answer), "more_body": True}
-                        )
+                        try:
+                            if not started:
+                                await send(_START)
+                                started = True
+                            await send(
+                                {
+                                    "type": "http.response.body",
+                                    "body": frame(answer),
+                                    "more_body": True,
+                                }
+                            )
+                        except OSError:
+                            # Leaves the loop, and with it everything under way for this client.
+                            raise CallerGone from None
         except (CallerGone, asyncio.CancelledError):
             raise
         except TimeoutError:
@@ -232,13 +234,14 @@ class GrpcApplication:
         except Exception as error:
             outcome = describe(error)
         else:
-            if not started:
-                await send(_START)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            await send(_OK)
+            with contextlib.suppress(OSError):
+                if not started:
+                    await send(_START)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send(_OK)
             return
         finally:
-            watch.stop()
+            ahead.stop()
         await _end(
             send, outcome.code.value[0], outcome.message, outcome.to_proto(), started=started
         )
@@ -314,42 +317,6 @@ class GrpcApplication:
                 yield response.SerializeToString()
 
 
-class _ClientWatch:
-    """Cancels the running task if the client closes the call."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._listening: asyncio.Task[None] | None = None
-
-    def listen_later(self) -> None:
-        """Listen in a moment."""
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_WATCH_AFTER_SECONDS, self.listen)
-
-    def stop(self) -> None:
-        """Listen no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._listening is not None:
-            self._listening.cancel()
-
-    def gone(self) -> None:
-        """Cancel the task."""
-        if self._task is not None:
-            self._task.cancel()
-
-    def listen(self) -> None:
-        """Listen from now on."""
-        self._listening = asyncio.ensure_future(self._until_gone())
-
-    async def _until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone()
-
-
 async def _drain(requests: AsyncIterator[bytes]) -> None:
     async for _ in requests:
         pass
@@ -391,13 +358,15 @@ def _parse(kind: Any, data: bytes) -> Any:
 
 
 async def _end(send: Send, code: int, message: str, details: Any, *, started: bool = False) -> None:
-    if not started:
-        await send(_START)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-    await send(
-        {
-            "type": "http.response.trailers",
-            "headers": trailers(code, message, details.SerializeToString()),
-            "more_trailers": False,
-        }
-    )
+    # An OSError says that the client has gone meanwhile.
+    with contextlib.suppress(OSError):
+        if not started:
+            await send(_START)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send(
+            {
+                "type": "http.response.trailers",
+                "headers": trailers(code, message, details.SerializeToString()),
+                "more_trailers": False,
+            }
+        )

@@ -22,7 +22,8 @@ import structlog
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import is_loopback
-from pollard.services.inference.frontends.asgi import GrpcApplication, Receive, Scope, Send
+from pollard.services.inference.frontends.asgi import GrpcApplication, Scope, Send
+from pollard.services.inference.frontends.receiving import Receive
 from pollard.services.inference.settings import InferenceSettings
 
 _log = structlog.get_logger("pollard.inference.envoy")

@@ -61,9 +61,6 @@ class Messages:
         receive: Receive,
         encoding: bytes,
         max_bytes: int,
-        *,
-        on_gone: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Read from `receive`.
 
@@ -71,11 +68,7 @@ class Messages:
             receive: ASGI's.
             encoding: The "grpc-encoding" header; empty if there is none.
             max_bytes: Largest message, also after decompression.
-            on_gone: Called when the client closes the call before the end of its messages.
-            on_end: Called at their end.
         """
-        self._on_gone = on_gone
-        self._on_end = on_end
         self._receive = receive
         self._encoding = encoding
         self._max_bytes = max_bytes
@@ -127,7 +120,6 @@ class Messages:
     async def _more(self) -> None:
         event = await self._receive()
         if event["type"] == "http.disconnect":
-            self._on_gone()
             raise CallerGone
         part = event.get("body", b"")
         assert isinstance(part, bytes)  # noqa: S101 - as ASGI says
@@ -135,7 +127,6 @@ class Messages:
         self._size += len(part)
         if not event.get("more_body", False):
             self._ended = True
-            self._on_end()
         if self._size > 2 * self._max_bytes + _PREFIX:
             raise self._too_large(self._size)
 
