@@ -19,8 +19,10 @@ from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_se
 from pollard.services.common.logs import configure_logging
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
-from pollard.services.inference.frontends import envoy
+from pollard.services.inference.frontends import core, envoy
 from pollard.services.inference.frontends.asgi import GrpcApplication
+from pollard.services.inference.frontends.calls import ServerCalls
+from pollard.services.inference.frontends.core import CoreFront
 from pollard.services.inference.frontends.envoy import EnvoyFront
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.memory import freeze_heap
@@ -46,8 +48,8 @@ class InferenceServer:
         engine: Engine,
         member: InferenceMember,
         agent: FleetAgent,
-        grpc_server: GrpcServer | EnvoyFront,
-        servicer: InferenceServicer | EnvoyFront,
+        grpc_server: GrpcServer | EnvoyFront | CoreFront,
+        servicer: InferenceServicer | EnvoyFront | CoreFront,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
@@ -138,8 +140,8 @@ class StandaloneServer:
         self,
         engine: Engine,
         models: StandaloneCatalogue,
-        grpc_server: GrpcServer | EnvoyFront,
-        servicer: InferenceServicer | EnvoyFront,
+        grpc_server: GrpcServer | EnvoyFront | CoreFront,
+        servicer: InferenceServicer | EnvoyFront | CoreFront,
     ) -> None:
         """Take the parts; see `build_standalone_server`."""
         self.engine = engine
@@ -224,33 +226,28 @@ def _front(
     engine: Engine,
     catalogue: Catalogue,
     make_front: MakeFront | None,
-) -> tuple[GrpcServer | EnvoyFront, InferenceServicer | EnvoyFront]:
+) -> tuple[GrpcServer | EnvoyFront | CoreFront, InferenceServicer | EnvoyFront | CoreFront]:
     shared = SharedMemory(enabled=settings.shared_memory)
     methods = ProtocolMethods(engine, catalogue, shared)
-    if make_front is not None:
-        front = make_front(
-            GrpcApplication(
-                engine,
-                methods,
-                shared,
-                max_message_bytes=settings.max_message_bytes,
-                restrictions=settings.restrictions,
-            )
-        )
-        return front, front
-    grpc_server = GrpcServer(
-        Listen(
-            host=settings.host,
-            port=settings.port,
-            max_message_bytes=settings.max_message_bytes,
-            insecure=settings.insecure,
-            unix_socket=settings.unix_socket,
-        ),
-        [SERVICE_NAME],
+    listen = Listen(
+        host=settings.host,
+        port=settings.port,
+        max_message_bytes=settings.max_message_bytes,
+        insecure=settings.insecure,
+        unix_socket=settings.unix_socket,
     )
-    servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
-    servicer.add_to(grpc_server.server)
-    return grpc_server, servicer
+    if make_front is None and settings.frontend == "grpcio":
+        grpc_server = GrpcServer(listen, [SERVICE_NAME])
+        servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
+        servicer.add_to(grpc_server.server)
+        return grpc_server, servicer
+    calls = ServerCalls(engine, methods, shared, settings.restrictions)
+    front: EnvoyFront | CoreFront
+    if make_front is None:
+        front = CoreFront(listen, calls)
+    else:
+        front = make_front(GrpcApplication(calls, max_message_bytes=settings.max_message_bytes))
+    return front, front
 
 
 def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
@@ -277,6 +274,8 @@ def run(settings: InferenceSettings) -> int:
     configure_logging("inference", level=settings.log_level, form=settings.log_format)
     if settings.frontend == "envoy":
         return envoy.run(settings)
+    if settings.frontend == "core":
+        core.begin_anew()
     return run_service(lambda: build(settings), grace_seconds=settings.grace_seconds)
 
 

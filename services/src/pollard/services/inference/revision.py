@@ -245,8 +245,9 @@ class LoadedRevision:
             self.in_flight -= 1
             if self._retiring and self.in_flight == 0:
                 _call_on(self._loop, self._idle.set)
-        if self.shadow is not None and work is not None and answer is not None:
-            self.shadow.offer(work.feeds, answer)
+        shadow = self.shadow  # a switch may take it away meanwhile
+        if shadow is not None and work is not None and answer is not None:
+            shadow.offer(work.feeds, answer)
 
     def reject(self) -> None:
         """Count a request that failed for a reason of the client's before it was entered."""

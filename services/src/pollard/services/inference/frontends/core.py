@@ -1,0 +1,276 @@
+"""The front end over grpcio's core: its HTTP/2 stack without its Python servers.
+
+grpcio's servers in Python lead every call through threads, tasks and futures, which takes longer
+than a small model does. Here one thread polls the core's completion queue. It reads ModelInfer,
+runs what is small, hands the rest to the model's workers, and whoever has an answer sends it.
+Everything else is answered on the event loop.
+
+The core is reached through `grpc._cython.cygrpc`, on which grpcio's own servers stand, but which
+grpcio does not promise to keep as it is: `missing_from_core` says what an installed one lacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import structlog
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled module
+
+from pollard.services.common.errors import StartupError
+from pollard.services.common.lifecycle import Listen, is_loopback, server_options
+from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
+from pollard.services.common.shadows import SHADOW_METADATA
+from pollard.services.inference.frontends.calls import MODEL_INFER, Headers, ServerCalls
+from pollard.services.inference.frontends.core_calls import InferCall, LoopCall
+from pollard.services.inference.revision import LoadedRevision
+from pollard.services.inference.servicer import STREAM_STATUS_METADATA
+from pollard.services.inference.workers import Work
+
+_log = structlog.get_logger("pollard.inference.core")
+
+_WAITING_CALLS = 16
+"""Calls that the core may hand over before it is asked for more."""
+
+_MOST_GATHERED = 64
+"""Requests that are read before those that came are run."""
+
+EXPERIMENTS = "GRPC_EXPERIMENTS"
+
+THREADLESS = "-event_engine_listener,-event_engine_client"
+"""Value of GRPC_EXPERIMENTS with which the core reads and writes on the thread that polls, not on
+threads of its own that wake it: three quarters of the processor time of a small request, a fifth of
+the context switches. grpcio reads the variable when it is imported."""
+
+_NEEDED = (
+    "CompletionQueue",
+    "CompletionType",
+    "ReceiveCloseOnServerOperation",
+    "ReceiveMessageOperation",
+    "SendInitialMetadataOperation",
+    "SendMessageOperation",
+    "SendStatusFromServerOperation",
+    "Server",
+)
+_NEEDED_OF_SERVER = (
+    "add_http2_port",
+    "cancel_all_calls",
+    "destroy",
+    "register_completion_queue",
+    "register_method",
+    "request_call",
+    "request_registered_call",
+    "shutdown",
+    "start",
+)
+
+
+def missing_from_core() -> list[str]:
+    """Name what this front end needs and the installed grpcio does not have."""
+    missing = [name for name in _NEEDED if not hasattr(cygrpc, name)]
+    server = getattr(cygrpc, "Server", None)
+    return missing + [f"Server.{name}" for name in _NEEDED_OF_SERVER if not hasattr(server, name)]
+
+
+def begin_anew() -> None:
+    """Start this program again with GRPC_EXPERIMENTS set to `THREADLESS`, if it is not set.
+
+    It comes back from nowhere: the process stays the same and begins at its command line. Whoever
+    has set the variable has decided.
+    """
+    if EXPERIMENTS not in os.environ:
+        os.environ[EXPERIMENTS] = THREADLESS
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself
+
+
+class CoreFront:
+    """Stands where `GrpcServer` stands: listens, answers, stops."""
+
+    def __init__(self, listen: Listen, calls: ServerCalls) -> None:
+        """Take what to answer with; must be made on the event loop's thread.
+
+        Raises:
+            StartupError: the address would be open to everybody, or grpcio's core is another one.
+        """
+        if not listen.insecure and not is_loopback(listen.host):
+            raise StartupError(
+                f"refusing to listen on {listen.host} without TLS and a token: anybody who reaches "
+                "it could use the models. Listen on 127.0.0.1, or give --insecure if the network "
+                "is trusted"
+            )
+        missing = missing_from_core()
+        if missing:
+            raise StartupError(
+                f"the installed grpcio lacks {', '.join(missing)}, which --frontend core needs; "
+                "use --frontend grpcio"
+            )
+        self.port = 0
+        self.calls = calls
+        self.engine = calls.engine
+        self.loop = asyncio.get_running_loop()
+        self._listen = listen
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(tuple(server_options(listen.max_message_bytes)), False)
+        self._server.register_completion_queue(self._queue)
+        self._server.register_method(MODEL_INFER)
+        self._started = False
+        self._stopping = False
+        self._gathered: list[tuple[LoadedRevision, Work]] = []
+        self._thread = threading.Thread(target=self._poll, name="grpc-core", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """Target under which this machine reaches the server."""
+        host = "127.0.0.1" if self._listen.host in ("0.0.0.0", "::") else self._listen.host  # noqa: S104 - compared, not bound
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    async def start(self) -> None:
+        """Bind and begin to answer; health says NOT_SERVING until told otherwise.
+
+        Raises:
+            StartupError: the address cannot be had.
+        """
+        self.calls.set_serving(False)
+        host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
+        address = f"{host}:{self._listen.port}"
+        self.port = self._bind(address)
+        if not self.port:
+            raise StartupError(
+                f"cannot listen on {address}: the port is in use or the address is not this "
+                "machine's; stop the other program or choose another --port"
+            )
+        if self._listen.unix_socket and not self._bind(f"unix:{self._listen.unix_socket}"):
+            raise StartupError(f"cannot listen on the socket {self._listen.unix_socket}")
+        self._server.start()
+        self._started = True
+        for _ in range(_WAITING_CALLS):
+            self._ask_for_infer()
+            self._ask_for_call()
+        self._thread.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health."""
+        self.calls.set_serving(serving)
+
+    def stop_streams(self) -> None:
+        """Read no more from streams, and end each when what was read has been answered."""
+        self.calls.set_serving(False)
+        self.calls.stopping.set()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Finish the calls in flight for at most `grace_seconds`, then close."""
+        self.stop_streams()
+        if not self._started:
+            return
+        ended = asyncio.Event()
+        self._stopping = True
+        self._server.shutdown(self._queue, lambda _: self.loop.call_soon_threadsafe(ended.set))
+        try:
+            await asyncio.wait_for(ended.wait(), grace_seconds)
+        except TimeoutError:
+            self._server.cancel_all_calls()
+            await ended.wait()
+        self._server.destroy()
+        self._queue.shutdown()
+        await asyncio.to_thread(self._thread.join)
+
+    def gather(self, revision: LoadedRevision, work: Work) -> None:
+        """Run a small request with those that came with it; on the polling thread."""
+        self._gathered.append((revision, work))
+
+    def _bind(self, address: str) -> int:
+        try:
+            port: int = self._server.add_http2_port(address.encode())
+        except RuntimeError:
+            return 0
+        return port
+
+    def _poll(self) -> None:
+        poll, gathered = self._queue.poll, self._gathered
+        nothing = cygrpc.CompletionType.queue_timeout
+        closed = cygrpc.CompletionType.queue_shutdown
+        while True:
+            # With requests to run, only look whether more have come.
+            event = poll(0.0) if gathered else poll()
+            kind = event.completion_type
+            if kind == nothing:
+                self._run_gathered()
+                continue
+            if kind == closed:
+                return
+            try:
+                event.tag(event)
+            except Exception:
+                _log.exception("an event of the core could not be handled")
+            if len(gathered) >= _MOST_GATHERED:
+                self._run_gathered()
+            # A call lives as long as its event.
+            event = None
+
+    def _run_gathered(self) -> None:
+        by_revision: dict[LoadedRevision, list[Work]] = {}
+        for revision, work in self._gathered:
+            by_revision.setdefault(revision, []).append(work)
+        self._gathered.clear()
+        for revision, works in by_revision.items():
+            revision.run_here(works)
+
+    def _ask_for_infer(self) -> None:
+        self._server.request_registered_call(self._queue, self._queue, MODEL_INFER, self._on_infer)
+
+    def _ask_for_call(self) -> None:
+        self._server.request_call(self._queue, self._queue, self._on_call)
+
+    def _on_infer(self, event: Any) -> None:
+        if not event.success:
+            return
+        if not self._stopping:
+            self._ask_for_infer()
+        metadata = event.invocation_metadata
+        headers = headers_of(metadata, event.call_details.deadline)
+        if headers.shadow or self.calls.restriction(MODEL_INFER) is not None:
+            self._on_loop(event, MODEL_INFER, headers)
+        else:
+            InferCall(self, event.call, headers).start()
+
+    def _on_call(self, event: Any) -> None:
+        if not event.success:
+            return
+        if not self._stopping:
+            self._ask_for_call()
+        path = event.call_details.method.decode("utf-8", "replace")
+        self._on_loop(
+            event, path, headers_of(event.invocation_metadata, event.call_details.deadline)
+        )
+
+    def _on_loop(self, event: Any, path: str, headers: Headers) -> None:
+        call = LoopCall(self, event.call, path, headers, event.invocation_metadata)
+        self.loop.call_soon_threadsafe(call.start)
+
+
+def headers_of(metadata: Iterable[tuple[str, str | bytes]], deadline: float) -> Headers:
+    """Return what a call says beside its messages.
+
+    Args:
+        metadata: Pairs of key and value.
+        deadline: In seconds since the epoch; infinite if there is none.
+    """
+    headers = Headers()
+    if deadline != math.inf:
+        headers.seconds_left = deadline - time.time()
+    for key, value in metadata:
+        if key == ALIAS_METADATA:
+            headers.alias = str(value)
+        elif key == STICKY_METADATA:
+            headers.sticky_key = str(value)
+        elif key == SHADOW_METADATA:
+            headers.shadow = True
+        elif key == STREAM_STATUS_METADATA:
+            headers.strict_stream = value == "true"
+    return headers

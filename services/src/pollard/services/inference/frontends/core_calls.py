@@ -1,0 +1,298 @@
+"""Calls that grpcio's core carries: each reads its messages, and sends its answers and status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled module
+
+from pollard.services.common.status import describe
+from pollard.services.inference import protocol
+from pollard.services.inference.errors import FeatureNotOffered, RequestInvalid
+from pollard.services.inference.frontends.calls import Headers
+from pollard.services.inference.frontends.framing import CallerGone
+from pollard.services.inference.protocol import PreparedRequest
+from pollard.services.inference.revision import LoadedRevision
+from pollard.services.inference.workers import Outcome, Work
+
+if TYPE_CHECKING:
+    from pollard.services.inference.frontends.core import CoreFront
+
+_log = structlog.get_logger("pollard.inference.core")
+
+_OK = 0
+_NO_FLAGS = 0
+
+_ending = threading.Lock()
+"""A call ends once, though its answer and its client's going may come together."""
+
+
+def _ignore(_: Any) -> None:
+    """Take the completion of a batch whose outcome changes nothing."""
+
+
+class InferCall:
+    """A ModelInfer; a `Caller` of the engine. Its methods never wait."""
+
+    __slots__ = (
+        "_call",
+        "_ended",
+        "_front",
+        "_headers",
+        "_prepared",
+        "_revision",
+        "_watched",
+        "_work",
+        "gone",
+    )
+
+    def __init__(self, front: CoreFront, call: Any, headers: Headers) -> None:
+        """Take a call that has just come."""
+        self._front = front
+        self._call = call
+        self._headers = headers
+        self._revision: LoadedRevision | None = None
+        self._prepared: PreparedRequest | None = None
+        self._work: Work | None = None
+        self._ended = False
+        self._watched = False
+        self.gone = False
+
+    def start(self) -> None:
+        """Read the message, then go on."""
+        self._call.start_server_batch(
+            (cygrpc.ReceiveMessageOperation(_NO_FLAGS),), self._on_message
+        )
+
+    def settle(self, work: Work, outcome: Outcome) -> None:
+        """Send the answer or the error."""
+        with _ending:
+            if self._ended:
+                return
+            self._ended = True
+        prepared, revision = self._prepared, self._revision
+        assert prepared is not None  # noqa: S101 - else it were not run
+        assert revision is not None  # noqa: S101
+        try:
+            if isinstance(outcome, Exception):
+                revision.finish(work, outcome)
+                self._fail(outcome)
+                return
+            try:
+                data = prepared.answer(outcome).SerializeToString()
+            except Exception as error:
+                revision.finish(work, error)
+                self._fail(error)
+                return
+            revision.finish(work, None, outcome)
+            self._send(data)
+        except Exception:
+            # On a worker's thread, which must live on.
+            _log.exception("an answer could not be sent")
+        finally:
+            prepared.close()
+
+    def hand_over(self, settled: Sequence[tuple[Work, Outcome]]) -> None:
+        """Send from the thread that has the answers: no other need be woken."""
+        for work, outcome in settled:
+            work.caller.settle(work, outcome)
+
+    def _on_message(self, event: Any) -> None:
+        data = event.batch_operations[0].message()
+        if data is None:
+            self._fail(RequestInvalid("the call ended without a request"))
+            return
+        headers, engine = self._headers, self._front.engine
+        try:
+            request = protocol.parse(data)
+            revision = engine.enter(
+                request.model_name, request.model_version, headers.alias, headers.sticky_key
+            )
+        except Exception as error:
+            self._fail(error)
+            return
+        try:
+            prepared = protocol.prepare(request, revision.info, self._front.calls.shared)
+        except Exception as error:
+            revision.reject()
+            revision.finish(None)
+            self._fail(error)
+            return
+        self._revision, self._prepared = revision, prepared
+        options = prepared.options
+        work = self._work = revision.work(
+            prepared.feeds,
+            prepared.specs,
+            engine.deadline(headers.seconds_left),
+            self,
+            wait_seconds=options.wait_seconds,
+            priority=options.priority,
+        )
+        if revision.runs_inline(work):
+            self._front.gather(revision, work)
+            return
+        # Only what waits can lose its client while there is something to save.
+        self._watched = True
+        self._call.start_server_batch(
+            (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
+        )
+        try:
+            revision.submit(work)
+        except Exception as error:
+            self.settle(work, error)
+
+    def _on_close(self, event: Any) -> None:
+        if not event.batch_operations[0].cancelled():
+            return
+        self.gone = True
+        with _ending:
+            if self._ended:
+                return
+            self._ended = True
+        assert self._prepared is not None  # noqa: S101 - else it were not watched
+        assert self._revision is not None  # noqa: S101
+        self._prepared.close()
+        self._revision.finish(self._work, asyncio.CancelledError())
+
+    def _send(self, data: bytes) -> None:
+        operations = [
+            cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
+            cygrpc.SendMessageOperation(data, _NO_FLAGS),
+            cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS),
+        ]
+        self._end(operations)
+
+    def _fail(self, error: Exception) -> None:
+        self._end([cygrpc.SendInitialMetadataOperation((), _NO_FLAGS), status_of(error)])
+
+    def _end(self, operations: list[Any]) -> None:
+        if not self._watched:
+            operations.append(cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        self._call.start_server_batch(operations, _ignore)
+
+
+class LoopCall:
+    """Any other call, answered on the event loop."""
+
+    def __init__(
+        self,
+        front: CoreFront,
+        call: Any,
+        path: str,
+        headers: Headers,
+        metadata: Iterable[tuple[str, str | bytes]],
+    ) -> None:
+        """Take a call that has just come."""
+        self._front = front
+        self._call = call
+        self._path = path
+        self._headers = headers
+        self._metadata = metadata
+        self._task: asyncio.Task[None] | None = None
+        self._started = False
+
+    def start(self) -> None:
+        """Answer it; on the event loop's thread."""
+        self._task = self._front.loop.create_task(self._run())
+        self._call.start_server_batch(
+            (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
+        )
+
+    def _on_close(self, event: Any) -> None:
+        if event.batch_operations[0].cancelled() and self._task is not None:
+            self._front.loop.call_soon_threadsafe(self._task.cancel)
+
+    async def _run(self) -> None:
+        try:
+            await self._answer()
+        except (CallerGone, asyncio.CancelledError):
+            # The client has gone, and nobody waits for an answer.
+            return
+        except Exception as error:
+            with contextlib.suppress(CallerGone, asyncio.CancelledError):
+                await self._batch(*self._beginning(), status_of(error))
+
+    async def _answer(self) -> None:
+        calls = self._front.calls
+        restriction = calls.restriction(self._path)
+        if restriction is not None:
+            restriction.check(self._metadata)
+        unary = calls.unary.get(self._path)
+        stream = calls.streams.get(self._path)
+        if unary is not None:
+            data = await self._receive()
+            if data is None:
+                raise RequestInvalid("the call ended without a request")
+            answer = await unary(data, self._headers)
+            await self._batch(
+                *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS), *_ending_well()
+            )
+        elif stream is not None:
+            answers = stream(self._messages(), self._headers)
+            async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
+                async for answer in answers:
+                    await self._batch(
+                        *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS)
+                    )
+            await self._batch(*self._beginning(), *_ending_well())
+        else:
+            raise FeatureNotOffered(f"there is no method {self._path}")
+
+    def _beginning(self) -> list[Any]:
+        if self._started:
+            return []
+        self._started = True
+        return [cygrpc.SendInitialMetadataOperation((), _NO_FLAGS)]
+
+    async def _messages(self) -> AsyncIterator[bytes]:
+        while (data := await self._receive()) is not None:
+            yield data
+
+    async def _receive(self) -> bytes | None:
+        event = await self._batch(cygrpc.ReceiveMessageOperation(_NO_FLAGS))
+        data: bytes | None = event.batch_operations[0].message()
+        return data
+
+    async def _batch(self, *operations: Any) -> Any:
+        """Have the core do something, and wait until it is done.
+
+        Raises:
+            CallerGone: the call is over.
+        """
+        loop = self._front.loop
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def on_done(event: Any) -> None:
+            loop.call_soon_threadsafe(_resolve, done, event)
+
+        if self._call.start_server_batch(operations, on_done):
+            raise CallerGone
+        event = await done
+        if not event.success:
+            raise CallerGone
+        return event
+
+
+def status_of(error: BaseException) -> Any:
+    """Return the operation that ends a call with an error."""
+    outcome = describe(error)
+    return cygrpc.SendStatusFromServerOperation(
+        (("grpc-status-details-bin", outcome.to_proto().SerializeToString()),),
+        outcome.code.value[0],
+        outcome.message.encode(),
+        _NO_FLAGS,
+    )
+
+
+def _ending_well() -> list[Any]:
+    return [cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS)]
+
+
+def _resolve(done: asyncio.Future[Any], event: Any) -> None:
+    if not done.done():
+        done.set_result(event)
