@@ -71,6 +71,7 @@ async def answer(address: str, request) -> tuple[str, float]:
         ("fetching", "grpcio"),
         ("loading", "grpcio"),
         ("acknowledged", "grpcio"),
+        ("acknowledged", "core"),
         ("acknowledged", "envoy"),
     ],
 )
