@@ -381,14 +381,6 @@ async def test_every_change_is_in_the_audit_log(suite: Any, bundles: Any) -> Non
     assert sequences == list(range(len(sequences), 0, -1))
 
 
-async def test_what_comes_later_says_so(suite: Any, refused: Any) -> None:
-    models = suite.client.models
-    shadowed = pb.CreateRolloutRequest(
-        parent="models/m", rollout=pb.Rollout(revision=2, shadow_percent=10)
-    )
-    assert await refused(models.CreateRollout(shadowed), CODE.UNIMPLEMENTED) == "NOT_OFFERED"
-
-
 async def test_everything_is_there_after_a_restart(suite: Any, bundles: Any) -> None:
     bundle = bundles.make(1)
     await suite.join("s", kind=fleet_pb.SERVER_KIND_INFERENCE)
