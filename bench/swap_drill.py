@@ -95,7 +95,10 @@ def main(
     name: Annotated[str, typer.Option(help="Of the result.")] = "swap-drill",
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = ROOT / "bench/results",
 ) -> None:
-    """Run the drill and write the figures; exit with 1 when it did not pass or misses a goal."""
+    """Run the drill and write the figures; exit with 1 when it did not pass or misses a goal.
+
+    Goals of time are judged for an even load only.
+    """
     before = environment()
     arguments = [
         *("--swaps", str(swaps), "--model-mb", str(megabytes), "--load", load),
@@ -112,8 +115,10 @@ def main(
     content = {"environment": before, "arguments": arguments, "figures": found}
     file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     ratio = found["p99_ratio"]
+    # Where clients ask without pause, latency and swaps depend on how many they are.
+    paced = load != "closed"
     slow = found["swap_answering_ms"]["max"] > _allowed_ms(megabytes)
-    if code or slow or (ratio is not None and ratio > _ALLOWED_RATIO):
+    if code or (paced and (slow or ratio is None or ratio > _ALLOWED_RATIO)):
         raise SystemExit(1)
 
 
