@@ -94,12 +94,14 @@ def run_point(
     return point
 
 
-def table(points: Sequence[Point], peer: str, names: Sequence[str]) -> list[str]:
-    """Return the points as a Markdown table, each server against `peer`."""
+def table(
+    points: Sequence[Point], peer: str, names: Sequence[str], limits: Mapping[str, float]
+) -> list[str]:
+    """Return the points as a Markdown table, each server against `peer` and the raw limit."""
     lines = [
         "| model | c | server | inferences/s | p50 µs | p99 µs | CPU µs each | memory MiB "
-        f"| throughput / {peer} | p50 / | p99 / | the same server twice |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| / raw limit | throughput / {peer} | p50 / | p99 / | the same server twice |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         for name in (peer, *names):
@@ -114,6 +116,7 @@ def table(points: Sequence[Point], peer: str, names: Sequence[str]) -> list[str]
                 f"{point.median(name, 'p99_us'):,.0f}",
                 f"{point.cpu_per_inference(name):,.0f}",
                 f"{point.median(name, 'memory_bytes') / 2**20:,.0f}",
+                f"{point.median(name, 'throughput') / limits[point.model]:.2f}",
             ]
             for what in ("throughput", "p50_us", "p99_us"):
                 cells.append("" if name == peer else str(point.ratio(name, peer, what)))
@@ -132,7 +135,7 @@ def report(
     """Return the results as a page of Markdown."""
     text = ["# Serving: Pollard against Triton, Python backend", "", *heads, ""]
     if points:
-        text += [*table(points, TRITON, [name for name in points[0].rounds if name != TRITON]), ""]
+        text += [*table(points, TRITON, _ours(points[0]), limits), ""]
     text += [
         "ONNX Runtime alone, as many callers as cores, best of batches "
         f"{', '.join(map(str, _RAW_BATCHES))}: "
@@ -142,8 +145,12 @@ def report(
     ]
     if quick:
         text += ["## One caller, tuned for latency", ""]
-        text += [*table(quick, TRITON, [name for name in quick[0].rounds if name != TRITON]), ""]
+        text += [*table(quick, TRITON, _ours(quick[0]), limits), ""]
     return "\n".join(text)
+
+
+def _ours(point: Point) -> list[str]:
+    return [name for name in point.rounds if name != TRITON]
 
 
 def main(
@@ -152,7 +159,12 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of A B B A.")] = 7,
     window_ms: Annotated[int, typer.Option(help="Each measurement has three windows.")] = 400,
     latency: Annotated[bool, typer.Option(help="Also --optimize latency at one caller.")] = True,
-    frontend: Annotated[str, typer.Option(help="Also this front end of Pollard.")] = "",
+    frontend: Annotated[
+        str, typer.Option(help="Also these front ends of Pollard, separated by commas.")
+    ] = "",
+    minutes: Annotated[
+        float, typer.Option(help="Begin no further point after so long; 0 for no limit.")
+    ] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = ROOT / "bench/results",
     name: Annotated[str, typer.Option(help="Name of the files in it.")] = "",
     note: Annotated[str, typer.Option(help="What else the machine did meanwhile.")] = "",
@@ -163,6 +175,7 @@ def main(
     except PeerMissing as error:
         raise SystemExit(f"the benchmark cannot run here: {error}") from None
     before = environment()
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
     built = [MODELS[model]() for model in models.split(",")]
     limits = {
         model.name: max(
@@ -201,19 +214,22 @@ def main(
             TRITON: stack.enter_context(start_triton(tools, built)),
             "Pollard": stack.enter_context(start_pollard(built)),
         }
-        if frontend:
-            label = f"Pollard, {frontend}"
+        for front in filter(None, frontend.split(",")):
+            label = f"Pollard, {front}"
             servers[label] = stack.enter_context(
-                start_pollard(built, "--frontend", frontend, name=label)
+                start_pollard(built, "--frontend", front, name=label)
             )
         ours = [server for server in servers if server != TRITON]
         for model in built:
             for concurrency in map(int, concurrencies.split(",")):
+                if time.monotonic() > until:
+                    print(f"{model.title}, {concurrency} callers: left out, the time is over")
+                    continue
                 point = run_point(
                     tools, servers, model, concurrency, rounds=rounds, window_ms=window_ms
                 )
                 points.append(point)
-                print("\n".join(table([point], TRITON, ours)[2:]), flush=True)
+                print("\n".join(table([point], TRITON, ours, limits)[2:]), flush=True)
                 keep()
         if latency:
             label = "Pollard, --optimize latency"
@@ -223,7 +239,7 @@ def main(
                     quick.append(
                         run_point(tools, pair, model, 1, rounds=rounds, window_ms=window_ms)
                     )
-                    print("\n".join(table([quick[-1]], TRITON, [label])[2:]), flush=True)
+                    print("\n".join(table([quick[-1]], TRITON, [label], limits)[2:]), flush=True)
                     keep()
     print(keep())
 
