@@ -211,6 +211,10 @@ class LoadedRevision:
         """Run requests on the calling thread, joined where that is possible."""
         self._workers.run_here(works)
 
+    def wait_seconds(self) -> float:
+        """Return about how long a request that comes now is here; infinite if that is unknown."""
+        return self._backlog.wait_seconds()
+
     def submit(self, work: Work) -> None:
         """Give a request to the workers; its caller gets the outcome.
 

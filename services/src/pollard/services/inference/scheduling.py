@@ -84,7 +84,7 @@ class Scheduling:
 class Backlog:
     """The work that waits for a revision's workers, to tell early who would wait in vain.
 
-    Belongs to the event loop's thread.
+    Guarded by the lock of its revision.
     """
 
     def __init__(self, workers: int) -> None:
@@ -105,6 +105,11 @@ class Backlog:
         each = seconds / max(1, rows)
         self._recent += _RECENT * (each - self._recent) if self._recent else each
         self._usual += _USUAL * (each - self._usual) if self._usual else each
+
+    def wait_seconds(self) -> float:
+        """Return about how long a request that comes now is here; infinite before the first run."""
+        row = max(self._recent, self._usual)
+        return row * (self.rows / self._workers + 1) if row else math.inf
 
     def check(self, rows: int, seconds_left: float) -> None:
         """Refuse a request at once that could not be answered in time.

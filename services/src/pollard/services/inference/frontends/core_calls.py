@@ -28,6 +28,10 @@ _log = structlog.get_logger("pollard.inference.core")
 _OK = 0
 _NO_FLAGS = 0
 
+_WATCH_FROM_SECONDS = 0.02
+"""Requests that will be answered sooner are not watched for their client's going: of each that is,
+the core tells in an event of its own."""
+
 _ending = threading.Lock()
 """A call ends once, though its answer and its client's going may come together."""
 
@@ -136,11 +140,11 @@ class InferCall:
         if revision.runs_inline(work):
             self._front.gather(revision, work)
             return
-        # Only what waits can lose its client while there is something to save.
-        self._watched = True
-        self._call.start_server_batch(
-            (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
-        )
+        if revision.wait_seconds() > _WATCH_FROM_SECONDS:
+            self._watched = True
+            self._call.start_server_batch(
+                (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
+            )
         try:
             revision.submit(work)
         except Exception as error:
