@@ -43,6 +43,7 @@ _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (runtime_errors.TensorInvalid, grpc.StatusCode.INVALID_ARGUMENT),
     (runtime_errors.ImageInvalid, grpc.StatusCode.INVALID_ARGUMENT),
     (runtime_errors.StepsInvalid, grpc.StatusCode.FAILED_PRECONDITION),
+    (runtime_errors.KeyInvalid, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
 _MAX_MESSAGE_BYTES = 1024
