@@ -219,7 +219,13 @@ class CoreFront:
             by_revision.setdefault(revision, []).append(work)
         self._gathered.clear()
         for revision, works in by_revision.items():
-            revision.run_here(works)
+            try:
+                revision.run_here(works)
+            except Exception as error:
+                # This thread must live on, and nobody may wait for ever.
+                _log.exception("requests could not be run")
+                for work in works:
+                    work.caller.settle(work, error)
 
     def _ask_for_infer(self) -> None:
         self._server.request_registered_call(self._queue, self._queue, MODEL_INFER, self._on_infer)

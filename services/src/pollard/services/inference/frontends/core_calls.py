@@ -129,14 +129,20 @@ class InferCall:
             return
         self._revision, self._prepared = revision, prepared
         options = prepared.options
-        work = self._work = revision.work(
-            prepared.feeds,
-            prepared.specs,
-            engine.deadline(headers.seconds_left),
-            self,
-            wait_seconds=options.wait_seconds,
-            priority=options.priority,
-        )
+        try:
+            work = self._work = revision.work(
+                prepared.feeds,
+                prepared.specs,
+                engine.deadline(headers.seconds_left),
+                self,
+                wait_seconds=options.wait_seconds,
+                priority=options.priority,
+            )
+        except Exception as error:
+            prepared.close()
+            revision.finish(None)
+            self._fail(error)
+            return
         if revision.runs_inline(work):
             self._front.gather(revision, work)
             return
