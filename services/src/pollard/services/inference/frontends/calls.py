@@ -159,11 +159,13 @@ class ServerCalls:
             last = None
             while True:
                 changed = self._health_changed
+                # Looked at before the state is: what is told last is the state when stopping.
+                ending = self.stopping.is_set()
                 state = self._health.get(name, unknown)
                 if state != last:
                     yield health_pb2.HealthCheckResponse(status=state).SerializeToString()
                     last = state
-                if self.stopping.is_set():
+                if ending:
                     return
                 waiting = asyncio.ensure_future(changed.wait())
                 await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
