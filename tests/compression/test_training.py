@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pollard.compress import training
+from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
+from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
 from pollard.compress.training import (
     FitConfig,
+    _loss,
     augment,
     fit,
     one_cycle,
@@ -118,3 +128,68 @@ def test_the_learning_rate_rises_to_its_peak_and_falls(total: int) -> None:
     peak = shares.index(max(shares))
     assert shares[: peak + 1] == sorted(shares[: peak + 1])
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_fit_that_was_killed_goes_on_to_the_same_weights(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any
+) -> None:
+    config = FitConfig(3, 24, 1e-2, seed=5, optimizer=optimizer)
+    whole = _net_with_chance()
+    wanted = fit(whole, data, SPEC, config)
+    seen: list[int] = []
+
+    def broken(*given: Any, **more: Any) -> Any:
+        if len(seen) == 5:  # in the middle of the second epoch of three steps each
+            raise _Killed
+        seen.append(1)
+        return _loss(*given, **more)
+
+    monkeypatch.setattr(training, "_loss", broken)
+    checkpoint = Checkpoint(tmp_path / "at.pt", "this", every_seconds=0, share=math.inf)
+    with pytest.raises(_Killed):
+        fit(_net_with_chance(), data, SPEC, config, checkpoint=checkpoint)
+    monkeypatch.setattr(training, "_loss", _loss)
+    torch.manual_seed(99)
+    again = _net_with_chance()
+    steps = _Steps()
+    found = fit(again, data, SPEC, config, checkpoint=checkpoint, reporter=steps)
+    assert found == wanted
+    assert steps.counts == [5, 1, 1, 1, 1]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_checkpoint_of_other_work_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "at.pt"
+    Checkpoint(path, "this").save({"step": 3})
+    assert Checkpoint(path, "this").load() == {"step": 3}
+    assert Checkpoint(path, "that").load() is None
+    path.write_bytes(path.read_bytes()[:-40])
+    assert Checkpoint(path, "this").load() is None
+    Checkpoint(path, "this").remove()
+    assert Checkpoint(path, "this").load() is None
+
+
+class _Steps(Reporter):
+    """Notes by how much the work advances."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    @contextmanager
+    def step(self, title: str, total: int) -> Iterator[Any]:
+        yield self
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.counts.append(count)
+
+
+def _net_with_chance() -> nn.Sequential:
+    net = _net()
+    net.insert(4, nn.Dropout(0.3))
+    return net

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
@@ -26,6 +27,7 @@ def recover(
     config: FitConfig,
     *,
     reporter: Reporter | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Fine-tune ``pruned`` in place with the parent as its teacher.
 
@@ -33,14 +35,24 @@ def recover(
     describe channels that are gone. They are measured once more at the end, on
     images as they are served, and kept if the choosing part agrees.
 
+    With a ``checkpoint`` it goes on from where it was left, to the same result.
+
     Raises:
+        OSError: the checkpoint cannot be written.
         TrainingDiverged: see :func:`pollard.compress.training.fit`.
     """
     recalibrate_batch_norm(pruned, data.train, spec)
     for parameter in parent.parameters():
         parameter.requires_grad_(False)
     history = fit(
-        pruned, data, spec, config, teacher=parent, reporter=reporter, title="Recovering accuracy"
+        pruned,
+        data,
+        spec,
+        config,
+        teacher=parent,
+        reporter=reporter,
+        title="Recovering accuracy",
+        checkpoint=checkpoint,
     )
     before = choose_accuracy(pruned, spec, data.choose)
     kept = copy.deepcopy(pruned.state_dict())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
 from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
@@ -74,6 +76,7 @@ def fit(
     teacher: nn.Module | None = None,
     reporter: Reporter | None = None,
     title: str = "Training",
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Fit ``module`` in place; it ends with the best state on the choosing part.
 
@@ -87,48 +90,40 @@ def fit(
         teacher: Parent to distil from when ``config.distill_weight`` is set.
         reporter: Told of progress.
         title: What to call the work.
+        checkpoint: Where to note now and then how far it is, and from where to go on
+            if something is there; the result is the same, to the bit, as without a break.
 
     Raises:
+        OSError: the checkpoint cannot be written.
         TrainingDiverged: the state before the first epoch gives answers that
             are not finite, or nothing good was reached from scratch.
     """
     reporter = reporter or Reporter()
-    seed_everything(config.seed)
-    generator = np.random.default_rng(config.seed)
-    history = History(start_accuracy=choose_accuracy(module, spec, data.choose))
-    best, best_state = history.start_accuracy, copy.deepcopy(module.state_dict())
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    steps = math.ceil(len(data.train) / config.batch_size)
-    optimizer = _optimizer(parameters, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
+    run = _Run.begin(module, data, spec, config)
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        run.restore(saved)
+    history, total = run.history, run.steps * config.epochs
     if teacher is not None:
         teacher.eval()
-    with reporter.step(title, steps * config.epochs) as step:
-        for epoch in range(1, config.epochs + 1):
+    with reporter.step(title, total) as step:
+        step.advance(run.done)
+        while run.epoch <= config.epochs and not history.stopped:
             module.train()
-            losses: list[float] = []
-            for images, labels in _shuffled(data.train, config.batch_size, generator):
-                inputs = spec.normalize(augment(images, spec, generator))
+            while run.position < len(data.train):
+                images, labels = run.batch(data.train)
+                inputs = spec.normalize(augment(images, spec, run.generator))
                 loss = _loss(module, teacher, inputs, torch.from_numpy(labels), config)
                 if not torch.isfinite(loss):
-                    history.stopped = f"the loss was {loss.item()} in epoch {epoch}"
+                    history.stopped = f"the loss was {loss.item()} in epoch {run.epoch}"
                     break
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(parameters, 5.0)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-                step.advance(note=f"loss {loss.item():.3f}, best {best:.2%}")
-            if history.stopped:
-                break
-            score = choose_accuracy(module, spec, data.choose)
-            history.loss.append(float(np.mean(losses)))
-            history.choose_accuracy.append(score)
-            # The later of two equals: it has been trained longer.
-            if score >= best and _finite(module):
-                best, history.best_epoch = score, epoch
-                best_state = copy.deepcopy(module.state_dict())
+                run.learn(loss)
+                step.advance(note=f"loss {run.losses[-1]:.3f}, best {run.best:.2%}")
+                if checkpoint is not None and checkpoint.due:
+                    checkpoint.save(run.state())
+            if not history.stopped:
+                run.end_epoch(choose_accuracy(module, spec, data.choose))
+                if checkpoint is not None and checkpoint.due:
+                    checkpoint.save(run.state())
     if history.stopped and history.best_epoch == 0 and teacher is None:
         raise TrainingDiverged(
             f"{history.stopped}, before any good state; lower the learning rate "
@@ -138,7 +133,7 @@ def fit(
         reporter.say(
             f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
         )
-    module.load_state_dict(best_state)
+    module.load_state_dict(run.best_state)
     module.eval()
     return history
 
@@ -220,17 +215,113 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def _shuffled(
-    part: Part, size: int, generator: np.random.Generator
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    order = generator.permutation(len(part))
-    for start in range(0, len(order), size):
+@dataclass
+class _Run:
+    """Where a fit stands between two steps."""
+
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    generator: np.random.Generator
+    batch_size: int
+    steps: int
+    """Of an epoch."""
+    history: History
+    best: float
+    best_state: dict[str, Tensor]
+    order: NDArray[np.int64]
+    """In which the images of this epoch come."""
+    epoch: int = 1
+    position: int = 0
+    """In ``order``, of the next image."""
+    losses: list[float] = field(default_factory=list)
+    """Of this epoch."""
+
+    @classmethod
+    def begin(cls, module: nn.Module, data: Dataset, spec: InputSpec, config: FitConfig) -> _Run:
+        seed_everything(config.seed)
+        generator = np.random.default_rng(config.seed)
+        start = choose_accuracy(module, spec, data.choose)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        steps = math.ceil(len(data.train) / config.batch_size)
+        optimizer = _optimizer(parameters, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
+        return cls(
+            module,
+            parameters,
+            optimizer,
+            schedule,
+            generator,
+            config.batch_size,
+            steps,
+            History(start_accuracy=start),
+            start,
+            copy.deepcopy(module.state_dict()),
+            generator.permutation(len(data.train)),
+        )
+
+    @property
+    def done(self) -> int:
+        """Steps behind it."""
+        return (self.epoch - 1) * self.steps + len(self.losses)
+
+    def batch(self, part: Part) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        chosen = self.order[self.position : self.position + self.batch_size]
+        self.position += self.batch_size
         # Batch norm cannot train on a single image.
-        chosen = order[start : start + size]
         if len(chosen) == 1:
-            chosen = np.concatenate([chosen, order[:1]])
+            chosen = np.concatenate([chosen, self.order[:1]])
         chosen = np.sort(chosen)  # sequential reads when the images are in a file
-        yield part.images[chosen], part.labels[chosen]
+        return part.images[chosen], part.labels[chosen]
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+
+    def end_epoch(self, score: float) -> None:
+        self.history.loss.append(float(np.mean(self.losses)))
+        self.history.choose_accuracy.append(score)
+        # The later of two equals: it has been trained longer.
+        if score >= self.best and _finite(self.module):
+            self.best, self.history.best_epoch = score, self.epoch
+            self.best_state = copy.deepcopy(self.module.state_dict())
+        self.epoch, self.position, self.losses = self.epoch + 1, 0, []
+        self.order = self.generator.permutation(len(self.order))
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            # The counters of NumPy's generators have 128 bits.
+            "generator": json.dumps(self.generator.bit_generator.state),
+            "torch_generator": torch.get_rng_state(),
+            "history": asdict(self.history),
+            "best": self.best,
+            "best_state": self.best_state,
+            "order": torch.from_numpy(self.order),
+            "epoch": self.epoch,
+            "position": self.position,
+            "losses": self.losses,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.generator.bit_generator.state = json.loads(saved["generator"])
+        torch.set_rng_state(saved["torch_generator"])
+        self.history = History(**saved["history"])
+        self.best, self.best_state = saved["best"], saved["best_state"]
+        self.order = saved["order"].numpy()
+        self.epoch, self.position = saved["epoch"], saved["position"]
+        self.losses = list(saved["losses"])
 
 
 def _loss(
