@@ -143,11 +143,34 @@ def _edit(bundle: Bundle, change) -> bundle_pb2.Manifest:
         (lambda m: setattr(m.variants[0], "golden_file", "absent"), "golden_file"),
         (lambda m: setattr(m.postprocess, "labels_file", "absent"), "labels_file"),
         (lambda m: setattr(m.postprocess.classification, "output", "no"), "classification.output"),
+        (
+            lambda m: setattr(m.postprocess.detection, "boxes_output", "no"),
+            "detection.boxes_output",
+        ),
+        (lambda m: m.postprocess.detection.SetInParent(), "detection.boxes_output"),
+        (lambda m: _detection(m, scores_output=""), "detection.scores_output"),
+        (lambda m: _detection(m, boxes_output="scores"), "detection.boxes_output"),
+        (lambda m: _detection(m, scores_output="boxes", labels_output="boxes"), "scores_output"),
+        (lambda m: _detection(m, score_threshold=1.5), "detection.score_threshold"),
+        (lambda m: _detection(m, iou_threshold=float("nan")), "detection.iou_threshold"),
+        (lambda m: m.postprocess.segmentation.palette.extend([1, 2]), "segmentation.palette"),
+        (lambda m: m.postprocess.segmentation.palette.extend([1, 2, 256]), "segmentation.palette"),
     ],
 )
 def test_an_impossible_manifest_is_refused_and_the_field_is_named(make_bundle, change, field):
     with pytest.raises(ManifestInvalid, match=field.replace(".", r"\.")):
         check_manifest(_edit(make_bundle(), change))
+
+
+def _detection(manifest: bundle_pb2.Manifest, **fields) -> None:
+    for name, shape in (("boxes", [-1, 9, 4]), ("all", [-1, 9, 3])):
+        manifest.outputs.add(name=name, data_type=bundle_pb2.DATA_TYPE_FP32, shape=shape)
+    settings = {"boxes_output": "boxes", "scores_output": "all", **fields}
+    manifest.postprocess.detection.CopyFrom(bundle_pb2.Detection(**settings))
+
+
+def test_a_detector_of_the_right_shapes_is_taken(make_bundle):
+    check_manifest(_edit(make_bundle(), lambda m: _detection(m, iou_threshold=0.5)))
 
 
 @pytest.mark.parametrize(

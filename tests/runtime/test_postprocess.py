@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.errors import ManifestInvalid, TensorInvalid
-from pollard.runtime.postprocess import classify, classify_batch
+from pollard.runtime.postprocess import classify, classify_batch, embed_views
 
 
 def manifest(activation=bundle_pb2.ACTIVATION_SOFTMAX, top_k=0) -> bundle_pb2.Manifest:
@@ -98,3 +98,33 @@ def test_outputs_that_are_no_classification(outputs, words):
 def test_a_manifest_of_another_task():
     with pytest.raises(ManifestInvalid):
         classify(logits([1.0]), bundle_pb2.Manifest())
+
+
+def embedding(l2_normalize: bool = False) -> bundle_pb2.Manifest:
+    return bundle_pb2.Manifest(
+        task=bundle_pb2.TASK_EMBEDDING,
+        outputs=[bundle_pb2.TensorSpec(name="vector")],
+        postprocess=bundle_pb2.Postprocess(
+            embedding=bundle_pb2.Embedding(output="vector", l2_normalize=l2_normalize)
+        ),
+    )
+
+
+def test_an_embedding_is_the_mean_over_the_views():
+    vectors = np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)
+    assert embed_views({"vector": vectors}, embedding()).tolist() == [2.0, 4.0]
+
+
+def test_an_embedding_is_scaled_to_unit_length_where_the_manifest_says_so():
+    given = {"vector": np.array([[3.0, 4.0]], np.float32)}
+    assert embed_views(given, embedding(True)).tolist() == pytest.approx([0.6, 0.8])
+    nothing = {"vector": np.zeros((1, 3), np.float32)}
+    assert embed_views(nothing, embedding(True)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("vector", [np.zeros((2, 3, 4)), np.zeros((1, 0)), [[np.nan]], [1.0]])
+def test_no_embedding_out_of_other_outputs(vector):
+    with pytest.raises(TensorInvalid, match="vector"):
+        embed_views({"vector": np.array(vector, np.float32)}, embedding())
+    with pytest.raises(ManifestInvalid, match="embedding"):
+        embed_views({"vector": np.zeros((1, 2))}, manifest())

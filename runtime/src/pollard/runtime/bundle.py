@@ -22,6 +22,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from pollard.bundle.v1 import bundle_pb2
+from pollard.runtime._postprocess_check import check_postprocess
 from pollard.runtime.digests import sha256_bytes, sha256_file
 from pollard.runtime.errors import BundleCorrupt, ManifestInvalid
 
@@ -344,24 +345,7 @@ def check_manifest(manifest: bundle_pb2.Manifest) -> None:
     labels = manifest.postprocess.labels_file
     if labels and labels not in paths:
         refuse("postprocess.labels_file", f"{labels!r} is not in files")
-    _check_postprocess_outputs(manifest)
-
-
-def _check_postprocess_outputs(manifest: bundle_pb2.Manifest) -> None:
-    outputs = {spec.name for spec in manifest.outputs}
-    task = manifest.postprocess.WhichOneof("task")
-    if task is None:
-        return
-    message = getattr(manifest.postprocess, task)
-    for field in message.DESCRIPTOR.fields:
-        if not (field.name == "output" or field.name.endswith("_output")):
-            continue
-        name = getattr(message, field.name)
-        if name and name not in outputs:
-            raise ManifestInvalid(
-                f"manifest: postprocess.{task}.{field.name}: the model has no output {name!r}",
-                field=f"postprocess.{task}.{field.name}",
-            )
+    check_postprocess(manifest)
 
 
 def is_safe_path(path: str) -> bool:

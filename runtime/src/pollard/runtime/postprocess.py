@@ -111,11 +111,44 @@ def _scores(
         raise ManifestInvalid("the manifest does not describe a classification")
     task = manifest.postprocess.classification
     name = task.output or (manifest.outputs[0].name if manifest.outputs else "")
+    raw = _matrix(name, output_of(outputs, name), "classes")
+    return raw, activate(raw, task.activation)
+
+
+def output_of(outputs: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.generic]:
+    """Return an output by its name.
+
+    Raises:
+        TensorInvalid: the model did not give it.
+    """
     if name not in outputs:
         have = ", ".join(outputs) or "none"
         raise TensorInvalid(f"the model gave no output {name!r}; it gave {have}", output=name)
-    raw = _scores_matrix(name, outputs[name])
-    return raw, activate(raw, task.activation)
+    return outputs[name]
+
+
+def embed_views(
+    outputs: Mapping[str, NDArray[np.generic]], manifest: bundle_pb2.Manifest
+) -> NDArray[np.float32]:
+    """Return the vector of one image, float32 [features]: the mean over its views.
+
+    Raises:
+        ManifestInvalid: the manifest does not describe an embedding.
+        TensorInvalid: the output is missing, not [views, features], or holds a value that is not
+            finite.
+    """
+    if manifest.postprocess.WhichOneof("task") != "embedding":
+        raise ManifestInvalid("the manifest does not describe an embedding")
+    task = manifest.postprocess.embedding
+    name = task.output or (manifest.outputs[0].name if manifest.outputs else "")
+    vectors = _matrix(name, output_of(outputs, name), "features")
+    if len(vectors) == 0:
+        raise TensorInvalid("the model answered for no view of the image")
+    vector = vectors.mean(axis=0)
+    if task.l2_normalize:
+        # A vector of zeros has no direction.
+        vector /= np.linalg.norm(vector) or 1.0
+    return np.asarray(vector, np.float32)
 
 
 def _best(
@@ -132,11 +165,11 @@ def _best(
     ]
 
 
-def _scores_matrix(name: str, output: NDArray[np.generic]) -> NDArray[np.float64]:
+def _matrix(name: str, output: NDArray[np.generic], what: str) -> NDArray[np.float64]:
     # A pooled head may leave [batch, classes, 1, 1].
     if output.ndim < 2 or output.shape[1] == 0 or set(output.shape[2:]) - {1}:
         raise TensorInvalid(
-            f"output {name!r} has shape {list(output.shape)}, not [batch, classes]",
+            f"output {name!r} has shape {list(output.shape)}, not [batch, {what}]",
             output=name,
             shape=list(output.shape),
         )

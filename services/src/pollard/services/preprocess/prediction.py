@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,11 +13,17 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.errors import ImageInvalid, RuntimeFault
-from pollard.runtime.postprocess import ScoredClass, classify_views
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.errors import ServiceError
+from pollard.services.preprocess.answers import (
+    Answer,
+    Augmentation,
+    Options,
+    Segmented,
+    answer_of,
+    outputs_wanted,
+)
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.errors import (
@@ -26,8 +31,6 @@ from pollard.services.preprocess.errors import (
     DecoderCrashed,
     DecodeTimeout,
     InferenceFailed,
-    ModelTakesNoImages,
-    NotOffered,
     RequestInvalid,
     RevisionGone,
     RevisionNotReady,
@@ -46,20 +49,12 @@ T = TypeVar("T")
 Failure: TypeAlias = RuntimeFault | ServiceError
 """Why there is no answer for an image."""
 
+_NO_OPTIONS = Options()
+
 _FREE: AbstractAsyncContextManager[object] = nullcontext()
 
 # Left free in a message for everything but the tensor.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
-
-
-class Augmentation(enum.Enum):
-    """Which views of an image the scores are averaged over."""
-
-    NONE = "none"
-    FLIP = "flip"
-    """The image and its mirror image."""
-    FIVE_CROP = "five crop"
-    """Corners and centre, in the place of a centre crop."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ class Prediction:
 
     revision: ServedRevision
     """Which revision answered."""
-    classes: list[ScoredClass]
-    embedding: NDArray[np.generic] | None
+    answer: Answer
+    """By the revision's task."""
     preprocess_seconds: float
     inference_seconds: float
     postprocess_seconds: float
@@ -187,15 +182,26 @@ class Predictor:
                 limit_bytes=self._max_tensor_bytes,
             )
 
+    def _check_answer(self, answer: Answer) -> None:
+        if not isinstance(answer, Segmented):
+            return
+        # Varints of at most 3 bytes each for a run of ordinary length.
+        size = len(answer.png or b"") or 6 * len(answer.runs[0] if answer.runs else ())
+        if size > self._max_tensor_bytes:
+            raise AnswerTooLarge(
+                f"the mask takes {size} bytes, an answer holds {self._max_tensor_bytes}; send a "
+                "smaller image, or ask for a PNG",
+                size_bytes=size,
+                limit_bytes=self._max_tensor_bytes,
+            )
+
     async def predict(
         self,
         selector: Selector,
         content: bytes,
         *,
         deadline: float,
-        top_k: int = 0,
-        embedding: bool = False,
-        augmentation: Augmentation = Augmentation.NONE,
+        options: Options = _NO_OPTIONS,
         turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         """Answer for one image.
@@ -207,14 +213,12 @@ class Predictor:
             selector: Which revision.
             content: The encoded image.
             deadline: When the answer must be there, by the loop's clock.
-            top_k: Number of classes; 0 means what the manifest says.
-            embedding: Also give the embedding, where there is one.
-            augmentation: Average over several views of each image.
+            options: What the answer is to hold.
             turns: Held while the image is transformed; `turns` makes one.
 
         Raises:
             ImageInvalid and the others of `transform`.
-            NotOffered: the model's task is not classification.
+            NotOffered, NotAugmentable: as `outputs_wanted`.
             InferenceUnavailable, RequestExpired, TensorRefused,
             InferenceFailed: as `InferenceClient.infer`.
         """
@@ -224,9 +228,7 @@ class Predictor:
                 revision,
                 content,
                 deadline=deadline,
-                top_k=top_k,
-                embedding=embedding,
-                augmentation=augmentation,
+                options=options,
                 turns=turns,
             ),
         )
@@ -237,9 +239,7 @@ class Predictor:
         contents: Sequence[bytes | Failure],
         *,
         deadline: float,
-        top_k: int = 0,
-        embedding: bool = False,
-        augmentation: Augmentation = Augmentation.NONE,
+        options: Options = _NO_OPTIONS,
     ) -> list[Prediction | Failure]:
         """Answer for several images by one revision, for each with an answer or its own error.
 
@@ -248,9 +248,7 @@ class Predictor:
             contents: The encoded images; an error stands for an image that is
                 known to be bad.
             deadline: When the answers must be there, by the loop's clock.
-            top_k: Number of classes; 0 means what the manifest says.
-            embedding: Also give the embedding, where there is one.
-            augmentation: Average over several views of each image.
+            options: What the answer is to hold.
 
         Raises:
             The errors of `predict` but those that are about one image.
@@ -269,9 +267,7 @@ class Predictor:
                         revision,
                         content,
                         deadline=deadline,
-                        top_k=top_k,
-                        embedding=embedding,
-                        augmentation=augmentation,
+                        options=options,
                         turns=turns,
                     )
                 except (ImageInvalid, DecoderCrashed, DecodeTimeout) as error:
@@ -280,7 +276,7 @@ class Predictor:
 
         async def all_of_them(revision: ServedRevision) -> list[Prediction | Failure]:
             # A model that cannot answer is the request's failure, not that of each image.
-            _outputs_wanted(revision, embedding=embedding)
+            outputs_wanted(revision, options)
             tasks = [
                 asyncio.create_task(one(revision, index, content))
                 for index, content in enumerate(contents)
@@ -328,16 +324,14 @@ class Predictor:
         content: bytes,
         *,
         deadline: float,
-        top_k: int,
-        embedding: bool,
-        augmentation: Augmentation,
+        options: Options,
         turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
-        outputs = _outputs_wanted(revision, embedding=embedding)
+        outputs = outputs_wanted(revision, options)
         started = time.perf_counter()
         try:
             steps = revision.steps
-            if augmentation is Augmentation.FIVE_CROP:
+            if options.augmentation is Augmentation.FIVE_CROP:
                 steps = revision.five_crop_steps
             async with turns:
                 transformed = await self._pool.transform(steps, content)
@@ -347,7 +341,7 @@ class Predictor:
             raise
         decoded = time.perf_counter()
         views = transformed.batch
-        if augmentation is Augmentation.FLIP:
+        if options.augmentation is Augmentation.FLIP:
             width_axis = 3 if revision.image_pipeline().layout == "CHW" else 2
             views = np.concatenate([views, np.flip(views, width_axis)])
         try:
@@ -357,10 +351,14 @@ class Predictor:
             raise
         answered = time.perf_counter()
         try:
-            classes = classify_views(answer, revision.manifest, revision.labels, top_k)
-            features = None
-            if _has_embedding(revision, embedding):
-                features = answer[outputs[-1]].mean(axis=0).reshape(-1)
+            found = await answer_of(
+                revision,
+                answer,
+                transformed.geometries or (transformed.geometry,),
+                _size(transformed, revision.image_pipeline().layout),
+                options,
+            )
+            self._check_answer(found)
         except (RuntimeFault, KeyError, ValueError) as error:
             # The caller's image is not to blame for what the model gives.
             self._counts.of(revision.model, revision.revision).fail()
@@ -371,12 +369,11 @@ class Predictor:
                 revision=revision.revision,
             ) from error
         self._counts.of(revision.model, revision.revision).succeeded += 1
-        if augmentation is Augmentation.NONE and self._current.snapshot.has_image_shadows:
+        if options.augmentation is Augmentation.NONE and self._current.snapshot.has_image_shadows:
             self.shadows.offer(revision, content, answer)
         return Prediction(
             revision,
-            classes,
-            features,
+            found,
             preprocess_seconds=decoded - started,
             inference_seconds=answered - decoded,
             postprocess_seconds=time.perf_counter() - answered,
@@ -411,29 +408,7 @@ class Predictor:
         return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
 
-def _outputs_wanted(revision: ServedRevision, *, embedding: bool) -> list[str]:
-    revision.image_pipeline()
-    manifest = revision.manifest
-    about = {"model": revision.model, "revision": revision.revision}
-    if manifest.task in (bundle_pb2.TASK_RAW, bundle_pb2.TASK_UNSPECIFIED):
-        raise ModelTakesNoImages(
-            f"revision {revision.revision} of model {revision.model!r} gives tensors, not "
-            "answers; use Transform and the inference service's ModelInfer",
-            **about,
-        )
-    if manifest.postprocess.WhichOneof("task") != "classification":
-        name = bundle_pb2.Task.Name(manifest.task).removeprefix("TASK_").lower()
-        raise NotOffered(
-            f"revision {revision.revision} of model {revision.model!r} is for {name}; this "
-            "version answers for classification only",
-            **about,
-        )
-    classification = manifest.postprocess.classification
-    outputs = [classification.output or manifest.outputs[0].name]
-    if _has_embedding(revision, embedding) and classification.embedding_output not in outputs:
-        outputs.append(classification.embedding_output)
-    return outputs
-
-
-def _has_embedding(revision: ServedRevision, wanted: bool) -> bool:
-    return wanted and bool(revision.manifest.postprocess.classification.embedding_output)
+def _size(transformed: Transformed, layout: str) -> tuple[int, int]:
+    """Return width and height of the input tensor in pixels."""
+    _, first, second, third = transformed.batch.shape
+    return (third, second) if layout == "CHW" else (second, first)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf import duration_pb2
 
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
@@ -16,6 +15,7 @@ from pollard.runtime.tensors import FROM_NUMPY
 from pollard.runtime.transforms import Geometry
 from pollard.services.common.routing import PRODUCTION
 from pollard.services.common.status import describe
+from pollard.services.preprocess.encoding import read_options, to_response
 from pollard.services.preprocess.errors import (
     NotOffered,
     RequestExpired,
@@ -24,7 +24,6 @@ from pollard.services.preprocess.errors import (
 )
 from pollard.services.preprocess.prediction import (
     MAX_IMAGES,
-    Augmentation,
     Batch,
     Failure,
     Prediction,
@@ -146,11 +145,9 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                 selector,
                 content,
                 deadline=deadline,
-                top_k=options.top_k,
-                embedding=options.embedding,
-                augmentation=_augmentation(options),
+                options=read_options(options),
             )
-        return _response(prediction)
+        return to_response(prediction)
 
     async def PredictBatch(
         self, request: vision_pb.PredictBatchRequest, context: Context
@@ -169,13 +166,11 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                 selector,
                 contents,
                 deadline=deadline,
-                top_k=request.options.top_k,
-                embedding=request.options.embedding,
-                augmentation=_augmentation(request.options),
+                options=read_options(request.options),
             )
         return vision_pb.PredictBatchResponse(
             results=[
-                vision_pb.PredictResult(response=_response(answer))
+                vision_pb.PredictResult(response=to_response(answer))
                 if isinstance(answer, Prediction)
                 else vision_pb.PredictResult(error=_stream_error(answer))
                 for answer in answers
@@ -208,12 +203,10 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
                         selector,
                         content,
                         deadline=deadline,
-                        top_k=options.top_k,
-                        embedding=options.embedding,
-                        augmentation=_augmentation(options),
+                        options=read_options(options),
                         turns=turns,
                     )
-                response.result.response.CopyFrom(_response(prediction))
+                response.result.response.CopyFrom(to_response(prediction))
             except Exception as error:  # whatever it is, the other images are answered
                 response.result.error.CopyFrom(_stream_error(error))
             return response
@@ -260,19 +253,6 @@ def _check_count(images: int) -> None:
         )
 
 
-_AUGMENTATIONS = {
-    vision_pb.AUGMENTATION_UNSPECIFIED: Augmentation.NONE,
-    vision_pb.AUGMENTATION_FLIP: Augmentation.FLIP,
-    vision_pb.AUGMENTATION_FIVE_CROP: Augmentation.FIVE_CROP,
-}
-
-
-def _augmentation(options: vision_pb.PredictOptions) -> Augmentation:
-    if options.augmentation not in _AUGMENTATIONS:
-        raise RequestInvalid(f"options.augmentation {options.augmentation} is unknown")
-    return _AUGMENTATIONS[options.augmentation]
-
-
 def _stream_error(error: BaseException) -> preprocess_pb.StreamError:
     outcome = describe(error)
     return preprocess_pb.StreamError(
@@ -317,30 +297,3 @@ def _geometry(geometry: Geometry) -> preprocess_pb.Geometry:
         offset_y=geometry.offset_y,
         transposed=geometry.transposed,
     )
-
-
-def _response(prediction: Prediction) -> vision_pb.PredictResponse:
-    response = vision_pb.PredictResponse(
-        model=prediction.revision.model,
-        revision=prediction.revision.revision,
-        classification=vision_pb.Classification(
-            labels=[
-                vision_pb.ScoredLabel(index=index, label=label, score=score)
-                for index, label, score in prediction.classes
-            ]
-        ),
-        timings=vision_pb.Timings(
-            preprocess=_duration(prediction.preprocess_seconds),
-            inference=_duration(prediction.inference_seconds),
-            postprocess=_duration(prediction.postprocess_seconds),
-        ),
-    )
-    if prediction.embedding is not None:
-        response.classification.embedding.values.extend(prediction.embedding.tolist())
-    return response
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -57,12 +57,14 @@ class _AugmentationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Augmenta
     """The image and its mirror image."""
     AUGMENTATION_FIVE_CROP: _Augmentation.ValueType  # 2
     """Four corners and the centre, in the place of the centre crop among the
-    bundle's steps; FAILED_PRECONDITION when there is none.
+    bundle's steps; FAILED_PRECONDITION when there is none, and for a
+    segmentation, whose crops do not show the same pixels.
     """
 
 class Augmentation(_Augmentation, metaclass=_AugmentationEnumTypeWrapper):
-    """Augmentation at test time: the scores, after the activation, and the embedding
-    are averaged over several views of the image.
+    """Augmentation at test time: several views of the image are looked at. Scores,
+    after the activation, and embeddings are averaged; the boxes of a detector are
+    put together before the weaker one of two that show the same is left out.
     """
 
 AUGMENTATION_UNSPECIFIED: Augmentation.ValueType  # 0
@@ -71,7 +73,8 @@ AUGMENTATION_FLIP: Augmentation.ValueType  # 1
 """The image and its mirror image."""
 AUGMENTATION_FIVE_CROP: Augmentation.ValueType  # 2
 """Four corners and the centre, in the place of the centre crop among the
-bundle's steps; FAILED_PRECONDITION when there is none.
+bundle's steps; FAILED_PRECONDITION when there is none, and for a
+segmentation, whose crops do not show the same pixels.
 """
 Global___Augmentation: _TypeAlias = Augmentation  # noqa: Y015
 
@@ -93,7 +96,9 @@ class PredictOptions(_message.Message):
     embedding: _builtins.bool
     """Also give back the embedding, where the bundle has one."""
     score_threshold: _builtins.float
-    """Scores below are left out of detections; unset means what the bundle says."""
+    """Scores below are left out of detections, 0 to 1; unset means what the
+    bundle says.
+    """
     mask_encoding: Global___MaskEncoding.ValueType
     """How masks are encoded."""
     augmentation: Global___Augmentation.ValueType
@@ -345,7 +350,9 @@ Global___DetectedObject: _TypeAlias = DetectedObject  # noqa: Y015
 
 @_typing.final
 class Segmentation(_message.Message):
-    """Segmentation is one class per pixel of the upright image."""
+    """Segmentation is one class per pixel of the upright image. 255 stands for
+    pixels that the model did not see, because its steps crop the image.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -359,14 +366,18 @@ class Segmentation(_message.Message):
     height: _builtins.int
     """Height in pixels."""
     png: _builtins.bytes
-    """PNG, one byte per pixel."""
+    """PNG, one byte per pixel, the class; where the bundle has a palette, a PNG
+    with that palette, which viewers show in colours.
+    """
     @_builtins.property
     def run_lengths(self) -> Global___RunLengths:
         """Run lengths."""
 
     @_builtins.property
     def areas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredLabel]:
-        """Share of the pixels by class; classes without pixels are left out."""
+        """Share of the pixels seen by class, the largest first; classes without
+        pixels are left out.
+        """
 
     def __init__(
         self,
