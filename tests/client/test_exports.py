@@ -31,6 +31,7 @@ EXPORTED = [
     "DamagedFile",
     "DataLoss",
     "DeadlineExceeded",
+    "DetectedObject",
     "ErrorDetails",
     "Event",
     "FailedPrecondition",

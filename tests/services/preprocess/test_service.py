@@ -338,17 +338,14 @@ async def test_an_embedding_comes_along_when_asked_for(suite, manager, make_bund
     assert not answer.HasField("embedding")
 
 
-async def test_a_task_that_is_not_offered_yet(suite, manager, make_bundle, make_picture):
-    def detect(manifest: bundle_pb2.Manifest) -> None:
-        manifest.task = bundle_pb2.TASK_DETECTION
-        manifest.postprocess.detection.scores_output = "scores"
-
-    await serve(suite, manager, make_bundle(channels=3, edit=detect), "detector")
+async def test_a_manifest_that_describes_no_answer(suite, manager, make_bundle, make_picture):
+    bundle = make_bundle(channels=3, edit=lambda manifest: manifest.ClearField("postprocess"))
+    await serve(suite, manager, bundle, "silent")
     info = await refused(
-        suite.vision.Predict(question(make_picture(), selector("detector"))),
+        suite.vision.Predict(question(make_picture(), selector("silent"))),
         grpc.StatusCode.UNIMPLEMENTED,
     )
-    assert "is for detection" in info.metadata["message"]
+    assert "does not say how its outputs become an answer" in info.metadata["message"]
 
 
 async def test_a_caller_that_hangs_up_leaves_nothing_behind(suite, make_picture):

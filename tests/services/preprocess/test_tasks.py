@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pollard.bundle.v1 import bundle_pb2
+from pollard.client import AsyncVisionClient
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
 from pollard.runtime.bundle import Bundle, write_bundle
 from pollard.vision.v1 import vision_service_pb2 as vision_pb
@@ -305,6 +306,22 @@ async def test_a_bad_image_among_several_gets_its_own_error(serve, task):
     assert kinds == ["response", "error", "response"]
     assert response.results[0].response != response.results[2].response
     assert response.results[0].response.WhichOneof("result") == task
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+async def test_the_python_client_understands_it(serve, task):
+    replica = await serve(task)
+    async with AsyncVisionClient(replica.server.address) as client:
+        answer = await client.predict(picture(scene()), "colours", score_threshold=0.95)
+    assert answer.size == (64, 48)
+    if task == "detection":
+        assert {(o.x1, o.y1, o.x2, o.y2) for o in answer.objects} == BLUE
+        assert answer.mask is None
+    else:
+        assert answer.objects is None
+        assert answer.mask.shape == (48, 64)
+        assert set(np.unique(answer.mask)) == {0, 2}
+        assert [area.label for area in answer.areas] == ["red", "blue"]
 
 
 async def test_an_unknown_encoding_is_refused(serve):

@@ -32,7 +32,6 @@ from pollard.client.errors import (
 from pollard.inference import grpc_service_pb2
 from pollard.models.v1 import fleet_service_pb2, model_service_pb2
 from pollard.preprocess.v1 import preprocess_service_pb2
-from pollard.vision.v1 import vision_service_pb2
 
 ALIAS_METADATA_KEY = "pollard-alias"
 STICKY_METADATA_KEY = "pollard-sticky-key"
@@ -70,50 +69,6 @@ def image(source: ImageLike) -> preprocess_service_pb2.Image:
     return preprocess_service_pb2.Image(content=encoded(source))
 
 
-_AUGMENTATIONS = {
-    None: vision_service_pb2.AUGMENTATION_UNSPECIFIED,
-    "flip": vision_service_pb2.AUGMENTATION_FLIP,
-    "five_crop": vision_service_pb2.AUGMENTATION_FIVE_CROP,
-}
-
-
-def options(
-    top_k: int | None, embedding: bool, augmentation: str | None
-) -> vision_service_pb2.PredictOptions:
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, not {top_k}")
-    if augmentation not in _AUGMENTATIONS:
-        raise ValueError(f'augmentation must be "flip" or "five_crop", not {augmentation!r}')
-    return vision_service_pb2.PredictOptions(
-        top_k=top_k or 0, embedding=embedding, augmentation=_AUGMENTATIONS[augmentation]
-    )
-
-
-def prediction(response: vision_service_pb2.PredictResponse) -> types.Prediction:
-    labels: tuple[types.ScoredLabel, ...] = ()
-    vector: NDArray[np.float32] | None = None
-    if response.HasField("classification"):
-        labels = tuple(
-            types.ScoredLabel(label.index, label.label, label.score)
-            for label in response.classification.labels
-        )
-        if response.classification.HasField("embedding"):
-            vector = np.array(response.classification.embedding.values, np.float32)
-    elif response.HasField("embedding"):
-        vector = np.array(response.embedding.values, np.float32)
-    return types.Prediction(
-        model=response.model,
-        revision=response.revision,
-        labels=labels,
-        embedding=vector,
-        timings=types.Timings(
-            _seconds(response.timings.preprocess),
-            _seconds(response.timings.inference),
-            _seconds(response.timings.postprocess),
-        ),
-    )
-
-
 def transformed(response: preprocess_service_pb2.TransformResponse) -> types.Transformed:
     tensor = response.tensor
     return types.Transformed(
@@ -130,23 +85,15 @@ def transformed(response: preprocess_service_pb2.TransformResponse) -> types.Tra
     )
 
 
-def predict_result(
-    result: vision_service_pb2.PredictResult, address: str, method: str
-) -> types.Prediction | RequestFailed:
-    if result.HasField("error"):
-        return _failure(result.error, address, method)
-    return prediction(result.response)
-
-
 def transform_result(
     result: preprocess_service_pb2.TransformStreamResponse, address: str, method: str
 ) -> types.Transformed | RequestFailed:
     if result.HasField("error"):
-        return _failure(result.error, address, method)
+        return failure(result.error, address, method)
     return transformed(result.response)
 
 
-def _failure(error: preprocess_service_pb2.StreamError, address: str, method: str) -> RequestFailed:
+def failure(error: preprocess_service_pb2.StreamError, address: str, method: str) -> RequestFailed:
     return image_failure(error.code, error.message, error.reason, address=address, method=method)
 
 
@@ -363,7 +310,7 @@ def rollout(message: model_service_pb2.Rollout) -> types.Rollout:
         base_revision=message.base_revision,
         steps=tuple(message.steps),
         step=message.step,
-        hold_seconds=_seconds(message.hold),
+        hold_seconds=seconds(message.hold),
         min_requests=message.gates.min_requests,
         max_error_rate=message.gates.max_error_rate,
         max_p99_ratio=message.gates.max_p99_ratio,
@@ -382,7 +329,7 @@ def _evidence(message: model_service_pb2.RolloutEvidence) -> types.RolloutEviden
     shadow = message.shadow
     return types.RolloutEvidence(
         step=message.step,
-        held_seconds=_seconds(message.held),
+        held_seconds=seconds(message.held),
         revision=_revision_evidence(message.revision),
         base=_revision_evidence(message.base),
         shadow=types.ShadowEvidence(
@@ -430,7 +377,7 @@ def event(message: model_service_pb2.Event) -> types.Event:
     )
 
 
-def _seconds(duration: duration_pb2.Duration) -> float:
+def seconds(duration: duration_pb2.Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 

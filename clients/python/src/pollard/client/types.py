@@ -40,6 +40,22 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class DetectedObject:
+    """One box, in pixels of the upright image; (0, 0) is its upper left corner."""
+
+    label: ScoredLabel
+    """Class and score."""
+    x1: float
+    """Left edge."""
+    y1: float
+    """Upper edge."""
+    x2: float
+    """Right edge."""
+    y2: float
+    """Lower edge."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The answer for one image."""
 
@@ -53,6 +69,15 @@ class Prediction:
     """Vector, float32 of shape (D,), when the model gives one."""
     timings: Timings
     """Where the time went."""
+    objects: tuple[DetectedObject, ...] | None = None
+    """Boxes by falling score; None when the model is no detector."""
+    mask: NDArray[np.uint8] | None = None
+    """Class of each pixel of the upright image, uint8 of shape (H, W), 255 where the model saw
+    nothing; None when the model does not segment. Read-only."""
+    areas: tuple[ScoredLabel, ...] = ()
+    """Classes of the mask with their share of the pixels seen, the largest first."""
+    size: tuple[int, int] | None = None
+    """Width and height of the upright image in pixels, beside boxes and masks."""
 
 
 @dataclass(frozen=True)

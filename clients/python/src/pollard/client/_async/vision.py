@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from pollard.client import _channel, _convert, _images
+from pollard.client import _channel, _convert, _images, _predictions
 from pollard.client._async import _io
 from pollard.client._async._base import AsyncBaseClient
 from pollard.client.errors import RequestFailed
@@ -45,6 +45,7 @@ class AsyncVisionClient(AsyncBaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> Prediction:
@@ -60,6 +61,8 @@ class AsyncVisionClient(AsyncBaseClient):
             embedding: Also give the embedding, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -73,10 +76,12 @@ class AsyncVisionClient(AsyncBaseClient):
         request = vision_service_pb2.PredictRequest(
             model=_convert.selector(model, revision, alias, sticky_key),
             image=_convert.image(image),
-            options=_convert.options(top_k, embedding, augmentation),
+            options=_predictions.options(top_k, embedding, augmentation, score_threshold),
         )
         name = "/pollard.vision.v1.VisionService/Predict"
-        return _convert.prediction(await self._call(name, self._vision.Predict, request, timeout))
+        return _predictions.prediction(
+            await self._call(name, self._vision.Predict, request, timeout)
+        )
 
     async def predict_batch(
         self,
@@ -88,6 +93,7 @@ class AsyncVisionClient(AsyncBaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> list[Prediction | RequestFailed]:
@@ -105,6 +111,8 @@ class AsyncVisionClient(AsyncBaseClient):
             embedding: Also give the embeddings, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -120,11 +128,11 @@ class AsyncVisionClient(AsyncBaseClient):
                 preprocess_service_pb2.Image(content=content)
                 for content in _images.encoded_all(images)
             ],
-            options=_convert.options(top_k, embedding, augmentation),
+            options=_predictions.options(top_k, embedding, augmentation, score_threshold),
         )
         response = await self._call(_PREDICT_BATCH, self._vision.PredictBatch, request, timeout)
         return [
-            _convert.predict_result(result, self.address, _PREDICT_BATCH)
+            _predictions.predict_result(result, self.address, _PREDICT_BATCH)
             for result in response.results
         ]
 
@@ -138,6 +146,7 @@ class AsyncVisionClient(AsyncBaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float = _STREAM_TIMEOUT_SECONDS,
     ) -> AsyncIterator[Prediction | RequestFailed]:
@@ -156,6 +165,8 @@ class AsyncVisionClient(AsyncBaseClient):
             embedding: Also give the embeddings, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline of the whole stream in seconds.
 
@@ -165,7 +176,7 @@ class AsyncVisionClient(AsyncBaseClient):
             OSError: A path cannot be read.
         """
         selector = _convert.selector(model, revision, alias, sticky_key)
-        options = _convert.options(top_k, embedding, augmentation)
+        options = _predictions.options(top_k, embedding, augmentation, score_threshold)
 
         def request(image: _images.ImageLike) -> vision_service_pb2.PredictStreamRequest:
             return vision_service_pb2.PredictStreamRequest(
@@ -175,7 +186,7 @@ class AsyncVisionClient(AsyncBaseClient):
         def result(
             response: vision_service_pb2.PredictStreamResponse,
         ) -> Prediction | RequestFailed:
-            return _convert.predict_result(response.result, self.address, _PREDICT_STREAM)
+            return _predictions.predict_result(response.result, self.address, _PREDICT_STREAM)
 
         return self._stream(
             _PREDICT_STREAM, self._vision.PredictStream, images, request, result, timeout

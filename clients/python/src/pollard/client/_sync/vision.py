@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pollard.client import _channel, _convert, _images
+from pollard.client import _channel, _convert, _images, _predictions
 from pollard.client._sync import _io
 from pollard.client._sync._base import BaseClient
 from pollard.client.errors import RequestFailed
@@ -46,6 +46,7 @@ class VisionClient(BaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> Prediction:
@@ -61,6 +62,8 @@ class VisionClient(BaseClient):
             embedding: Also give the embedding, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -74,10 +77,10 @@ class VisionClient(BaseClient):
         request = vision_service_pb2.PredictRequest(
             model=_convert.selector(model, revision, alias, sticky_key),
             image=_convert.image(image),
-            options=_convert.options(top_k, embedding, augmentation),
+            options=_predictions.options(top_k, embedding, augmentation, score_threshold),
         )
         name = "/pollard.vision.v1.VisionService/Predict"
-        return _convert.prediction(self._call(name, self._vision.Predict, request, timeout))
+        return _predictions.prediction(self._call(name, self._vision.Predict, request, timeout))
 
     def predict_batch(
         self,
@@ -89,6 +92,7 @@ class VisionClient(BaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float | None = None,
     ) -> list[Prediction | RequestFailed]:
@@ -106,6 +110,8 @@ class VisionClient(BaseClient):
             embedding: Also give the embeddings, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline in seconds; by default the client's.
 
@@ -121,11 +127,11 @@ class VisionClient(BaseClient):
                 preprocess_service_pb2.Image(content=content)
                 for content in _images.encoded_all(images)
             ],
-            options=_convert.options(top_k, embedding, augmentation),
+            options=_predictions.options(top_k, embedding, augmentation, score_threshold),
         )
         response = self._call(_PREDICT_BATCH, self._vision.PredictBatch, request, timeout)
         return [
-            _convert.predict_result(result, self.address, _PREDICT_BATCH)
+            _predictions.predict_result(result, self.address, _PREDICT_BATCH)
             for result in response.results
         ]
 
@@ -139,6 +145,7 @@ class VisionClient(BaseClient):
         top_k: int | None = None,
         embedding: bool = False,
         augmentation: str | None = None,
+        score_threshold: float | None = None,
         sticky_key: str | None = None,
         timeout: float = _STREAM_TIMEOUT_SECONDS,
     ) -> Iterator[Prediction | RequestFailed]:
@@ -157,6 +164,8 @@ class VisionClient(BaseClient):
             embedding: Also give the embeddings, where the bundle has one.
             augmentation: Average over the image and its mirror image with "flip", over corners and
                 centre with "five_crop"; by default neither.
+            score_threshold: Boxes with a lower score, 0 to 1, are left out; by default what the
+                bundle says.
             sticky_key: Requests with the same key get the same revision of a rollout.
             timeout: Deadline of the whole stream in seconds.
 
@@ -166,7 +175,7 @@ class VisionClient(BaseClient):
             OSError: A path cannot be read.
         """
         selector = _convert.selector(model, revision, alias, sticky_key)
-        options = _convert.options(top_k, embedding, augmentation)
+        options = _predictions.options(top_k, embedding, augmentation, score_threshold)
 
         def request(image: _images.ImageLike) -> vision_service_pb2.PredictStreamRequest:
             return vision_service_pb2.PredictStreamRequest(
@@ -176,7 +185,7 @@ class VisionClient(BaseClient):
         def result(
             response: vision_service_pb2.PredictStreamResponse,
         ) -> Prediction | RequestFailed:
-            return _convert.predict_result(response.result, self.address, _PREDICT_STREAM)
+            return _predictions.predict_result(response.result, self.address, _PREDICT_STREAM)
 
         return self._stream(
             _PREDICT_STREAM, self._vision.PredictStream, images, request, result, timeout

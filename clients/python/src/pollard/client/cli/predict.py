@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pollard.client import (
     Prediction,
     RequestFailed,
     ResourceExhausted,
+    ScoredLabel,
     VisionClient,
 )
 from pollard.client._channel import checked_address
@@ -30,6 +32,7 @@ from pollard.client.cli._common import (
     print_json,
     show_table,
 )
+from pollard.client.cli._pictures import Pictures
 
 # A request's deadline must do for all of a batch; half of a message leaves room for the rest.
 _BATCH_IMAGES = 16
@@ -71,6 +74,25 @@ def predict(
             help="Average over the image and its mirror image, or over five crops.",
         ),
     ] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--score-threshold",
+            metavar="SCORE",
+            min=0,
+            max=1,
+            help="Leave out boxes with a lower score; by default what the bundle says.",
+        ),
+    ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            "--draw",
+            metavar="PATH",
+            help="Paint the answer over the image and write it to this PNG or JPEG file; with "
+            "several images, into this directory.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     server: Annotated[
         str,
@@ -84,14 +106,20 @@ def predict(
     ] = DEFAULT_VISION_ADDRESS,
     timeout: TimeoutOption = 30.0,
 ) -> None:
-    """Ask a model about images. A bad image does not keep the others from being answered."""
+    """Ask a model about images. A bad image does not keep the others from being answered.
+
+    Classifiers answer with labels, detectors with boxes in pixels of the upright image,
+    segmentations with the share of the image that each class takes; --draw shows boxes and masks.
+    """
     if revision is not None and alias is not None:
         raise typer.BadParameter("give --revision or --alias, not both")
     if augmentation not in (None, "flip", "five_crop"):
         raise typer.BadParameter("--augment is flip or five_crop")
+    pictures = Pictures(draw, images) if draw is not None else None
     answers: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     failed = 0
+    boxes = False
     with VisionClient(server, timeout=timeout) as client:
         ask = functools.partial(
             client.predict_batch,
@@ -100,6 +128,7 @@ def predict(
             alias=alias,
             top_k=top_k,
             augmentation=augmentation,
+            score_threshold=score_threshold,
         )
         for image, answer in _answers(images, ask):
             if not isinstance(answer, Prediction):
@@ -107,13 +136,18 @@ def predict(
                 fail(f"{image}: {answer}")
                 answers.append({"image": str(image), "error": str(answer)})
                 continue
-            answers.append({"image": str(image), **plain(answer)})
+            written = pictures.add(image, answer) if pictures is not None else None
+            answers.append(_json(image, answer, written))
             rows += _rows(image, answer)
+            boxes |= answer.objects is not None
     if as_json:
         print_json(answers)
     elif len(answers) > failed:
-        show_table(["IMAGE", "LABEL", "SCORE", "MODEL", "REVISION"], rows)
-    if failed:
+        place = ["BOX"] if boxes else []
+        show_table(["IMAGE", "LABEL", "SCORE", *place, "MODEL", "REVISION"], rows)
+        if pictures is not None:
+            pictures.tell()
+    if failed or (pictures is not None and pictures.failed):
         raise typer.Exit(1)
 
 
@@ -160,18 +194,45 @@ def _batches(images: list[Path]) -> Iterator[list[tuple[Path, bytes | OSError]]]
         yield batch
 
 
+def _json(image: Path, answer: Prediction, drawn: Path | None) -> dict[str, Any]:
+    values = plain(dataclasses.replace(answer, mask=None))
+    # A mask has as many numbers as the image has pixels; --draw shows it.
+    del values["mask"]
+    picture = {"drawn": str(drawn)} if drawn is not None else {}
+    return {"image": str(image), **values, **picture}
+
+
 def _rows(image: Path, answer: Prediction) -> list[list[str]]:
     """Return a row for each label; only the first names the image."""
-    rows = []
-    for rank, label in enumerate(answer.labels):
-        first = rank == 0
-        rows.append(
-            [
-                str(image) if first else "",
-                label.label or str(label.index),
-                f"{label.score:.4f}",
-                answer.model if first else "",
-                str(answer.revision) if first else "",
-            ]
-        )
-    return rows
+    found: list[tuple[str, str, list[str]]]
+    if answer.objects is not None:
+        found = [
+            (
+                _name(each.label),
+                f"{each.label.score:.4f}",
+                [f"{each.x1:.0f},{each.y1:.0f} - {each.x2:.0f},{each.y2:.0f}"],
+            )
+            for each in answer.objects
+        ] or [("nothing found", "", [""])]
+    elif answer.mask is not None:
+        found = [(_name(each), f"{each.score:.1%}", []) for each in answer.areas]
+    elif answer.labels:
+        found = [(_name(each), f"{each.score:.4f}", []) for each in answer.labels]
+    else:
+        length = 0 if answer.embedding is None else len(answer.embedding)
+        found = [(f"vector of {length} numbers, see --json", "", [])]
+    return [
+        [
+            str(image) if rank == 0 else "",
+            name,
+            score,
+            *place,
+            answer.model if rank == 0 else "",
+            str(answer.revision) if rank == 0 else "",
+        ]
+        for rank, (name, score, place) in enumerate(found)
+    ]
+
+
+def _name(label: ScoredLabel) -> str:
+    return label.label or str(label.index)
