@@ -32,6 +32,7 @@ class Store:
     """Takes uploads as the contract says, but breaks them where it is told to."""
 
     def __init__(self, abort: Callable[..., None], breaks: list[tuple[int, grpc.StatusCode]]):
+        self.words = "broke"
         self.abort = abort
         self.breaks = breaks
         self.committed = b""
@@ -52,7 +53,7 @@ class Store:
             self.committed += request.data
             if limit is not None and len(self.committed) >= limit:
                 self.committed = self.committed[:limit]
-                self.abort(context, code, "broke")
+                self.abort(context, code, self.words)
         assert len(self.committed) == header.total_bytes
         assert hashlib.sha256(self.committed).hexdigest() == header.sha256
         return model_service_pb2.UploadBundleResponse(revision=self.revision())
@@ -116,6 +117,16 @@ def test_an_upload_that_the_server_refuses_is_not_sent_again(
     with pytest.raises(InvalidArgument, match="broke"):
         runner.call("models", address, "push", bundle.path, "m")
     assert len(made.headers) == 1
+
+
+def test_a_refusal_that_grpc_has_lost_is_asked_for_again(
+    runner: Any, address: str, store: Callable[..., Store], make_bundle: BundleMaker
+) -> None:
+    bundle = make_bundle()
+    made = store(bundle, (1000, grpc.StatusCode.INTERNAL), (3000, grpc.StatusCode.UNAVAILABLE))
+    made.words = "Internal error from Core"  # grpc's, where its asyncio client lost the server's
+    assert runner.call("models", address, "push", bundle.path, "m").revision.revision == 1
+    assert [header.write_offset for header in made.headers] == [0, 1000, 3000]
 
 
 def test_an_upload_that_never_moves_is_given_up(

@@ -11,6 +11,7 @@ from pollard.client._bundle import BundleTar
 from pollard.client.errors import (
     Aborted,
     DeadlineExceeded,
+    Internal,
     OutOfRange,
     RequestFailed,
     Unavailable,
@@ -25,6 +26,10 @@ ProgressCallback = Callable[[Progress], None]
 # receives it.
 _CHECK_SECONDS = 300.0
 _SLOWEST_BYTES_PER_SECOND = 64 * 1024
+
+_STATUS_LOST = "Internal error from Core"
+"""What grpc's asyncio client says when the server ended the call while a message was on its way
+out: it then forgets the status that the server gave (grpc/grpc#36066)."""
 
 
 def transfer_timeout(total_bytes: int) -> float:
@@ -109,5 +114,10 @@ class Upload:
     def may_resume(self, failure: RequestFailed) -> bool:
         """Say whether a failed attempt can go on from what the server has on disk."""
         # OUT_OF_RANGE and ABORTED: an earlier attempt of this upload wrote more than was known,
-        # or had not ended on the server when the next one came.
-        return self.stalled or isinstance(failure, Unavailable | OutOfRange | Aborted)
+        # or had not ended on the server when the next one came. What was refused with a status that
+        # was lost is refused again.
+        return (
+            self.stalled
+            or isinstance(failure, Unavailable | OutOfRange | Aborted)
+            or (isinstance(failure, Internal) and failure.message == _STATUS_LOST)
+        )
