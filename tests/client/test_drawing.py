@@ -193,3 +193,32 @@ def test_runs_that_do_not_fill_the_image_are_no_answer(
     (tmp_path / "sea.png").write_bytes(photograph())
     assert ask(address, tmp_path / "sea.png") == 1
     assert "do not fill an image of 200 × 100 pixels" in capsys.readouterr().err
+
+
+def test_the_reasons_of_a_label_are_painted(
+    scripted: Any, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlay = io.BytesIO()
+    Image.new("RGB", (200, 100), (250, 200, 10)).save(overlay, "PNG")
+
+    def predict(request: Any, context: Any) -> Any:
+        response = vision_service_pb2.PredictBatchResponse()
+        answer = response.results.add().response
+        answer.revision = 7
+        answer.classification.labels.add(index=3, label="cat", score=0.9)
+        return response
+
+    def explain(request: Any, context: Any) -> Any:
+        assert (request.class_index, request.model.revision, request.overlay) == (3, 7, True)
+        response = vision_service_pb2.ExplainResponse(height=1, width=2, values=[0, 1])
+        response.overlay_png = overlay.getvalue()
+        return response
+
+    scripted.on("PredictBatch", predict)
+    scripted.on("Explain", explain)
+    (tmp_path / "cat.png").write_bytes(photograph())
+    out = tmp_path / "out.png"
+    assert ask(address, tmp_path / "cat.png", "--explain") == 2
+    assert "give --draw, too" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert ask(address, tmp_path / "cat.png", "--explain", "--draw", out) == 0
+    assert tuple(np.asarray(Image.open(out))[90, 150]) == (250, 200, 10)

@@ -34,6 +34,7 @@ EXPORTED = [
     "DetectedObject",
     "ErrorDetails",
     "Event",
+    "Explanation",
     "FailedPrecondition",
     "GateEvidence",
     "Geometry",

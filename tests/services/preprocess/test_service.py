@@ -159,13 +159,6 @@ async def test_requests_that_lack_something(suite, make_picture):
         assert words in info.metadata["message"]
 
 
-async def test_what_is_not_offered_yet_says_so(suite, make_picture):
-    info = await refused(
-        suite.vision.Explain(vision_pb.ExplainRequest()), grpc.StatusCode.UNIMPLEMENTED
-    )
-    assert "not offered" in info.metadata["message"]
-
-
 def averaged(bundle, steps, picture: bytes, *, mirrored: bool = False) -> list[float]:
     """Return the scores by class, averaged over the views of an image, without any server."""
     views = Pipeline(steps).apply(picture).batch

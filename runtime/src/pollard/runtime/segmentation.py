@@ -135,7 +135,7 @@ def _softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Where the pixels of one axis of the image lie among the cells of the output."""
 
     low: NDArray[np.int64]
@@ -145,16 +145,27 @@ class _Axis:
     weight: NDArray[np.float32]
     """Of the cell after."""
     nearest: NDArray[np.int64]
+    """The cell that the pixel's centre lies in."""
     seen: NDArray[np.bool_]
+    """Whether the pixel lies in the tensor at all."""
 
 
-def _axis(pixels: int, scale: float, offset: float, size: int, cells: int) -> _Axis:
+def axis_of(pixels: int, scale: float, offset: float, size: int, cells: int) -> Axis:
+    """Return where the pixels of one axis lie.
+
+    Args:
+        pixels: Of the image.
+        scale: From the image to the tensor; negative when mirrored.
+        offset: In pixels of the tensor.
+        size: Of the tensor, in pixels.
+        cells: Of the output, which covers the tensor.
+    """
     at = (np.arange(pixels) + 0.5) * scale + offset
     place = at * (cells / size)
     seen = (at > 0) & (at < size)
     centre = np.clip(place - 0.5, 0, cells - 1)
     low = np.floor(centre).astype(np.int64)
-    return _Axis(
+    return Axis(
         low,
         np.minimum(low + 1, cells - 1),
         (centre - low).astype(np.float32),
@@ -180,8 +191,8 @@ def _place(
     else:
         along = (geometry.scale_x, geometry.offset_x)
         down = (geometry.scale_y, geometry.offset_y)
-    columns = _axis(geometry.width, *along, input_size[0], best.shape[1])
-    rows = _axis(geometry.height, *down, input_size[1], best.shape[0])
+    columns = axis_of(geometry.width, *along, input_size[0], best.shape[1])
+    rows = axis_of(geometry.height, *down, input_size[1], best.shape[0])
     mask = np.empty((geometry.height, geometry.width), np.uint8)
     step = max(1, _STRIP_PIXELS // geometry.width)
     for top in range(0, geometry.height, step):
@@ -200,8 +211,8 @@ def _interpolate(
     strip: NDArray[np.uint8],
     best: NDArray[np.uint8],
     scores: NDArray[np.float32],
-    rows: _Axis,
-    columns: _Axis,
+    rows: Axis,
+    columns: Axis,
     part: slice,
 ) -> None:
     low, high = rows.low[part], rows.high[part]

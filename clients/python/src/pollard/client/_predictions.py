@@ -78,6 +78,21 @@ def prediction(response: vision_service_pb2.PredictResponse) -> types.Prediction
     )
 
 
+def explanation(response: vision_service_pb2.ExplainResponse) -> types.Explanation:
+    values = np.array(response.values, np.float32)
+    if values.size != response.height * response.width:
+        raise InvalidAnswer(
+            f"the map has {values.size} values, not {response.height} × {response.width}"
+        )
+    return types.Explanation(
+        model=response.model,
+        revision=response.revision,
+        label=_scored(response.label),
+        values=values.reshape(response.height, response.width),
+        overlay_png=response.overlay_png,
+    )
+
+
 def _scored(message: vision_service_pb2.ScoredLabel) -> types.ScoredLabel:
     return types.ScoredLabel(message.index, message.label, message.score)
 

@@ -81,6 +81,22 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """Which parts of an image a classification rests on."""
+
+    model: str
+    """Model name."""
+    revision: int
+    """Revision that answered."""
+    label: ScoredLabel
+    """Class that is explained, with its score."""
+    values: NDArray[np.float32]
+    """Saliency between 0 and 1, float32 of shape (H, W): the upright image, scaled down."""
+    overlay_png: bytes
+    """The map painted over the image, as a PNG file; empty when not asked for."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Maps points of the tensor back to the upright image.
 

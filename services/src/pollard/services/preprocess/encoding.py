@@ -12,6 +12,7 @@ from pollard.services.preprocess.answers import (
     Segmented,
 )
 from pollard.services.preprocess.errors import RequestInvalid
+from pollard.services.preprocess.explaining import Explanation
 from pollard.services.preprocess.prediction import Prediction
 from pollard.vision.v1 import vision_service_pb2 as vision_pb
 
@@ -68,6 +69,21 @@ def to_response(prediction: Prediction) -> vision_pb.PredictResponse:
     else:
         response.embedding.values.extend(answer.vector.tolist())
     return response
+
+
+def to_explanation(explanation: Explanation) -> vision_pb.ExplainResponse:
+    """Return a saliency map as a message."""
+    index, label, score = explanation.label
+    height, width = explanation.values.shape
+    return vision_pb.ExplainResponse(
+        model=explanation.revision.model,
+        revision=explanation.revision.revision,
+        label=vision_pb.ScoredLabel(index=index, label=label, score=score),
+        height=height,
+        width=width,
+        values=explanation.values.reshape(-1).tolist(),
+        overlay_png=explanation.overlay_png,
+    )
 
 
 def _fill_classification(message: vision_pb.Classification, answer: Classified) -> None:

@@ -76,6 +76,13 @@ class NotAugmentable(errors.FailedPrecondition):
         super().__init__(message, reason="NOT_AUGMENTABLE", **metadata)
 
 
+class NotExplainable(errors.FailedPrecondition):
+    """The model's answers cannot be explained."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="NOT_EXPLAINABLE", **metadata)
+
+
 class TensorRefused(errors.FailedPrecondition):
     """The inference server refuses the tensor that the revision's own steps give."""
 
@@ -95,6 +102,13 @@ class DecodersBusy(errors.Unavailable):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="DECODERS_BUSY", **metadata)
+
+
+class ExplainersBusy(errors.Unavailable):
+    """More explanations wait than may wait."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="EXPLAINERS_BUSY", **metadata)
 
 
 class RevisionNotReady(errors.Unavailable):

@@ -16,6 +16,7 @@ from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.explaining import Explainer
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.prediction import Predictor
 from pollard.services.preprocess.servicer import (
@@ -109,6 +110,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     counts = Counts()
     member = PreprocessMember(current, client, settings.worker_limits.image_limits, counts=counts)
     predictor = Predictor(current, pool, client, settings.max_message_bytes, counts)
+    explainer = Explainer(current, pool, client, settings.explain_masks)
     grpc_server = GrpcServer(
         Listen(
             host=settings.host,
@@ -124,7 +126,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         PreprocessServicer(predictor, settings.max_request_seconds), grpc_server.server
     )
     vision_grpc.add_VisionServiceServicer_to_server(
-        VisionServicer(predictor, settings.max_request_seconds), grpc_server.server
+        VisionServicer(predictor, explainer, settings.max_request_seconds), grpc_server.server
     )
     agent = FleetAgent(
         member,

@@ -222,7 +222,8 @@ class Predictor:
             InferenceUnavailable, RequestExpired, TensorRefused,
             InferenceFailed: as `InferenceClient.infer`.
         """
-        return await self._by_one_revision(
+        return await by_one_revision(
+            self._current,
             selector,
             lambda revision: self._predict_by(
                 revision,
@@ -287,7 +288,7 @@ class Predictor:
                 for task in tasks:
                     task.cancel()
 
-        return await self._by_one_revision(selector, all_of_them)
+        return await by_one_revision(self._current, selector, all_of_them)
 
     def turns(self) -> asyncio.Semaphore:
         """Return what keeps one request from taking more workers than there are.
@@ -295,28 +296,6 @@ class Predictor:
         More would only take others' turns.
         """
         return asyncio.Semaphore(self._pool.workers)
-
-    async def _by_one_revision(
-        self, selector: Selector, run: Callable[[ServedRevision], Awaitable[T]]
-    ) -> T:
-        for _ in range(2):
-            revision = self._current.snapshot.choose(selector)
-            try:
-                return await run(revision)
-            except RevisionGone:
-                if selector.revision is not None:
-                    raise RevisionUnknown(
-                        f"revision {revision.revision} of model {revision.model!r} is on no "
-                        "inference server any more",
-                        model=revision.model,
-                        revision=revision.revision,
-                    ) from None
-        raise RevisionNotReady(
-            f"revision {revision.revision} of model {revision.model!r} is on no inference server "
-            "now; try again later",
-            model=revision.model,
-            revision=revision.revision,
-        )
 
     async def _predict_by(
         self,
@@ -406,6 +385,34 @@ class Predictor:
         if len(answers) == 1:
             return answers[0]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
+
+
+async def by_one_revision(
+    current: Current, selector: Selector, run: Callable[[ServedRevision], Awaitable[T]]
+) -> T:
+    """Run something by the revision that is chosen; again, once, when it vanishes on the way.
+
+    Raises:
+        RevisionUnknown, RevisionNotReady: there is none to use.
+    """
+    for _ in range(2):
+        revision = current.snapshot.choose(selector)
+        try:
+            return await run(revision)
+        except RevisionGone:
+            if selector.revision is not None:
+                raise RevisionUnknown(
+                    f"revision {revision.revision} of model {revision.model!r} is on no "
+                    "inference server any more",
+                    model=revision.model,
+                    revision=revision.revision,
+                ) from None
+    raise RevisionNotReady(
+        f"revision {revision.revision} of model {revision.model!r} is on no inference server "
+        "now; try again later",
+        model=revision.model,
+        revision=revision.revision,
+    )
 
 
 def _size(transformed: Transformed, layout: str) -> tuple[int, int]:

@@ -15,13 +15,13 @@ from pollard.runtime.tensors import FROM_NUMPY
 from pollard.runtime.transforms import Geometry
 from pollard.services.common.routing import PRODUCTION
 from pollard.services.common.status import describe
-from pollard.services.preprocess.encoding import read_options, to_response
+from pollard.services.preprocess.encoding import read_options, to_explanation, to_response
 from pollard.services.preprocess.errors import (
-    NotOffered,
     RequestExpired,
     RequestInvalid,
     UriRefused,
 )
+from pollard.services.preprocess.explaining import Explainer
 from pollard.services.preprocess.prediction import (
     MAX_IMAGES,
     Batch,
@@ -128,9 +128,12 @@ class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
 class VisionServicer(vision_grpc.VisionServiceServicer):
     """Answers `pollard.vision.v1.VisionService`."""
 
-    def __init__(self, predictor: Predictor, max_request_seconds: float) -> None:
-        """Serve ``predictor``."""
+    def __init__(
+        self, predictor: Predictor, explainer: Explainer, max_request_seconds: float
+    ) -> None:
+        """Serve ``predictor`` and ``explainer``."""
         self._predictor = predictor
+        self._explainer = explainer
         self._deadlines = _Deadlines(max_request_seconds)
 
     async def Predict(
@@ -217,8 +220,18 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
     async def Explain(
         self, request: vision_pb.ExplainRequest, context: Context
     ) -> vision_pb.ExplainResponse:
-        """Refuse: not offered yet."""
-        raise NotOffered("Explain is not offered yet")
+        """Show which parts of an image a classification rests on."""
+        selector = _selector(request.model)
+        content = _content(request.image, 0)
+        async with self._deadlines.within(context) as deadline:
+            explanation = await self._explainer.explain(
+                selector,
+                content,
+                class_index=request.class_index if request.HasField("class_index") else None,
+                painted=request.overlay,
+                deadline=deadline,
+            )
+        return to_explanation(explanation)
 
 
 def _selector(message: preprocess_pb.ModelSelector) -> Selector:

@@ -63,6 +63,14 @@ class PreprocessSettings(ServiceSettings):
         30.0, gt=0, description="Longest that a request may take, whatever its deadline."
     )
 
+    explain_masks: int = Field(
+        400,
+        ge=16,
+        le=20_000,
+        description="Partly covered copies of an image that a model is asked about to explain "
+        "an answer; more give a smoother map and take longer.",
+    )
+
     @property
     def worker_limits(self) -> WorkerLimits:
         """The part that is about decoding."""

@@ -8,7 +8,7 @@ from pollard.client import _channel, _convert, _images, _predictions
 from pollard.client._async import _io
 from pollard.client._async._base import AsyncBaseClient
 from pollard.client.errors import RequestFailed
-from pollard.client.types import Prediction, Transformed
+from pollard.client.types import Explanation, Prediction, Transformed
 from pollard.preprocess.v1 import preprocess_service_pb2, preprocess_service_pb2_grpc
 from pollard.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 
@@ -191,6 +191,49 @@ class AsyncVisionClient(AsyncBaseClient):
         return self._stream(
             _PREDICT_STREAM, self._vision.PredictStream, images, request, result, timeout
         )
+
+    async def explain(
+        self,
+        image: _images.ImageLike,
+        model: str,
+        *,
+        revision: int | None = None,
+        alias: str | None = None,
+        class_index: int | None = None,
+        overlay: bool = False,
+        sticky_key: str | None = None,
+        timeout: float | None = None,
+    ) -> Explanation:
+        """Tell which parts of an image a classification rests on.
+
+        The model is asked about hundreds of partly covered copies of the image, so that it takes
+        as much longer than `predict`.
+
+        Args:
+            image: The image, as `predict` takes it.
+            model: Model name; its task must be classification.
+            revision: Revision to ask; by default the one that the alias points at.
+            alias: Alias to ask; by default "production".
+            class_index: Class to explain; by default the best one.
+            overlay: Also give the map painted over the image.
+            sticky_key: Requests with the same key get the same revision of a rollout.
+            timeout: Deadline in seconds; by default the client's.
+
+        Raises:
+            InvalidArgument: The image is bad, or there is no such class.
+            FailedPrecondition: The model is no classifier.
+            Unavailable: Too many explanations are asked for at once.
+            RequestFailed, TypeError, ValueError, OSError: As `predict`.
+        """
+        request = vision_service_pb2.ExplainRequest(
+            model=_convert.selector(model, revision, alias, sticky_key),
+            image=_convert.image(image),
+            class_index=class_index,
+            overlay=overlay,
+        )
+        name = "/pollard.vision.v1.VisionService/Explain"
+        response = await self._call(name, self._vision.Explain, request, timeout)
+        return _predictions.explanation(response)
 
     def transform_stream(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from pollard.client.cli._common import fail
-from pollard.client.types import Prediction
+from pollard.client.types import Explanation, Prediction
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -49,12 +49,15 @@ class Pictures:
         self.written: list[Path] = []
         self.failed = 0
 
-    def add(self, image: Path, prediction: Prediction) -> Path | None:
+    def add(
+        self, image: Path, prediction: Prediction, explanation: Explanation | None = None
+    ) -> Path | None:
         """Paint one answer; return the file, or None after saying why there is none."""
+        source = image if explanation is None else explanation.overlay_png
         path = self._target if self._one else self._free(f"{image.stem}.png")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._draw(image, prediction).save(path)
+            self._draw(source, prediction).save(path)
         except (OSError, ValueError) as error:
             fail(f"{path}: the picture could not be written: {error}")
             self.failed += 1

@@ -84,6 +84,14 @@ def predict(
             help="Leave out boxes with a lower score; by default what the bundle says.",
         ),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="With --draw: paint which parts of the image the best label rests on. Asks the "
+            "model hundreds of times; give --timeout what that takes.",
+        ),
+    ] = False,
     draw: Annotated[
         Path | None,
         typer.Option(
@@ -115,6 +123,8 @@ def predict(
         raise typer.BadParameter("give --revision or --alias, not both")
     if augmentation not in (None, "flip", "five_crop"):
         raise typer.BadParameter("--augment is flip or five_crop")
+    if explain and draw is None:
+        raise typer.BadParameter("--explain paints a picture: give --draw, too")
     pictures = Pictures(draw, images) if draw is not None else None
     answers: list[dict[str, Any]] = []
     rows: list[list[str]] = []
@@ -136,7 +146,20 @@ def predict(
                 fail(f"{image}: {answer}")
                 answers.append({"image": str(image), "error": str(answer)})
                 continue
-            written = pictures.add(image, answer) if pictures is not None else None
+            reasons = None
+            if explain and answer.labels:
+                try:
+                    reasons = client.explain(
+                        image,
+                        model,
+                        revision=answer.revision,
+                        class_index=answer.labels[0].index,
+                        overlay=True,
+                    )
+                except RequestFailed as error:
+                    failed += 1
+                    fail(f"{image}: no explanation: {error}")
+            written = pictures.add(image, answer, reasons) if pictures is not None else None
             answers.append(_json(image, answer, written))
             rows += _rows(image, answer)
             boxes |= answer.objects is not None

@@ -708,18 +708,20 @@ class ExplainResponse(_message.Message):
     revision: _builtins.int
     """Revision that answered."""
     height: _builtins.int
-    """Height of the map."""
+    """Height of the map, which shows the upright image, scaled down."""
     width: _builtins.int
     """Width of the map."""
     overlay_png: _builtins.bytes
-    """PNG, when asked for."""
+    """The map painted over the upright image, at most 1024 pixels a side; a PNG,
+    when asked for.
+    """
     @_builtins.property
     def label(self) -> Global___ScoredLabel:
         """Class that is explained."""
 
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Values 0 to 1 in row-major order."""
+        """Values 0 to 1 in row-major order; 0 where a crop left the image out."""
 
     def __init__(
         self,

@@ -96,7 +96,9 @@ class VisionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Explain shows which parts of an image a classification rests on.
+        """Explain shows which parts of an image a classification rests on. The model
+        is asked about hundreds of partly covered copies of the image (RISE), so
+        that it takes as much longer; allow it a deadline to match.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,10 @@ class VisionServiceStub:
     end the stream.
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.ExplainRequest, _vision_service_pb2.ExplainResponse]
-    """Explain shows which parts of an image a classification rests on."""
+    """Explain shows which parts of an image a classification rests on. The model
+    is asked about hundreds of partly covered copies of the image (RISE), so
+    that it takes as much longer; allow it a deadline to match.
+    """
 
 @_typing.type_check_only
 class VisionServiceAsyncStub(VisionServiceStub):
@@ -76,7 +79,10 @@ class VisionServiceAsyncStub(VisionServiceStub):
     end the stream.
     """
     Explain: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.ExplainRequest, _vision_service_pb2.ExplainResponse]  # type: ignore[assignment]
-    """Explain shows which parts of an image a classification rests on."""
+    """Explain shows which parts of an image a classification rests on. The model
+    is asked about hundreds of partly covered copies of the image (RISE), so
+    that it takes as much longer; allow it a deadline to match.
+    """
 
 class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
     """VisionService answers questions about images.
@@ -122,6 +128,9 @@ class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vision_service_pb2.ExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vision_service_pb2.ExplainResponse, _abc.Awaitable[_vision_service_pb2.ExplainResponse]]:
-        """Explain shows which parts of an image a classification rests on."""
+        """Explain shows which parts of an image a classification rests on. The model
+        is asked about hundreds of partly covered copies of the image (RISE), so
+        that it takes as much longer; allow it a deadline to match.
+        """
 
 def add_VisionServiceServicer_to_server(servicer: VisionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
