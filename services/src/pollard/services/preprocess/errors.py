@@ -4,18 +4,21 @@
 
     InvalidRequest
     ├── RequestInvalid       the request lacks something or contradicts itself
-    ├── UriRefused           images are taken by content only
+    ├── UriRefused           the image's URI is none that this server fetches
     └── DecoderCrashed       decoding the image ended the worker process, twice
     NotFound
     └── RevisionUnknown      no such model, revision or alias here
     FailedPrecondition
     ├── ModelTakesNoImages   the model is for tensors only
     ├── NotAugmentable       the model's steps leave nothing to crop
+    ├── NotExplainable       the model's answers cannot be explained
     └── TensorRefused        the inference server refuses what the steps give
     ResourceExhausted
     └── AnswerTooLarge       the tensors do not fit into one message
     Unavailable
     ├── DecodersBusy         more images wait for a decoder than may wait
+    ├── ExplainersBusy       more explanations wait than may wait
+    ├── UriUnreachable       the image's URI gives nothing now
     ├── RevisionNotReady     routed to, but not here or not on an inference server yet
     └── InferenceUnavailable no inference server could be reached in time
     DeadlineExceeded
@@ -42,7 +45,7 @@ class RequestInvalid(errors.InvalidRequest):
 
 
 class UriRefused(errors.InvalidRequest):
-    """Images are taken by content only."""
+    """The image's URI is none that this server fetches."""
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="URI_REFUSED", **metadata)
@@ -109,6 +112,13 @@ class ExplainersBusy(errors.Unavailable):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="EXPLAINERS_BUSY", **metadata)
+
+
+class UriUnreachable(errors.Unavailable):
+    """The image's URI gives nothing now."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message, reason="URI_UNREACHABLE", **metadata)
 
 
 class RevisionNotReady(errors.Unavailable):

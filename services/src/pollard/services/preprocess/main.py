@@ -14,9 +14,11 @@ from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
 from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
+from pollard.services.preprocess.contents import ImageContents
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.explaining import Explainer
+from pollard.services.preprocess.fetching import Fetcher
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.prediction import Predictor
 from pollard.services.preprocess.servicer import (
@@ -44,11 +46,13 @@ class PreprocessServer:
         member: PreprocessMember,
         agent: FleetAgent,
         shadows: ImageShadows,
+        fetcher: Fetcher,
         grpc_server: GrpcServer,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
         self.shadows = shadows
+        self.fetcher = fetcher
         self.pool = pool
         self.client = client
         self.member = member
@@ -89,6 +93,7 @@ class PreprocessServer:
         await self.grpc.stop(grace_seconds)
         await self.agent.stop()
         await self.shadows.close()
+        await self.fetcher.close()
         await self.client.close()
         await self.pool.close()
 
@@ -110,6 +115,8 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     counts = Counts()
     member = PreprocessMember(current, client, settings.worker_limits.image_limits, counts=counts)
     predictor = Predictor(current, pool, client, settings.max_message_bytes, counts)
+    fetcher = Fetcher(settings.fetch_rules)
+    contents = ImageContents(fetcher, settings.max_message_bytes)
     explainer = Explainer(current, pool, client, settings.explain_masks)
     grpc_server = GrpcServer(
         Listen(
@@ -123,10 +130,11 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         [ErrorInterceptor()],
     )
     preprocess_grpc.add_PreprocessServiceServicer_to_server(
-        PreprocessServicer(predictor, settings.max_request_seconds), grpc_server.server
+        PreprocessServicer(predictor, contents, settings.max_request_seconds), grpc_server.server
     )
     vision_grpc.add_VisionServiceServicer_to_server(
-        VisionServicer(predictor, explainer, settings.max_request_seconds), grpc_server.server
+        VisionServicer(predictor, explainer, contents, settings.max_request_seconds),
+        grpc_server.server,
     )
     agent = FleetAgent(
         member,
@@ -140,7 +148,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     )
     member.on_change = agent.report_soon
     return PreprocessServer(
-        pool, client, member, agent, predictor.shadows, grpc_server, settings.advertise
+        pool, client, member, agent, predictor.shadows, fetcher, grpc_server, settings.advertise
     )
 
 

@@ -15,17 +15,16 @@ from pollard.runtime.tensors import FROM_NUMPY
 from pollard.runtime.transforms import Geometry
 from pollard.services.common.routing import PRODUCTION
 from pollard.services.common.status import describe
+from pollard.services.preprocess.contents import ImageContents
 from pollard.services.preprocess.encoding import read_options, to_explanation, to_response
 from pollard.services.preprocess.errors import (
     RequestExpired,
     RequestInvalid,
-    UriRefused,
 )
 from pollard.services.preprocess.explaining import Explainer
 from pollard.services.preprocess.prediction import (
     MAX_IMAGES,
     Batch,
-    Failure,
     Prediction,
     Predictor,
 )
@@ -83,9 +82,12 @@ class _Deadlines:
 class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
     """Answers `pollard.preprocess.v1.PreprocessService`."""
 
-    def __init__(self, predictor: Predictor, max_request_seconds: float) -> None:
+    def __init__(
+        self, predictor: Predictor, contents: ImageContents, max_request_seconds: float
+    ) -> None:
         """Serve ``predictor``."""
         self._predictor = predictor
+        self._contents = contents
         self._deadlines = _Deadlines(max_request_seconds)
 
     async def Transform(
@@ -94,8 +96,8 @@ class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
         """Transform images to one tensor."""
         selector = _selector(request.model)
         _check_count(len(request.images))
-        contents = [_content(image, index) for index, image in enumerate(request.images)]
         async with self._deadlines.within(context):
+            contents = await self._contents.all(request.images)
             batch = await self._predictor.transform(selector, contents)
         return _transformed(batch)
 
@@ -113,8 +115,8 @@ class PreprocessServicer(preprocess_grpc.PreprocessServiceServicer):
             request, selector = item
             response = preprocess_pb.TransformStreamResponse(id=request.id)
             try:
-                content = _content(request.image, 0)
                 async with self._deadlines.within(context):
+                    content = await self._contents.one(request.image)
                     batch = await self._predictor.transform(selector, [content], turns)
                 response.response.CopyFrom(_transformed(batch))
             except Exception as error:  # whatever it is, the other images are answered
@@ -129,10 +131,15 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
     """Answers `pollard.vision.v1.VisionService`."""
 
     def __init__(
-        self, predictor: Predictor, explainer: Explainer, max_request_seconds: float
+        self,
+        predictor: Predictor,
+        explainer: Explainer,
+        contents: ImageContents,
+        max_request_seconds: float,
     ) -> None:
         """Serve ``predictor`` and ``explainer``."""
         self._predictor = predictor
+        self._contents = contents
         self._explainer = explainer
         self._deadlines = _Deadlines(max_request_seconds)
 
@@ -141,14 +148,14 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
     ) -> vision_pb.PredictResponse:
         """Answer for one image."""
         selector = _selector(request.model)
-        content = _content(request.image, 0)
-        options = request.options
+        options = read_options(request.options)
         async with self._deadlines.within(context) as deadline:
+            content = await self._contents.one(request.image)
             prediction = await self._predictor.predict(
                 selector,
                 content,
                 deadline=deadline,
-                options=read_options(options),
+                options=options,
             )
         return to_response(prediction)
 
@@ -158,13 +165,8 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
         """Answer for several images by one revision; a bad one gets its own error."""
         selector = _selector(request.model)
         _check_count(len(request.images))
-        contents: list[bytes | Failure] = []
-        for index, image in enumerate(request.images):
-            try:
-                contents.append(_content(image, index))
-            except (RequestInvalid, UriRefused) as error:
-                contents.append(error)
         async with self._deadlines.within(context) as deadline:
+            contents = await self._contents.each(request.images)
             answers = await self._predictor.predict_batch(
                 selector,
                 contents,
@@ -200,8 +202,8 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
             request, selector, options = item
             response = vision_pb.PredictStreamResponse(id=request.id)
             try:
-                content = _content(request.image, 0)
                 async with self._deadlines.within(context) as deadline:
+                    content = await self._contents.one(request.image)
                     prediction = await self._predictor.predict(
                         selector,
                         content,
@@ -222,8 +224,8 @@ class VisionServicer(vision_grpc.VisionServiceServicer):
     ) -> vision_pb.ExplainResponse:
         """Show which parts of an image a classification rests on."""
         selector = _selector(request.model)
-        content = _content(request.image, 0)
         async with self._deadlines.within(context) as deadline:
+            content = await self._contents.one(request.image)
             explanation = await self._explainer.explain(
                 selector,
                 content,
@@ -271,19 +273,6 @@ def _stream_error(error: BaseException) -> preprocess_pb.StreamError:
     return preprocess_pb.StreamError(
         code=outcome.code.value[0], message=outcome.message, reason=outcome.reason
     )
-
-
-def _content(image: preprocess_pb.Image, index: int) -> bytes:
-    source = image.WhichOneof("source")
-    if source == "uri":
-        raise UriRefused(
-            "this server fetches no URIs; send the image's bytes as content", image_index=index
-        )
-    if source is None:
-        raise RequestInvalid(
-            "the image has no content; send the bytes of an image file", image_index=index
-        )
-    return image.content
 
 
 def _transformed(batch: Batch) -> preprocess_pb.TransformResponse:

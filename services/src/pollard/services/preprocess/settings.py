@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from pollard.services.common.settings import ServiceSettings
+from pollard.services.preprocess.fetching import FetchRules
 from pollard.services.preprocess.worker import WorkerLimits
 
 
@@ -63,6 +64,14 @@ class PreprocessSettings(ServiceSettings):
         30.0, gt=0, description="Longest that a request may take, whatever its deadline."
     )
 
+    uri_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts that images are fetched from when a request names a URI: "
+        '"images.example.org", "*.example.org", "host:8443", or "*" for any public one. Empty '
+        "fetches nothing. Addresses that are not public are never connected to.",
+    )
+    uri_allow_http: bool = Field(False, description="Fetch over unencrypted connections, too.")
+    uri_timeout_seconds: float = Field(10.0, gt=0, description="Longest time to fetch one image.")
     explain_masks: int = Field(
         400,
         ge=16,
@@ -70,6 +79,16 @@ class PreprocessSettings(ServiceSettings):
         description="Partly covered copies of an image that a model is asked about to explain "
         "an answer; more give a smoother map and take longer.",
     )
+
+    @property
+    def fetch_rules(self) -> FetchRules:
+        """The part that is about URIs."""
+        return FetchRules(
+            hosts=self.uri_hosts,
+            allow_http=self.uri_allow_http,
+            timeout_seconds=self.uri_timeout_seconds,
+            max_bytes=self.max_image_bytes,
+        )
 
     @property
     def worker_limits(self) -> WorkerLimits:
