@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +54,7 @@ class Store:
                 self.committed = self.committed[:limit]
                 self.abort(context, code, self.words)
         assert len(self.committed) == header.total_bytes
-        assert hashlib.sha256(self.committed).hexdigest() == header.sha256
+        assert header.bundle_sha256 == self.digest
         return model_service_pb2.UploadBundleResponse(revision=self.revision())
 
     def revision(self) -> model_service_pb2.Revision:

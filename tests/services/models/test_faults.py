@@ -356,7 +356,7 @@ async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
         before = files()
         large = bundles.tar(2, **{"ballast.bin": random.Random(1).randbytes(3_000_000)})
         # It says so before any byte is taken.
-        huge = suite.client.header(b"", total_bytes=8_000_000, sha256="0" * 64)
+        huge = suite.client.header(b"", total_bytes=13_000_000, sha256="0" * 64)
         assert await reason_of(suite.client.send(huge, b"")) == "DISK_FULL"
 
         # The disk fills up while the bytes arrive.
@@ -381,11 +381,11 @@ async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
         assert await reason_of(call) == "DISK_FULL"
         assert files() == before
 
-        # It fills up while the files are unpacked: the pre-check is passed with nothing to spare.
+        # It fills up late: the first look is passed with nothing to spare.
         filler.unlink()
         spare = small_disk / "spare"
         free = shutil.disk_usage(small_disk).free
-        spare.write_bytes(b"x" * (free - 2 * len(large) - 100_000))
+        spare.write_bytes(b"x" * (free - len(large) - 100_000))
         half.clear()
         go_on.clear()
         header = suite.client.header(large)

@@ -131,7 +131,7 @@ async def test_a_hostile_graph_is_refused(
     assert helpers.info_of(raised.value).reason == "MODEL_LOAD_FAILED"
     assert words in raised.value.details()
     assert not list(suite.service.blobs)
-    assert not list(suite.service.store.staging.iterdir())
+    assert not list(suite.service.store.uploads.iterdir())
 
 
 def with_golden(helpers: Any) -> bundle_pb2.Manifest:

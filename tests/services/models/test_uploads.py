@@ -58,8 +58,8 @@ async def nothing_was_stored(suite: Any) -> None:
     assert not (await suite.client.models.ListModels(request)).models
     store = suite.settings.store
     assert files_below(store / "blobs") == []
-    assert files_below(store / "uploads") == []
-    assert list((store / "staging").iterdir()) == []
+    assert list((store / "uploads").iterdir()) == []
+    assert list((store / "blobs" / "new").iterdir()) == []
 
 
 async def test_an_upload_goes_on_where_it_broke_also_after_a_restart(
@@ -302,11 +302,11 @@ async def test_a_check_beyond_its_limits_is_refused_and_the_manager_lives(
 
 @pytest.fixture
 def large(bundles: Any) -> Any:
-    """A bundle that is unpacked while it arrives."""
+    """A bundle whose check starts while it arrives."""
     return bundles.make(1, **{"ballast.bin": bytes(range(256)) * 80_000, "z/empty": b""})
 
 
-async def test_a_large_upload_is_unpacked_while_it_arrives(
+async def test_the_files_of_an_upload_are_written_while_it_arrives(
     suite: Any, large: Any, helpers: Any
 ) -> None:
     tar = helpers.packed(large)
@@ -324,16 +324,15 @@ async def test_a_large_upload_is_unpacked_while_it_arrives(
     call = suite.client.models.UploadBundle(messages())
     store = suite.settings.store
 
-    async def unpacked() -> list[str]:
-        return [path for path in files_below(store / "staging") if "manifest" in path]
+    async def arrived() -> int:
+        return sum(path.stat().st_size for path in (store / "uploads").rglob("ballast.bin"))
 
-    await helpers.eventually(unpacked, bool)
+    await helpers.eventually(arrived, lambda size: size > 4 << 20)
     rest.set()
     assert (await call).revision.revision == 1
     got = await suite.client.download(name="models/m/revisions/1")
     assert got == {p: (large.path / p).read_bytes() for p in files_below(large.path)}
-    assert list((store / "staging").iterdir()) == []
-    assert files_below(store / "uploads") == []
+    assert list((store / "uploads").iterdir()) == []
 
 
 async def test_a_large_upload_that_breaks_leaves_only_what_it_goes_on_from(
@@ -350,14 +349,18 @@ async def test_a_large_upload_that_breaks_leaves_only_what_it_goes_on_from(
 
     call = suite.client.models.UploadBundle(breaking())
 
-    async def staged() -> list[Path]:
-        return list((store / "staging").iterdir())
+    async def arrived() -> list[Path]:
+        return list((store / "uploads").rglob("structure"))
 
-    await helpers.eventually(staged, bool)
+    await helpers.eventually(arrived, bool)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await helpers.eventually(staged, lambda found: not found)
+
+    async def running() -> bool:
+        return bool(suite.service.uploads._running)
+
+    await helpers.eventually(running, lambda found: not found)
     asking = pb.GetUploadRequest(parent="models/m", upload_id=header.upload_id)
     header.write_offset = (await suite.client.models.GetUpload(asking)).committed_bytes
     assert header.write_offset == 3 << 20
@@ -444,25 +447,25 @@ async def test_cleaning_takes_what_is_old_or_unneeded_and_nothing_else(
     suite: Any, bundles: Any
 ) -> None:
     await suite.client.push(bundles.tar(1))
-    store = suite.settings.store
+    store, service = suite.settings.store, suite.service
     kept = files_below(store / "blobs")
-    orphan = suite.service.blobs.path("0" * 64)
+    orphan = service.blobs.path("0" * 64)
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"nobody knows me")
-    pinned = suite.service.blobs.path("1" * 64)
-    pinned.parent.mkdir(parents=True)
-    pinned.write_bytes(b"an upload is about to need me")
-    old, young = store / "uploads" / f"{uuid.uuid4()}.part", store / "uploads" / "young.part"
-    stale = store / "staging" / "stale"
-    stale.mkdir()
-    for path in (old, young, stale / "file"):
-        path.write_bytes(b"x")
+    held = service.blobs.path("1" * 64)
+    held.parent.mkdir(parents=True)
+    held.write_bytes(b"an upload is about to need me")
+    old, young = (store / "uploads" / f"{name}.part" for name in (uuid.uuid4(), "young"))
+    stale = store / "blobs" / "new" / "stale"
+    for part in (old, young):
+        (part / "bundle").mkdir(parents=True)
+        (part / "bundle" / "manifest.json").write_bytes(b"x")
+    stale.write_bytes(b"x")
     day_ago = time.time() - 25 * 3600
-    for path in (old, stale):
+    for path in (stale, old / "bundle" / "manifest.json", old / "bundle", old):
         os.utime(path, (day_ago, day_ago))
-    with suite.service.blobs.pinned(["1" * 64]):
-        await asyncio.to_thread(suite.service.uploads.clean)
+    await service.collector.hold(["1" * 64])
+    await asyncio.to_thread(service.uploads.clean)
     left = files_below(store / "blobs")
-    assert sorted([*kept, str(pinned.relative_to(store / "blobs"))]) == left
-    assert files_below(store / "uploads") == ["young.part"]
-    assert list((store / "staging").iterdir()) == []
+    assert sorted([*kept, str(held.relative_to(store / "blobs"))]) == left
+    assert files_below(store / "uploads") == ["young.part/bundle/manifest.json"]

@@ -3,13 +3,11 @@ unpacking that trusts nothing."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
 import tarfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +21,7 @@ from pollard.runtime.bundle import (
     sync_directory,
 )
 from pollard.runtime.errors import ArchiveInvalid
+from pollard.runtime.writeback import begin_writeback
 
 _BLOCK_BYTES = 1 << 20
 _WRITEBACK_BYTES = 16 << 20
@@ -151,7 +150,7 @@ def _write(source: BinaryIO, size: int, path: Path) -> str:
             digest.update(block)
             done += len(block)
             if done - synced >= _WRITEBACK_BYTES:
-                _begin_writeback(target.fileno(), synced, done - synced)
+                begin_writeback(target.fileno(), synced, done - synced)
                 synced = done
         os.fsync(target.fileno())
     return digest.hexdigest()
@@ -161,23 +160,3 @@ def _write_all(target: Any, block: bytes) -> None:
     left = memoryview(block)
     while left:
         left = left[target.write(left) :]
-
-
-def _begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written, so that the fsync has little left to do."""
-    write = _sync_file_range()
-    if write is not None:
-        sync_file_range_write = 2
-        # What it cannot do, the fsync does.
-        write(descriptor, offset, size, sync_file_range_write)
-
-
-@cache
-def _sync_file_range() -> Any:
-    """Return the function of the C library; None where there is none."""
-    try:
-        function = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function

@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -26,7 +26,8 @@ from pollard.client.errors import InvalidBundle
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-_BLOCK = 1 << 20
+CHUNK_BYTES = 1 << 20
+"""Size of the pieces in which a bundle is sent."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class _Segment:
     size: int
     data: bytes = b""
     path: Path | None = None
+    sha256: str = ""
+    """Of the file, as the manifest says; empty when it says nothing."""
 
 
 class BundleTar:
@@ -51,11 +54,12 @@ class BundleTar:
         self._segments = segments
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> tuple[BundleTar, str]:
-        """Check every file of a bundle against its manifest; return its tar and the tar's SHA-256.
+    def open(cls, directory: str | os.PathLike[str]) -> BundleTar:
+        """Look at a bundle, but not into its files; their digests are compared as they are read.
 
         Raises:
-            InvalidBundle: If a file is missing, differs from the manifest or is not listed in it.
+            InvalidBundle: If a file is missing, has another size than the manifest says or is not
+                listed in it.
             OSError: If a file cannot be read.
         """
         directory = Path(directory)
@@ -77,18 +81,40 @@ class BundleTar:
             info.size = path.stat().st_size
             info.mode = 0o644
             header = info.tobuf(tarfile.PAX_FORMAT)
-            segments += [_Segment(len(header), header), _Segment(info.size, path=path)]
+            entry = listed.get(name)
+            if entry is not None and info.size != entry.size_bytes:
+                raise _differs(path, f"it has {info.size} bytes and not {entry.size_bytes}")
+            digest = hashlib.sha256(raw).hexdigest() if entry is None else entry.sha256
+            segments += [
+                _Segment(len(header), header),
+                _Segment(info.size, path=path, sha256="" if name == SIGNATURE else digest),
+            ]
             if padding := -info.size % tarfile.BLOCKSIZE:
                 segments.append(_Segment(padding, bytes(padding)))
         end = 2 * tarfile.BLOCKSIZE
         end += -(sum(segment.size for segment in segments) + end) % tarfile.RECORDSIZE
         segments.append(_Segment(end, bytes(end)))
+        return cls(directory, raw, segments)
 
-        tar = cls(directory, raw, segments)
-        return tar, tar._verify(listed)
+    def chunks(self, offset: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the bytes of the tar from `offset` on in pieces of at most `size`.
 
-    def chunks(self, offset: int, size: int = _BLOCK) -> Iterator[bytes]:
-        """Yield the bytes of the tar from `offset` on in pieces of at most `size`."""
+        The next piece is read and hashed, in a thread, while the caller sends the one before. The
+        end of a file comes only when the file is what the manifest says; the server compares too,
+        also a file of which only the end was still to be sent.
+
+        Raises:
+            InvalidBundle: If a file differs from the manifest.
+            OSError: If a file cannot be read.
+        """
+        joined = self._joined(offset, size)
+        with ThreadPoolExecutor(1, "pollard-bundle") as reading:
+            ahead = reading.submit(next, joined, None)
+            while (piece := ahead.result()) is not None:
+                ahead = reading.submit(next, joined, None)
+                yield piece
+
+    def _joined(self, offset: int, size: int) -> Iterator[bytes]:
         waiting = b""
         for piece in self._pieces(offset, size):
             # Blocks of files go out as they were read; only what is small is joined.
@@ -105,34 +131,23 @@ class BundleTar:
             if skip >= segment.size:
                 skip -= segment.size
                 continue
-            yield from _read(segment, skip, size)
+            digest = hashlib.sha256()
+            left = segment.size - skip
+            for piece in _read(segment, skip, size):
+                digest.update(piece)
+                left -= len(piece)
+                if not left and not skip and segment.path is not None and segment.sha256:
+                    actual = digest.hexdigest()
+                    if actual != segment.sha256:
+                        raise _differs(segment.path, f"its SHA-256 is {actual}")
+                yield piece
             skip = 0
 
-    def _verify(self, listed: dict[str, bundle_pb2.File]) -> str:
-        """Hash the tar, and on the way every file; return the tar's SHA-256."""
-        whole = hashlib.sha256()
-        # Hashing releases the GIL: the tar in one thread, its files in this one.
-        with ThreadPoolExecutor(1) as other:
-            hashing: Future[None] | None = None
-            for segment in self._segments:
-                digest = hashlib.sha256()
-                for chunk in _read(segment, 0, _BLOCK):
-                    if hashing is not None:
-                        hashing.result()
-                    hashing = other.submit(whole.update, chunk)
-                    digest.update(chunk)
-                self._compare(segment, digest.hexdigest(), listed)
-        return whole.hexdigest()
 
-    def _compare(self, segment: _Segment, sha256: str, listed: dict[str, bundle_pb2.File]) -> None:
-        if segment.path is None:
-            return
-        entry = listed.get(segment.path.relative_to(self.directory).as_posix())
-        if entry is not None and (segment.size != entry.size_bytes or sha256 != entry.sha256):
-            raise InvalidBundle(
-                f"{segment.path} ({segment.size} bytes) is not the file that {MANIFEST} lists "
-                f"({entry.size_bytes} bytes, SHA-256 {entry.sha256}); make the bundle again"
-            )
+def _differs(path: Path, how: str) -> InvalidBundle:
+    return InvalidBundle(
+        f"{path} is not the file that {MANIFEST} lists: {how}; make the bundle again"
+    )
 
 
 def _read(segment: _Segment, offset: int, size: int) -> Iterator[bytes]:

@@ -42,7 +42,6 @@ class Upload:
     """The state of one upload over all its attempts."""
 
     tar: BundleTar
-    sha256: str
     parent: str
     notes: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +69,7 @@ class Upload:
                     upload_id=self.upload_id,
                     write_offset=offset,
                     total_bytes=self.tar.total_bytes,
-                    sha256=self.sha256,
+                    bundle_sha256=self.tar.bundle_sha256,
                     notes=self.notes,
                     labels=self.labels,
                     alias=self.alias,

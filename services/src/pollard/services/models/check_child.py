@@ -1,6 +1,6 @@
-"""The process that unpacks and checks a bundle; :mod:`.checks` starts it.
+"""The process that checks a bundle; :mod:`.checks` starts it.
 
-It begins while the tar is still arriving, and waits for what is missing.
+It may be started while the bundle is still arriving, and waits until it is whole.
 
 It imports as little as it can, because it starts for every upload.
 """
@@ -8,22 +8,17 @@ It imports as little as it can, because it starts for every upload.
 from __future__ import annotations
 
 import ctypes
-import errno
-import io
+import importlib
 import json
-import os
 import resource
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from pollard.bundle.v1 import bundle_pb2
-from pollard.runtime.archive import ArchiveLimits, unpack
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.errors import ModelLoadFailed, RuntimeFault
 from pollard.runtime.graph_scan import check_external, check_opset, scan_graph
@@ -39,34 +34,23 @@ def _check(arguments: dict[str, object]) -> dict[str, object]:
     _limit(resource.RLIMIT_CPU, 2 * int(str(arguments["cpu_seconds"])))
     _limit(resource.RLIMIT_CORE, 0)
     try:
-        directory = Path(str(arguments["directory"]))
-        with _Arriving(Path(str(arguments["tar"])), int(str(arguments["total_bytes"]))) as tar:
-            bundle = unpack(
-                cast(BinaryIO, tar),
-                directory,
-                ArchiveLimits(
-                    max_files=int(str(arguments["max_files"])),
-                    max_total_bytes=int(str(arguments["max_unpacked_bytes"])),
-                ),
-            )
-        # Closed when the tar is whole and its digest right: no graph is loaded before.
-        sys.stdin.buffer.read()
-        # Opened anew: only what is on the disk counts.
-        bundle = Bundle.open(directory, verify=False, expect=bundle.digest)
+        # Takes a while, and the bundle may still be arriving.
+        importlib.import_module("onnxruntime")
+        # Comes when the bundle is whole: nothing is read before.
+        digests: dict[str, str] = json.loads(sys.stdin.buffer.read())
+        bundle = Bundle.open(str(arguments["directory"]), verify=False)
+        bundle.verify(digests)
         signature = read_signature(bundle, _trusted(arguments["trusted_keys"]))
         _check_graphs(bundle)
     except RuntimeFault as fault:
         return {"message": fault.message, "reason": fault.reason, "metadata": fault.metadata}
-    except MemoryError:
+    # A library that does not fit into the limit cannot be loaded.
+    except (MemoryError, ImportError):
         return {
             "message": "checking the bundle needs more memory than the limit allows",
             "reason": "CHECK_MEMORY",
             "metadata": {"limit_bytes": str(arguments["memory_bytes"])},
         }
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return {"reason": "DISK_FULL"}
-        raise
     return {"ok": True, "signature": None if signature is None else asdict(signature)}
 
 
@@ -133,53 +117,6 @@ def _open(path: Path) -> Session:
     except ModelLoadFailed:
         # A node without a kernel may vanish when the graph is optimised.
         return open_session(path)
-
-
-class _Arriving(io.RawIOBase):
-    """A file that is being written; reading waits for bytes that are yet to come.
-
-    The manager ends this process when they will not come.
-    """
-
-    def __init__(self, path: Path, total_bytes: int) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._total = total_bytes
-        self._position = 0
-        self._size = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._total}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._total)
-        if end <= self._position:
-            return 0
-        pause = 0.001
-        while self._size < end:
-            self._size = os.fstat(self._descriptor).st_size
-            if self._size < end:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-        view = memoryview(buffer)[: end - self._position]
-        count = os.preadv(self._descriptor, [view], self._position)
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
 
 
 def _limit(kind: int, value: int) -> None:

@@ -1,19 +1,18 @@
 """Checks of an uploaded bundle, in a child process with limits.
 
-A tar, a manifest or a graph made to hurt can exhaust memory, hang or crash what
-parses it. So nothing of an upload is parsed in the manager: the child unpacks
-it while it arrives, compares every digest, loads every graph and compares its
-inputs and outputs with the manifest.
+A manifest or a graph made to hurt can exhaust memory, hang or crash what parses
+it. So neither is parsed in the manager: the child compares every digest with the
+manifest, loads every graph and compares its inputs and outputs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import structlog
 
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.signing import Signature
-from pollard.services.common.errors import InvalidRequest, ResourceExhausted, ServiceError
+from pollard.services.common.errors import InvalidRequest
 
 _log = structlog.get_logger("pollard.checks")
 
@@ -41,33 +40,19 @@ class CheckLimits:
 
 
 class Check:
-    """A child that unpacks a tar, which may still be arriving, and then checks the bundle."""
+    """A child that waits until a bundle has arrived, and then checks it."""
 
-    def __init__(
-        self,
-        tar: Path,
-        total_bytes: int,
-        directory: Path,
-        limits: CheckLimits,
-        trusted: TrustedKeys | None = None,
-    ) -> None:
+    def __init__(self, directory: Path, limits: CheckLimits, trusted: TrustedKeys | None) -> None:
         """Start the child.
 
         Args:
-            tar: The file; it must exist.
-            total_bytes: Its size when it is whole.
-            directory: Where to unpack; must not exist.
+            directory: The bundle, which may still be arriving.
             limits: What the child may use.
             trusted: Keys whose signatures count.
         """
-        self.directory = directory
         self._limits = limits
         arguments = {
-            "tar": str(tar),
-            "total_bytes": total_bytes,
             "directory": str(directory),
-            "max_files": limits.max_files,
-            "max_unpacked_bytes": limits.max_unpacked_bytes,
             "memory_bytes": limits.memory_bytes,
             "cpu_seconds": int(limits.timeout_seconds) + 1,
             "trusted_keys": trusted.paths() if trusted is not None else {},
@@ -89,18 +74,22 @@ class Check:
         )
         self._talking: asyncio.Future[tuple[bytes, bytes]] | None = None
 
-    async def verdict(self) -> Signature | None:
-        """Let the child load the graphs, and wait for its end. The tar must be whole.
+    async def verdict(self, digests: Mapping[str, str]) -> Signature | None:
+        """Let the child check the bundle, which must be whole, and wait for its end.
+
+        Args:
+            digests: SHA-256 of every file by path, of who has just written them.
 
         Returns:
             Who has signed the bundle; None when nobody has.
 
         Raises:
             InvalidRequest: the bundle is not acceptable; the reason says why.
-            ResourceExhausted: the disk is full.
         """
-        # It closes the child's input first, which is what the child waits for.
-        self._talking = asyncio.ensure_future(asyncio.to_thread(self._process.communicate))
+        # The child waits for its input.
+        self._talking = asyncio.ensure_future(
+            asyncio.to_thread(self._process.communicate, json.dumps(dict(digests)).encode())
+        )
         await asyncio.wait({self._talking}, timeout=self._limits.timeout_seconds)
         if not self._talking.done():
             raise InvalidRequest(
@@ -112,12 +101,11 @@ class Check:
         return _judge(self._process.returncode, out, err)
 
     async def end(self) -> None:
-        """End the child if it still runs, and delete what it unpacked."""
+        """End the child if it still runs."""
         self._process.kill()  # does nothing when it has ended
         if self._talking is None:
             self._talking = asyncio.ensure_future(asyncio.to_thread(self._process.communicate))
         await asyncio.wait({self._talking})
-        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
 
 def _judge(code: int | None, out: bytes, err: bytes) -> Signature | None:
@@ -128,8 +116,6 @@ def _judge(code: int | None, out: bytes, err: bytes) -> Signature | None:
     if code == 0 and isinstance(verdict, dict) and verdict.get("ok") is True:
         signed = verdict["signature"]
         return None if signed is None else Signature(**signed)
-    if isinstance(verdict, dict) and verdict.get("reason") == "DISK_FULL":
-        raise _disk_full()
     if isinstance(verdict, dict) and "message" in verdict:
         raise InvalidRequest(verdict["message"], reason=verdict["reason"], **verdict["metadata"])
     if code is not None and code < 0:
@@ -142,10 +128,3 @@ def _judge(code: int | None, out: bytes, err: bytes) -> Signature | None:
             signal=name,
         )
     raise RuntimeError(f"the check ended with {code}: {err.decode('utf-8', 'replace')[-2000:]}")
-
-
-def _disk_full() -> ServiceError:
-    return ResourceExhausted(
-        "the disk of the store is full; nothing was stored. Free some space and try again",
-        reason="DISK_FULL",
-    )

@@ -8,6 +8,7 @@ reader sees one moment. What was acknowledged is on disk.
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,14 @@ class PostgresDatabase(Database):
                 reason="VALUE_INVALID",
             )
         return error
+
+
+def clock_us(session: Session) -> int:
+    """Return the database's time in microseconds since the epoch, which all managers share."""
+    if session.get_bind().dialect.name != "postgresql":
+        return time.time_ns() // 1000
+    text = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+    return int(session.connection().exec_driver_sql(text).scalar_one())
 
 
 def outcome_unknown(database: Database) -> ServiceError:

@@ -13,11 +13,9 @@ from sqlalchemy.orm import Session
 from pollard.runtime.bundle import MANIFEST
 from pollard.services.common.errors import DataLoss, NotFound
 from pollard.services.models import registry
-from pollard.services.models.blobs import Blobs
+from pollard.services.models.blobs import Blobs, missing
 from pollard.services.models.schema import BundleFile
 from pollard.services.models.store import Store
-
-PIECE_BYTES = 1024 * 1024
 
 _log = structlog.get_logger("pollard.downloads")
 
@@ -94,13 +92,15 @@ def _read(blobs: Blobs, file: BundleFile) -> Generator[Piece, None, None]:
     digest = hashlib.sha256()
     offset = 0
     held: Piece | None = None
-    with blobs.open(file.sha256) as source:
-        while data := source.read(PIECE_BYTES):
+    try:
+        for data in blobs.pieces(file.sha256):
             digest.update(data)
             if held is not None:
                 yield held
             held = Piece(file.path, offset, data, file.size_bytes)
             offset += len(data)
+    except FileNotFoundError:
+        raise missing(file.sha256) from None
     if digest.hexdigest() != file.sha256 or offset != file.size_bytes:
         _log.error("a blob is damaged", sha256=file.sha256, path=file.path)
         raise DataLoss(

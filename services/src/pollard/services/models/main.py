@@ -19,8 +19,9 @@ from pollard.services.common.lifecycle import (
 from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.models import signatures
-from pollard.services.models.blobs import Blobs
+from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.checks import CheckLimits
+from pollard.services.models.collector import Collector
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.leader import Leadership
 from pollard.services.models.relay import Relay
@@ -46,11 +47,13 @@ class ModelsService:
     def __init__(self, settings: ModelsSettings) -> None:
         self.settings = settings
         self.store = Store(settings.store, settings.database_url)
-        self.blobs = Blobs(self.store.blobs)
+        self.blobs = LocalBlobs(self.store.blobs)
+        self.collector = Collector(self.store, self.blobs)
         self.signatures = SignaturePolicy.load(settings.signature_mode, settings.trusted_keys)
         self.uploads = Uploads(
             self.store,
             self.blobs,
+            self.collector,
             limits=CheckLimits(
                 timeout_seconds=settings.check_timeout_seconds,
                 memory_bytes=settings.check_memory_bytes,
@@ -112,6 +115,7 @@ class ModelsService:
         """
         await asyncio.to_thread(self.store.open)
         try:
+            await asyncio.to_thread(self.blobs.check)
             await asyncio.to_thread(self.uploads.clean, starting=True)
             await asyncio.to_thread(
                 signatures.review, self.store, self.blobs, self.signatures.trusted

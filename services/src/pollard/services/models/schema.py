@@ -318,3 +318,17 @@ class Upload(Base):
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
     """The revision that came of it; 0 while it is under way."""
     existed: Mapped[bool] = mapped_column(default=False)
+
+
+class BlobHold(Base):
+    """A blob that must not be deleted, because an upload is about to refer to it; or, held by
+    a collector, one that is being deleted."""
+
+    __tablename__ = "blob_holds"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(36), primary_key=True)
+    """Attempt at an upload, or the collectors."""
+    manager: Mapped[str] = mapped_column(String(64))
+    """Whose upload or collector it is: what it held when it died is let go when it starts."""
+    time: Mapped[int] = mapped_column(BigInteger)

@@ -393,12 +393,18 @@ class ModelServicer(RolloutMethods):
 
 
 def _decode_header(header: pb.UploadHeader) -> UploadRequest:
+    sha256, bundle_sha256 = header.sha256, header.bundle_sha256
+    if sha256 or not bundle_sha256:
+        names.check_sha256(sha256, "sha256")
+    if bundle_sha256:
+        names.check_sha256(bundle_sha256, "bundle_sha256")
     return UploadRequest(
         model=names.parse_model(header.parent, "parent"),
         upload_id=names.check_uuid(header.upload_id, "upload_id"),
         write_offset=header.write_offset,
         total_bytes=header.total_bytes,
-        sha256=names.check_sha256(header.sha256, "sha256"),
+        sha256=sha256,
+        bundle_sha256=bundle_sha256,
         notes=names.check_text(header.notes, "notes"),
         labels=names.check_labels(header.labels),
         alias=names.check_alias_id(header.alias) if header.alias else "",

@@ -1,8 +1,8 @@
 """The store: one directory of one manager, and the database.
 
 ``lock`` keeps a second manager away, ``registry.sqlite`` is the registry unless that is in
-PostgreSQL, ``manager-id`` names the manager there, ``blobs/`` holds the files of the bundles,
-``uploads/`` what is still arriving and ``staging/`` what is being checked.
+PostgreSQL, ``manager-id`` names the manager there, ``blobs/`` holds the files of the bundles
+unless they are kept elsewhere, ``uploads/`` what is still arriving.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Store:
         self.directory = directory
         self.blobs = directory / "blobs"
         self.uploads = directory / "uploads"
-        self.staging = directory / "staging"
         self.database = make_database(database_url, directory, DATABASE)
         self.manager_id = ""
         """Names this store among those of a shared database; known once it is open."""
@@ -76,7 +75,7 @@ class Store:
                 newer than this version, or cannot be written.
         """
         try:
-            for path in (self.directory, self.blobs, self.uploads, self.staging):
+            for path in (self.directory, self.blobs, self.uploads):
                 path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self.manager_id = self._own_id()

@@ -1,9 +1,8 @@
 """Uploads: bytes to disk, whole and checked into the registry, or not at all.
 
-What arrives lies in ``uploads/{id}.part`` and can be resumed, after a kill too.
-The tar is unpacked and checked in a child, from its first bytes on; its files
-then become blobs, and one transaction makes them a revision. Only after that the
-client gets its answer.
+What arrives is split into the files of the bundle (:mod:`.part`) and can be resumed, after
+a kill too. The bundle is checked in a child; its files then become blobs, and one
+transaction makes them a revision. Only after that the client gets its answer.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import math
-import os
-import secrets
 import shutil
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -27,7 +24,6 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle
-from pollard.runtime.digests import sha256_file
 from pollard.runtime.signing import Signature
 from pollard.services.common.errors import (
     Conflict,
@@ -37,12 +33,16 @@ from pollard.services.common.errors import (
     NotFound,
     OutOfRange,
     ResourceExhausted,
+    ServiceError,
 )
 from pollard.services.models import aliases, registry, signatures
-from pollard.services.models.blobs import Blobs, remove_leftovers
+from pollard.services.models.blobs import Blobs
 from pollard.services.models.checks import Check, CheckLimits
+from pollard.services.models.collector import Collector, release, release_dead
 from pollard.services.models.events import DAY_US
-from pollard.services.models.schema import BundleFile, Revision, Upload
+from pollard.services.models.part import Part, committed_bytes, last_change
+from pollard.services.models.part import remove as remove_part
+from pollard.services.models.schema import Revision, Upload
 from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store, now_us
 
@@ -63,7 +63,10 @@ class UploadRequest:
     upload_id: str
     write_offset: int
     total_bytes: int
-    sha256: str
+    sha256: str = ""
+    """Of the whole tar; may be empty if ``bundle_sha256`` is given."""
+    bundle_sha256: str = ""
+    """Of the manifest, which has those of all files; may be empty if ``sha256`` is given."""
     notes: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     alias: str = ""
@@ -97,9 +100,10 @@ class Uploads:
     Args:
         store: Where everything is kept.
         blobs: Where the files go.
+        collector: Keeps them there.
         limits: What checking a bundle may use.
         max_bundle_bytes: Largest tar.
-        parallel_checks: Children that check at the same time; as many unpack
+        parallel_checks: Children that check at the same time; as many may wait for
             what is still arriving.
         policy: What is asked of signatures.
     """
@@ -108,6 +112,7 @@ class Uploads:
         self,
         store: Store,
         blobs: Blobs,
+        collector: Collector,
         *,
         limits: CheckLimits,
         max_bundle_bytes: int,
@@ -116,15 +121,16 @@ class Uploads:
     ) -> None:
         self._store = store
         self._blobs = blobs
+        self._collector = collector
         self._limits = limits
         self._policy = policy or SignaturePolicy()
         self._max_bundle_bytes = max_bundle_bytes
         self._checking = asyncio.Semaphore(parallel_checks)
-        self._unpacking = asyncio.Semaphore(parallel_checks)
+        self._waiting = asyncio.Semaphore(parallel_checks)
         self._running: dict[str, _Running] = {}
 
     def part(self, upload_id: str) -> Path:
-        """Return where the bytes of an upload are kept until it is whole."""
+        """Return where an upload is kept until it is a revision."""
         return self._store.uploads / f"{upload_id}.part"
 
     async def committed_bytes(self, model: str, upload_id: str) -> int:
@@ -138,7 +144,7 @@ class Uploads:
             if row.revision:
                 return row.total_bytes
             with contextlib.suppress(FileNotFoundError):
-                return await asyncio.to_thread(_synced_size, self.part(upload_id))
+                return await asyncio.to_thread(committed_bytes, self.part(upload_id))
         raise NotFound(
             f"nothing is known of the upload {upload_id}; begin at 0",
             reason="UPLOAD_NOT_FOUND",
@@ -210,25 +216,29 @@ class Uploads:
         done = await self._store.write(lambda session: _begin(session, request))
         if done is not None:
             return done
+        part = Part(
+            self.part(request.upload_id),
+            max_files=self._limits.max_files,
+            max_total_bytes=self._limits.max_unpacked_bytes,
+            hash_tar=bool(request.sha256),
+        )
         try:
-            self._check_room(request)
-            async with self._unpack_early(request) as check:
-                await self._receive_bytes(request, chunks)
-                return await self._make_revision(request, check, actor)
+            try:
+                await asyncio.to_thread(part.open)
+                self._check_room(request, part.size)
+                async with self._start_early(request, part) as check:
+                    await self._receive_bytes(request, part, chunks)
+                    return await self._make_revision(request, part, check, actor)
+            finally:
+                await asyncio.to_thread(part.close)
         except BaseException as error:
             if _is_final(error):
                 await self._forget(request.upload_id)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceExhausted(
-                    "the disk of the store is full; nothing was stored. Free some space and try "
-                    "again",
-                    reason="DISK_FULL",
-                ) from error
+            if isinstance(error, OSError):
+                raise _disk_error(error) from error
             raise
 
-    def _check_room(self, request: UploadRequest) -> None:
-        part = self.part(request.upload_id)
-        committed = part.stat().st_size if part.exists() else 0
+    def _check_room(self, request: UploadRequest, committed: int) -> None:
         if request.write_offset != committed:
             raise OutOfRange(
                 f"write_offset is {request.write_offset}, but {committed} bytes are on disk; "
@@ -239,87 +249,92 @@ class Uploads:
             )
         missing = request.total_bytes - committed
         free = shutil.disk_usage(self._store.directory).free
-        # The tar and its files are on disk together for a moment.
-        if free < missing + request.total_bytes:
+        if free < missing:
             raise ResourceExhausted(
-                f"the store has {free} bytes free, the upload needs "
-                f"{missing + request.total_bytes}; free some space and try again",
+                f"the store has {free} bytes free, the upload needs {missing}; free some space and "
+                "try again",
                 reason="DISK_FULL",
                 free_bytes=free,
-                needed_bytes=missing + request.total_bytes,
+                needed_bytes=missing,
             )
 
     @contextlib.asynccontextmanager
-    async def _unpack_early(self, request: UploadRequest) -> AsyncGenerator[Check | None]:
-        """Unpack a large upload while it arrives; None for a small one.
+    async def _start_early(
+        self, request: UploadRequest, part: Part
+    ) -> AsyncGenerator[Check | None]:
+        """Start the child of a large upload while it arrives; None for a small one.
 
-        Unpacking has slots of its own, because an upload may be slow or hang;
-        without a free one the child starts when the upload is whole.
+        Waiting has slots of its own, because an upload may be slow or hang; without a free one
+        the child starts when the upload is whole.
         """
         large = request.total_bytes - request.write_offset >= _EARLY_BYTES
-        if not large or self._unpacking.locked():
+        if not large or self._waiting.locked():
             yield None
             return
-        async with self._unpacking:
-            self.part(request.upload_id).touch()
-            check = self._new_check(request)
+        async with self._waiting:
+            check = Check(part.bundle, self._limits, self._policy.trusted)
             try:
                 yield check
             finally:
                 await check.end()
 
-    def _new_check(self, request: UploadRequest) -> Check:
-        directory = self._store.staging / f"{request.upload_id}-{secrets.token_hex(4)}"
-        return Check(
-            self.part(request.upload_id),
-            request.total_bytes,
-            directory,
-            self._limits,
-            self._policy.trusted,
-        )
-
-    async def _receive_bytes(self, request: UploadRequest, chunks: AsyncIterator[bytes]) -> None:
-        writer = _Writer(self.part(request.upload_id), request.total_bytes)
-        await asyncio.to_thread(writer.open)
+    async def _receive_bytes(
+        self, request: UploadRequest, part: Part, chunks: AsyncIterator[bytes]
+    ) -> None:
+        writer = _Writer(part, request.total_bytes)
         try:
             async for chunk in chunks:
                 await writer.write(chunk)
             await writer.flush()
         finally:
-            # A whole tar is unpacked right away, and its files reach the disk then;
-            # what broke off must itself be there for the rest.
-            await writer.close(sync=writer.size < request.total_bytes)
-        if writer.size < request.total_bytes:
+            await writer.close()
+            if part.size < request.total_bytes:
+                # What broke off must be there for the rest.
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(part.sync)
+        if part.size < request.total_bytes:
             raise InvalidRequest(
-                f"the stream ended after {writer.size} of {request.total_bytes} bytes; go on from "
+                f"the stream ended after {part.size} of {request.total_bytes} bytes; go on from "
                 "there",
                 reason="UPLOAD_INCOMPLETE",
-                committed_bytes=writer.size,
+                committed_bytes=part.size,
                 total_bytes=request.total_bytes,
             )
-        actual = writer.digest.hexdigest()
-        if actual != request.sha256:
-            raise DataLoss(
-                f"the bytes were damaged on the way: their SHA-256 is {actual}, the header says "
-                f"{request.sha256}. Upload again from 0",
-                reason="DIGEST_MISMATCH",
-                expected=request.sha256,
-                actual=actual,
+        for what, actual, expected in (
+            ("tar", part.tar_sha256, request.sha256),
+            ("manifest", part.digests.get(MANIFEST, ""), request.bundle_sha256),
+        ):
+            if expected and actual != expected:
+                raise DataLoss(
+                    f"the bytes were damaged on the way: the SHA-256 of the {what} is "
+                    f"{actual or 'missing'}, the header says {expected}. Upload again from 0",
+                    reason="DIGEST_MISMATCH",
+                    expected=expected,
+                    actual=actual,
+                )
+        if not part.ended:
+            raise InvalidRequest(
+                "not a readable uncompressed tar of a bundle: its end is missing",
+                reason="ARCHIVE_INVALID",
             )
 
     async def _make_revision(
-        self, request: UploadRequest, early: Check | None, actor: str
+        self, request: UploadRequest, part: Part, early: Check | None, actor: str
     ) -> Uploaded:
         async with contextlib.AsyncExitStack() as stack:
+            # The disk works while the child does.
+            syncing = asyncio.ensure_future(asyncio.to_thread(part.sync))
+            stack.push_async_callback(_settled, syncing)
             async with self._checking:
                 check = early
                 if check is None:
-                    check = self._new_check(request)
+                    check = Check(part.bundle, self._limits, self._policy.trusted)
                     stack.push_async_callback(check.end)
-                signature = await check.verdict()
+                signature = await check.verdict(part.digests)
             warnings = self._policy.judge(signature)
-            bundle = await asyncio.to_thread(_read_bundle, check.directory, signature)
-            uploaded = await self._store_bundle(request, bundle, check.directory, actor)
+            await syncing
+            bundle = await asyncio.to_thread(_read_bundle, part, signature)
+            uploaded = await self._store_bundle(request, bundle, part, actor)
             for warning in warnings:
                 _log.warning(
                     "accepted with a warning",
@@ -328,34 +343,50 @@ class Uploads:
                     warning=warning,
                 )
             uploaded = replace(uploaded, warnings=warnings)
-        self.part(request.upload_id).unlink(missing_ok=True)
+        await asyncio.to_thread(remove_part, part.directory)
         return uploaded
 
     async def _store_bundle(
-        self, request: UploadRequest, bundle: registry.NewBundle, staging: Path, actor: str
+        self, request: UploadRequest, bundle: registry.NewBundle, part: Part, actor: str
     ) -> Uploaded:
         digests = {file.sha256 for file in bundle.files}
+        holder = await self._collector.hold(digests)
         try:
-            with self._blobs.pinned(digests):
-                await asyncio.to_thread(self._adopt, bundle, staging)
-                return await self._store.write(
-                    lambda session: _commit(session, request, bundle, actor, self._policy)
-                )
+            await self._adopt(bundle, part)
+            return await self._store.write(
+                lambda session: _commit(session, request, bundle, actor, self._policy, holder)
+            )
         except BaseException:
-            await asyncio.to_thread(self._blobs.collect, self._is_referenced, digests)
+            await self._let_go(holder, digests)
             raise
 
-    def _adopt(self, bundle: registry.NewBundle, staging: Path) -> None:
-        for file in bundle.files:
-            self._blobs.adopt(staging / file.path, file.sha256)
+    async def _adopt(self, bundle: registry.NewBundle, part: Part) -> None:
+        def adopt() -> None:
+            done: set[str] = set()
+            for file in bundle.files:
+                if stopped.is_set():
+                    return
+                if file.sha256 not in done:
+                    self._blobs.adopt(part.bundle / file.path, file.sha256)
+                    done.add(file.sha256)
 
-    def _is_referenced(self, sha256: str) -> bool:
-        return self._store.read_now(
-            lambda session: session.query(BundleFile).filter_by(sha256=sha256).first() is not None
-        )
+        # A thread cannot be cancelled, and must be done with the files before they are deleted.
+        stopped = threading.Event()
+        adopting = asyncio.ensure_future(asyncio.to_thread(adopt))
+        try:
+            await asyncio.shield(adopting)
+        finally:
+            stopped.set()
+            await _settled(adopting)
+
+    async def _let_go(self, holder: str, digests: set[str]) -> None:
+        # Without it the hold ends after a day, and what is not referred to is collected then.
+        with contextlib.suppress(ServiceError):
+            await self._store.write(lambda session: release(session, holder))
+            await asyncio.to_thread(self._collector.collect, digests)
 
     async def _forget(self, upload_id: str) -> None:
-        self.part(upload_id).unlink(missing_ok=True)
+        await asyncio.to_thread(remove_part, self.part(upload_id))
         # A row without bytes does no harm, should the disk be too full to delete it.
         with contextlib.suppress(ResourceExhausted):
             await self._store.write(
@@ -365,60 +396,54 @@ class Uploads:
             )
 
     def clean(self, *, starting: bool = False) -> None:
-        """Delete what was abandoned: uploads and staging a day old, blobs without reference.
+        """Delete what was abandoned: uploads a day old, blobs without reference.
 
         Safe beside running uploads.
 
         Args:
-            starting: No upload can be running, because the store was only just
-                locked; then what is being checked belongs to nobody, however young.
+            starting: No upload can be running, because the store was only just locked; then
+                what is being stored belongs to nobody, however young.
         """
         day_ago = time.time() - _DAY_SECONDS
-        remove_leftovers(self._store.staging, math.inf if starting else day_ago)
-        # A running upload changes its file all the time, so its file is never so old.
-        remove_leftovers(self._store.uploads, day_ago)
+        for part in self._store.uploads.iterdir():
+            # A running upload changes its files all the time, so they are never so old. Earlier
+            # versions kept a tar in a file, with which nothing can be done any more.
+            if last_change(part) < day_ago or not part.is_dir():
+                remove_part(part)
 
-        def forget(session: Session) -> set[str]:
+        def forget(session: Session) -> None:
             old = Upload.create_time < now_us() - DAY_US
             for row in session.query(Upload).filter(old):
                 if not self.part(row.upload_id).exists():
                     session.delete(row)
+            release_dead(session, self._store.manager_id if starting else "")
             registry.purge_expired(session)
-            return {sha256 for (sha256,) in session.query(BundleFile.sha256)}
 
-        known = self._store.write_now(forget)
-        self._blobs.collect(lambda sha256: sha256 in known or self._is_referenced(sha256))
+        self._store.write_now(forget)
+        self._blobs.remove_leftovers(math.inf if starting else day_ago)
+        self._collector.collect()
 
 
 class _Writer:
-    """Appends to a file and hashes, one block behind the network.
+    """Appends to a part, one block behind the network.
 
     A block is written while the next one arrives; so no more than two are in memory.
     """
 
-    def __init__(self, path: Path, total_bytes: int) -> None:
-        self._path = path
+    def __init__(self, part: Part, total_bytes: int) -> None:
+        self._part = part
         self._total = total_bytes
-        self._file: Any = None
+        self._size = part.size
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._writing: asyncio.Future[None] | None = None
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def open(self) -> None:
-        """Open the file and hash what is there."""
-        self._file = self._path.open("a+b")
-        self._file.seek(0)
-        while block := self._file.read(_WRITE_BYTES):
-            self.digest.update(block)
-            self.size += len(block)
 
     async def write(self, chunk: bytes) -> None:
         """Take one chunk.
 
         Raises:
-            InvalidRequest: it is too large, or goes beyond the end.
+            InvalidRequest: it is too large, or goes beyond the end, or is no tar of a bundle.
+            OSError: what came before cannot be written.
         """
         if len(chunk) > MAX_CHUNK_BYTES:
             raise InvalidRequest(
@@ -427,8 +452,8 @@ class _Writer:
                 length=len(chunk),
                 limit=MAX_CHUNK_BYTES,
             )
-        self.size += len(chunk)
-        if self.size > self._total:
+        self._size += len(chunk)
+        if self._size > self._total:
             raise InvalidRequest(
                 f"more than the {self._total} bytes that the header says",
                 reason="UPLOAD_TOO_LONG",
@@ -443,12 +468,7 @@ class _Writer:
         if self._writing is not None:
             await asyncio.shield(self._writing)
         blocks, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        self._writing = asyncio.ensure_future(asyncio.to_thread(self._append, blocks))
-
-    def _append(self, blocks: list[bytes]) -> None:
-        for block in blocks:
-            self._file.write(block)
-            self.digest.update(block)
+        self._writing = asyncio.ensure_future(asyncio.to_thread(self._part.append, blocks))
 
     async def flush(self) -> None:
         """Write everything that has come."""
@@ -456,22 +476,17 @@ class _Writer:
         assert self._writing is not None  # noqa: S101 - just set
         await asyncio.shield(self._writing)
 
-    async def close(self, *, sync: bool) -> None:
-        """Close, after bringing what was written to the disk if ``sync``; never raises."""
+    async def close(self) -> None:
+        """Wait until nothing is being written; never raises."""
         if self._writing is not None:
-            await asyncio.wait({self._writing})
-            if not self._writing.cancelled():
-                self._writing.exception()  # raised already where it matters
-        await asyncio.to_thread(self._close, sync)
+            await _settled(self._writing)
 
-    def _close(self, sync: bool) -> None:
-        # What cannot be flushed was not acknowledged; the size on disk tells the truth.
-        with contextlib.suppress(OSError):
-            self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
-        with contextlib.suppress(OSError):
-            self._file.close()
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    """Wait for the end of what cannot be cancelled; its error is raised where it matters."""
+    await asyncio.wait({future})
+    if not future.cancelled():
+        future.exception()
 
 
 def _is_final(error: BaseException) -> bool:
@@ -487,20 +502,12 @@ def _begin(session: Session, request: UploadRequest) -> Uploaded | None:
     """Write an upload down; return its revision if it was completed before."""
     row = session.get(Upload, request.upload_id)
     if row is None:
-        session.add(
-            Upload(
-                upload_id=request.upload_id,
-                model=request.model,
-                total_bytes=request.total_bytes,
-                sha256=request.sha256,
-                create_time=now_us(),
-            )
-        )
+        session.add(_new_row(request))
         return None
     if (row.model, row.total_bytes, row.sha256) != (
         request.model,
         request.total_bytes,
-        request.sha256,
+        request.sha256 or request.bundle_sha256,
     ):
         raise InvalidRequest(
             f"upload_id {request.upload_id} was used for another upload; choose a new one",
@@ -521,12 +528,23 @@ def _begin(session: Session, request: UploadRequest) -> Uploaded | None:
     return Uploaded(row.model, row.revision, row.existed)
 
 
+def _new_row(request: UploadRequest) -> Upload:
+    return Upload(
+        upload_id=request.upload_id,
+        model=request.model,
+        total_bytes=request.total_bytes,
+        sha256=request.sha256 or request.bundle_sha256,
+        create_time=now_us(),
+    )
+
+
 def _commit(
     session: Session,
     request: UploadRequest,
     bundle: registry.NewBundle,
     actor: str,
     policy: SignaturePolicy,
+    holder: str,
 ) -> Uploaded:
     revision, existed = registry.add_revision(
         session,
@@ -549,21 +567,24 @@ def _commit(
             allow_signature_change=request.allow_signature_change,
             actor=actor,
         )
-    row = session.get_one(Upload, request.upload_id)
+    release(session, holder)
+    row = session.get(Upload, request.upload_id)
+    if row is None:  # it took more than a day, and another manager has forgotten it
+        row = _new_row(request)
+        session.add(row)
     row.revision = revision.number
     row.existed = existed
     return Uploaded(request.model, revision.number, existed)
 
 
-def _read_bundle(directory: Path, signed: Signature | None) -> registry.NewBundle:
+def _read_bundle(part: Part, signed: Signature | None) -> registry.NewBundle:
     """Return what the registry keeps of a bundle that the child found good."""
-    bundle = Bundle.open(directory, verify=False)
-    files = [registry.StoredFile(MANIFEST, bundle.digest, (directory / MANIFEST).stat().st_size)]
-    signature = directory / SIGNATURE
-    if signed is not None:
-        files.append(
-            registry.StoredFile(SIGNATURE, sha256_file(signature), signature.stat().st_size)
-        )
+    bundle = Bundle.open(part.bundle, verify=False)
+    files = [
+        registry.StoredFile(name, part.digests[name], (part.bundle / name).stat().st_size)
+        for name in (MANIFEST, SIGNATURE)
+        if name == MANIFEST or signed is not None
+    ]
     files += [
         registry.StoredFile(file.path, file.sha256, file.size_bytes)
         for file in bundle.manifest.files
@@ -577,7 +598,17 @@ def _read_bundle(directory: Path, signed: Signature | None) -> registry.NewBundl
     )
 
 
-def _synced_size(path: Path) -> int:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+def _disk_error(error: OSError) -> BaseException:
+    """Return what a failure of the store's disk is to the client."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(
+            "the disk of the store is full; nothing was stored. Free some space and try again",
+            reason="DISK_FULL",
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return FailedPrecondition(
+            f"the store cannot be written: {error.strerror}; nothing was stored. Mount its disk "
+            "for writing, or give the manager's user the right to write it",
+            reason="STORE_READ_ONLY",
+        )
+    return error

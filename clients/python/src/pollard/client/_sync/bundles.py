@@ -71,7 +71,7 @@ class BundleMethods(AliasMethods, RevisionMethods):
     ) -> Pushed:
         """Store a bundle as the next revision of a model, and point an alias at it if asked to.
 
-        Every file is checked against the manifest before anything is sent. An upload that breaks
+        Every file is checked against the manifest while it is sent. An upload that breaks
         goes on from what the server has on disk, until nothing has moved for `idle_timeout`.
 
         Args:
@@ -99,10 +99,9 @@ class BundleMethods(AliasMethods, RevisionMethods):
         parent = model_name(model)
         if alias is not None:
             checked_alias(alias)
-        tar, sha256 = _io.run_blocking(BundleTar.open, os.fspath(directory))
+        tar = _io.run_blocking(BundleTar.open, os.fspath(directory))
         upload = Upload(
             tar,
-            sha256,
             parent,
             notes=notes,
             labels=dict(labels or {}),

@@ -647,6 +647,7 @@ class UploadHeader(_message.Message):
     ALIAS_FIELD_NUMBER: _builtins.int
     ALLOW_SIGNATURE_CHANGE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    BUNDLE_SHA256_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """Model to add a revision to, "models/{model}"."""
     upload_id: _builtins.str
@@ -658,13 +659,19 @@ class UploadHeader(_message.Message):
     total_bytes: _builtins.int
     """Size of the whole tar in bytes."""
     sha256: _builtins.str
-    """SHA-256 of the whole tar, lower-case hexadecimal."""
+    """SHA-256 of the whole tar, lower-case hexadecimal; may be left out when
+    bundle_sha256 is given, and then the tar need not be read twice.
+    """
     notes: _builtins.str
     """Notes of the revision."""
     alias: _builtins.str
     """Alias to point at the new revision, as SetAlias does; empty for none."""
     allow_signature_change: _builtins.bool
     """Let the input signature differ from the alias's current revision."""
+    bundle_sha256: _builtins.str
+    """SHA-256 of `manifest.json`, lower-case hexadecimal. The manifest has the
+    digests of all other files, and each is compared with what has arrived.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the revision."""
@@ -688,10 +695,11 @@ class UploadHeader(_message.Message):
         alias: _builtins.str = ...,
         allow_signature_change: _builtins.bool = ...,
         origin: Global___Origin | None = ...,
+        bundle_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_signature_change", b"allow_signature_change", "labels", b"labels", "notes", b"notes", "origin", b"origin", "parent", b"parent", "sha256", b"sha256", "total_bytes", b"total_bytes", "upload_id", b"upload_id", "write_offset", b"write_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_signature_change", b"allow_signature_change", "bundle_sha256", b"bundle_sha256", "labels", b"labels", "notes", b"notes", "origin", b"origin", "parent", b"parent", "sha256", b"sha256", "total_bytes", b"total_bytes", "upload_id", b"upload_id", "write_offset", b"write_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
