@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 import pytest
 from sqlalchemy import event as sa_event
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
+from pollard.client import AsyncModelsClient, ModelsClient
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models import watch as watch_module
 from pollard.services.models.events import DAY_US
@@ -106,6 +107,56 @@ async def test_a_watch_that_is_begun_again_loses_nothing_and_repeats_nothing(
         call = begin(suite, seen[-1].sequence + 1)
         seen += await take(call, len(everything) - len(seen))
         assert seen == everything
+
+
+async def test_the_clients_watch_through_restarts_of_the_manager(
+    suite_with: Callable[..., Any],
+) -> None:
+    async with suite_with(stocked=True) as suite:
+        port = int(suite.service.address.rpartition(":")[2])
+        suite.settings = suite.settings.model_copy(update={"port": port})
+        seen: dict[str, list[int]] = {"sync": [], "asyncio": []}
+        done = asyncio.Event()
+
+        def watch() -> None:
+            with ModelsClient(suite.service.address) as client:
+                for event in client.watch_events(start=1):
+                    seen["sync"].append(event.sequence)
+                    if event.detail == "the end":
+                        return
+
+        async def watch_too() -> None:
+            async with AsyncModelsClient(suite.service.address) as client:
+                async for event in client.watch_events("m", start=1):
+                    seen["asyncio"].append(event.sequence)
+                    if event.detail == "the end of m":
+                        return
+
+        async def change() -> None:
+            while not done.is_set():
+                await write_events(suite, 3)
+                await asyncio.sleep(0.002)
+
+        watches = [asyncio.create_task(asyncio.to_thread(watch)), asyncio.create_task(watch_too())]
+        for revision in (2, 3, 1):
+            await suite.client.set_alias(revision)
+            changing = asyncio.create_task(change())
+            await asyncio.sleep(0.2)
+            done.set()
+            await changing
+            done.clear()
+            await suite.restart()
+        row = {"time": 1, "actor": "a", "action": "A", "resource": "r"}
+        rows = [row | {"model": "m", "detail": "the end of m"}]
+        rows.append(row | {"model": "", "detail": "the end"})
+        await suite.service.store.write(lambda session: session.execute(insert(Event), rows))
+        async with asyncio.timeout(60):
+            await asyncio.gather(*watches)
+        numbers = select(Event.sequence).order_by(Event.sequence)
+        reading = suite.service.store.read
+        assert seen["sync"] == list(await reading(lambda s: s.scalars(numbers).all()))
+        of_m = numbers.where(Event.model == "m")
+        assert seen["asyncio"] == list(await reading(lambda s: s.scalars(of_m).all()))
 
 
 async def test_a_watch_of_one_model_hears_only_of_it_and_moves_on_all_the_same(

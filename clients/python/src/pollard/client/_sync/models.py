@@ -4,26 +4,16 @@
 from __future__ import annotations
 
 from pollard.client import _convert
-from pollard.client._names import model_name
-from pollard.client._sync._manager import PAGE, SERVICE
+from pollard.client._sync._manager import PAGE
 from pollard.client._sync.bundles import BundleMethods
+from pollard.client._sync.events import EventMethods
 from pollard.client._sync.rollouts import RolloutMethods
-from pollard.client.types import Event, Server
-from pollard.models.v1 import fleet_service_pb2, model_service_pb2
+from pollard.client.types import Server
+from pollard.models.v1 import fleet_service_pb2
 
 
-class ModelsClient(BundleMethods, RolloutMethods):
+class ModelsClient(BundleMethods, RolloutMethods, EventMethods):
     """Asks the model management server."""
-
-    def events(self, model: str | None = None, *, limit: int = 50) -> list[Event]:
-        """List the newest changes in the registry, at most 1000, newest first."""
-        if not 1 <= limit <= 1000:
-            raise ValueError(f"limit must be 1 to 1000, not {limit}")
-        request = model_service_pb2.ListEventsRequest(
-            page_size=limit, model="" if model is None else model_name(model)
-        )
-        response = self._call(f"{SERVICE}/ListEvents", self._stub.ListEvents, request, None)
-        return [_convert.event(item) for item in response.events]
 
     def servers(self) -> list[Server]:
         """List the servers that the manager knows, by id, with what they run."""
