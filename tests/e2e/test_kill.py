@@ -4,6 +4,10 @@ that was acknowledged is lost."""
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -128,6 +132,45 @@ async def test_requests_go_on_while_the_manager_is_dead(up: Any, make_bundle: Bu
             answer = await vision.predict(PIXELS, "unmanaged")
             assert answer.labels[0].index == best
         await asyncio.to_thread(up.wait_ready, after=killed)
+
+
+def test_the_command_watches_through_the_death_of_the_manager(
+    up: Any, make_bundle: BundleMaker, tmp_path: Any
+) -> None:
+    told, notes = tmp_path / "told", tmp_path / "notes"
+    command = [sys.executable, "-m", "pollard.client.cli", "models", "watch", "--json"]
+    with ModelsClient(up.address("models")) as models:
+        first = models.events(limit=1)[0].sequence + 1 if models.events(limit=1) else 1
+        with told.open("wb") as output, notes.open("wb") as said:
+            watching = subprocess.Popen(
+                [*command, "--start", str(first), "--server", up.address("models")],
+                stdout=output,
+                stderr=said,
+            )
+        try:
+            give_up = time.monotonic() + 60
+            while "Watching" not in notes.read_text():
+                assert time.monotonic() < give_up, notes.read_text()
+                time.sleep(0.05)
+            models.push(make_bundle(seed=71).path, "watched", alias="production")
+            models.push(make_bundle(seed=72).path, "watched")
+            killed = up.kill("models")
+            up.wait_ready(after=killed)
+            _until_managed(up, "watched")
+            models.set_alias("watched", "production", 2)
+            wanted = [event.sequence for event in reversed(models.events(limit=1000))]
+            wanted = wanted[wanted.index(first) :]
+            give_up = time.monotonic() + 60
+            while len(told.read_text().splitlines()) < len(wanted):
+                assert time.monotonic() < give_up
+                assert watching.poll() is None, notes.read_text()
+                time.sleep(0.05)
+        finally:
+            watching.send_signal(signal.SIGINT)
+            code = watching.wait(timeout=30)
+        assert code == 0
+    seen = [json.loads(line)["sequence"] for line in told.read_text().splitlines()]
+    assert seen[: len(wanted)] == wanted
 
 
 def test_everything_dead_at_once_comes_back(up: Any, make_bundle: BundleMaker) -> None:

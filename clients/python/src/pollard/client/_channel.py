@@ -36,14 +36,23 @@ _RETRIED: Mapping[str, Sequence[str]] = {
         "GetModel",
         "ListModels",
         "DeleteModel",
+        "UndeleteModel",
         "GetRevision",
         "ListRevisions",
         "DeleteRevision",
+        "UndeleteRevision",
         "GetAlias",
         "ListAliases",
         "SetAlias",
         "RollbackAlias",
         "DeleteAlias",
+        "CreateRollout",
+        "GetRollout",
+        "ListRollouts",
+        "PauseRollout",
+        "ResumeRollout",
+        "PromoteRollout",
+        "AbortRollout",
         "ListEvents",
         "DownloadBundle",
     ),
@@ -53,7 +62,10 @@ _RETRIED: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request that met UNAVAILABLE is sent again, within its deadline."""
+    """How often a request that met UNAVAILABLE is sent again, within its deadline.
+
+    CANCELLED by the server counts as UNAVAILABLE: that is what gRPC answers while it stops.
+    """
 
     max_attempts: int = 4
     """Attempts in all, 1 to 5; 1 means never again."""
@@ -101,7 +113,7 @@ def channel_options(
 
 
 def service_config(retry: RetryPolicy) -> str:
-    """Return gRPC's service config (JSON) that retries the idempotent methods on UNAVAILABLE."""
+    """Return gRPC's service config (JSON) that retries the idempotent methods."""
     names = [
         {"service": service, "method": method}
         for service, methods in _RETRIED.items()
@@ -112,7 +124,9 @@ def service_config(retry: RetryPolicy) -> str:
         "initialBackoff": f"{retry.initial_backoff_seconds}s",
         "maxBackoff": f"{retry.max_backoff_seconds}s",
         "backoffMultiplier": retry.backoff_multiplier,
-        "retryableStatusCodes": ["UNAVAILABLE"],
+        # gRPC's servers cancel what reaches them while they stop, before it has begun. What a
+        # caller cancels itself is never sent again.
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
     }
     return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]})
 

@@ -94,3 +94,34 @@ class RevisionMethods(ManagerClient):
             ),
             None,
         )
+
+    def undelete(self, model: str, *, revision: int | None = None) -> None:
+        """Bring back a revision, or without one a whole model, that was deleted.
+
+        A model comes back with the revisions that were deleted with it, and without aliases.
+
+        Args:
+            model: Model name.
+            revision: Revision to bring back; None for the model.
+
+        Raises:
+            NotFound: There never was such a model or revision.
+            FailedPrecondition: It is not deleted, or was more than 30 days ago.
+        """
+        request_id = str(uuid.uuid4())
+        if revision is not None:
+            self._call(
+                f"{SERVICE}/UndeleteRevision",
+                self._stub.UndeleteRevision,
+                model_service_pb2.UndeleteRevisionRequest(
+                    name=revision_name(model, revision), request_id=request_id
+                ),
+                None,
+            )
+            return
+        self._call(
+            f"{SERVICE}/UndeleteModel",
+            self._stub.UndeleteModel,
+            model_service_pb2.UndeleteModelRequest(name=model_name(model), request_id=request_id),
+            None,
+        )

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -61,15 +61,25 @@ def say(message: str) -> None:
     stdout().print(message, markup=False, soft_wrap=True)
 
 
-def show_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table to standard output. Cells are plain text, never cut for a pipe."""
+def make_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table. Cells are plain text, folded where the terminal is too narrow."""
     table = Table(*headers, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    return table
+
+
+def show_picture(picture: RenderableType) -> None:
+    """Write something to standard output, never cut or folded for a pipe."""
     console = stdout()
     if not console.is_terminal:
         console.width = 10_000
-    console.print(table)
+    console.print(picture)
+
+
+def show_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table to standard output. Cells are plain text, never cut for a pipe."""
+    show_picture(make_table(headers, rows))
 
 
 def checked_by(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
@@ -158,6 +168,16 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """Write a value to standard output as indented JSON."""
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def print_json_line(value: Any) -> None:
+    """Write a value to standard output as one line of JSON, at once."""
+    print(json.dumps(plain(value), ensure_ascii=False), flush=True)
+
+
+def note(message: str) -> None:
+    """Write a line about what goes on to standard error, beside the output itself."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def size(number: int) -> str:

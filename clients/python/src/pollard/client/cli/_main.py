@@ -16,6 +16,7 @@ import typer
 
 from pollard.client.cli import fleet, keys, models, predict
 from pollard.client.cli._common import fail
+from pollard.client.cli._hints import hint
 from pollard.client.errors import PollardError, RequestFailed
 
 # Where the commands come from that this distribution does not bring.
@@ -99,6 +100,9 @@ def _report(error: Exception) -> int:
         message = error.format_message()
         if not message:  # the help was printed instead
             return int(getattr(error, "exit_code", 2))
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            print(message, file=sys.stderr)
+            return 2
         fail(message)
         context = getattr(error, "ctx", None)
         if context is not None:
@@ -119,7 +123,7 @@ def _message(error: Exception) -> str:
             )
         if name == "DEADLINE_EXCEEDED":
             return f"no answer from {error.address} in time; --timeout allows more"
-        return f"{error.message}{reason}"
+        return f"{error.message}{reason}{hint(error)}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     package = _missing_package(error)

@@ -45,7 +45,7 @@ def copy(
     revision: Annotated[
         int | None,
         typer.Argument(
-            metavar="[REVISION]", min=1, help="Revision; default: what --alias points at."
+            metavar="REVISION", min=1, help="Revision; default: what --alias points at."
         ),
     ] = None,
     alias: AliasOption = None,
@@ -77,7 +77,7 @@ def copy(
     server: ModelsServerOption = MODELS_SERVER,
     timeout: TimeoutOption = 30.0,
 ) -> None:
-    """Copy a revision to another installation, as from staging to production.
+    """Copy a revision to another installation, with its history.
 
     The bundle keeps its digest and its signature; notes and labels go with it, and the new
     revision names its origin. Nothing there is switched: `pollard models alias` or `rollout` with

@@ -13,7 +13,7 @@ import typer
 
 from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
 from pollard.client._names import checked_alias, checked_model
-from pollard.client.cli import copy, rollout
+from pollard.client.cli import copy, event_view, rollout, watch
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -32,6 +32,7 @@ from pollard.client.cli._common import (
     fail,
     print_json,
     say,
+    show_picture,
     show_table,
     size,
     warn,
@@ -43,9 +44,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-rollout.register(app)
-copy.register(app)
 
 Server = ModelsServerOption
 _TIMEOUT = 30.0
@@ -184,43 +182,6 @@ def list_models(
 
 
 @app.command()
-def verify(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Only this model.",
-            callback=lambda value: value and checked_model(value),
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    server: Server = MODELS_SERVER,
-    timeout: TimeoutOption = _TIMEOUT,
-) -> None:
-    """Read every stored file again, and name what is damaged; exits with 1 if something is.
-
-    Nothing is changed. Push the bundle of a damaged file again to make it whole.
-    """
-    with ModelsClient(server, timeout=timeout) as client, TransferBar("verifying") as moved:
-        found = client.verify(model, progress=moved)
-    if as_json:
-        print_json(found)
-    else:
-        for file in found.damaged:
-            say(f"The file {file.sha256} is damaged: {file.message}. It belongs to")
-            for use in file.uses:
-                say(f"  {use}")
-        say(
-            f"{found.checked_files} files read, {size(found.checked_bytes)}: "
-            + (f"{len(found.damaged)} damaged." if found.damaged else "all as they should be.")
-        )
-        if found.damaged:
-            say("Push those bundles again, or restore the files from a backup.")
-    if found.damaged:
-        raise typer.Exit(1)
-
-
-@app.command()
 def show(
     model: ModelArgument,
     revision: RevisionOption = None,
@@ -228,7 +189,10 @@ def show(
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
-    """Show a model with its aliases and revisions, or one revision with its variants."""
+    """Show a model, or one revision of it.
+
+    A model with its aliases and revisions; a revision with its variants and where it came from.
+    """
     with ModelsClient(server, timeout=timeout) as client:
         if revision is not None:
             found = client.revision(model, revision=revision)
@@ -252,7 +216,7 @@ def alias(
         ),
     ],
     revision: Annotated[
-        int | None, typer.Argument(metavar="[REVISION]", min=1, help="Revision to point it at.")
+        int | None, typer.Argument(metavar="REVISION", min=1, help="Revision to point it at.")
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
     allow_signature_change: SignatureOption = False,
@@ -292,7 +256,10 @@ def rollback(
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
-    """Point an alias (by default production) back at the revision before."""
+    """Point an alias back at the revision before.
+
+    By default production. Requests go on while it moves.
+    """
     with ModelsClient(server, timeout=timeout) as client:
         found = client.rollback(
             model,
@@ -302,6 +269,9 @@ def rollback(
             wait_timeout=wait_timeout,
         )
     _say_alias(found)
+
+
+rollout.register(app)
 
 
 @app.command()
@@ -315,7 +285,10 @@ def pull(
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
-    """Fetch the bundle of a revision (by default what production points at)."""
+    """Fetch the bundle of a revision.
+
+    By default of the one that production points at.
+    """
     if revision is not None and alias is not None:
         raise typer.BadParameter("give --revision or --alias, not both")
     with (
@@ -324,6 +297,9 @@ def pull(
     ):
         found = client.pull(model, directory, revision=revision, alias=alias, progress=moved)
     say(f"{model} revision {found.revision} ({size(found.size_bytes)}) is in {directory}")
+
+
+copy.register(app)
 
 
 @app.command()
@@ -337,7 +313,10 @@ def delete(
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
-    """Delete a revision, or a whole model."""
+    """Delete a revision, or a whole model.
+
+    For 30 days `pollard models undelete` brings it back.
+    """
     if revision is not None and force:
         raise typer.BadParameter("--force is for a whole model; move the alias away first")
     what = f"revision {revision} of {model}" if revision else f"{model} with all its revisions"
@@ -346,7 +325,26 @@ def delete(
         raise typer.Exit(1)
     with ModelsClient(server, timeout=timeout) as client:
         client.delete(model, revision=revision, force=force)
-    say(f"Deleted {what}.")
+    again = f"{model} --revision {revision}" if revision else model
+    say(f"Deleted {what}. For 30 days, to bring it back: pollard models undelete {again}")
+
+
+@app.command()
+def undelete(
+    model: ModelArgument,
+    revision: RevisionOption = None,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Bring a deleted revision or model back, for 30 days.
+
+    A model comes back with the revisions that were deleted with it, and without its aliases:
+    `pollard models alias` serves it again.
+    """
+    with ModelsClient(server, timeout=timeout) as client:
+        client.undelete(model, revision=revision)
+    what = f"revision {revision} of {model}" if revision else model
+    say(f"{what} is back. To serve it: pollard models alias {model} production {revision or 'N'}")
 
 
 @app.command()
@@ -371,10 +369,51 @@ def events(
     if as_json:
         print_json(found)
         return
-    show_table(
-        ["WHEN", "WHO", "WHAT", "RESOURCE", "DETAIL"],
-        [[ago(item.time), item.actor, item.action, item.resource, item.detail] for item in found],
-    )
+    if found:
+        show_picture(event_view.table(found))
+    else:
+        say("Nothing has happened yet.")
+
+
+watch.register(app)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Only this model.",
+            callback=lambda value: value and checked_model(value),
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
+) -> None:
+    """Read every stored file again, and name what is damaged.
+
+    Exits with 1 if something is. Nothing is changed. Push the bundle of a damaged file again to
+    make it whole.
+    """
+    with ModelsClient(server, timeout=timeout) as client, TransferBar("verifying") as moved:
+        found = client.verify(model, progress=moved)
+    if as_json:
+        print_json(found)
+    else:
+        for file in found.damaged:
+            say(f"The file {file.sha256} is damaged: {file.message}. It belongs to")
+            for use in file.uses:
+                say(f"  {use}")
+        say(
+            f"{found.checked_files} files read, {size(found.checked_bytes)}: "
+            + (f"{len(found.damaged)} damaged." if found.damaged else "all as they should be.")
+        )
+        if found.damaged:
+            say("Push those bundles again, or restore the files from a backup.")
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 def _confirmed(question: str) -> bool:

@@ -67,7 +67,7 @@ def _number(text: str, whole: str) -> float:
 def rollout(
     model: ModelArgument,
     revision: Annotated[
-        int | None, typer.Argument(metavar="[REVISION]", min=1, help="Revision to move to.")
+        int | None, typer.Argument(metavar="REVISION", min=1, help="Revision to move to.")
     ] = None,
     alias: AliasOption = None,
     shadow: Annotated[
@@ -107,10 +107,10 @@ def rollout(
     server: ModelsServerOption = MODELS_SERVER,
     timeout: TimeoutOption = 30.0,
 ) -> None:
-    """Move an alias (by default production) to a REVISION in steps, and back when it is worse.
+    """Move an alias to a revision in steps, and back when it is worse.
 
-    Without a REVISION, list the model's rollouts with what the one that runs has seen, or tell it
-    what to do.
+    The alias is production unless --alias names another. Without a REVISION, list the model's
+    rollouts with what the one that runs has seen, or tell it what to do.
     """
     orders = [pause, resume, promote, abort].count(True)
     if orders > 1 or (orders and revision is not None):

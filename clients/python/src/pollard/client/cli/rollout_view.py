@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pollard.client import DeadlineExceeded, ModelsClient, Rollout, Unavailable
-from pollard.client.cli._common import say, stdout
+from pollard.client.cli._common import say, show_picture, stdout
 from pollard.client.types import RevisionEvidence, RolloutEvidence
 
 _LOOK_SECONDS = 1.0
@@ -32,10 +32,7 @@ def where(item: Rollout) -> str:
 
 def show(item: Rollout) -> None:
     """Write what the step of a rollout has seen."""
-    console = stdout()
-    if not console.is_terminal:
-        console.width = 10_000
-    console.print(picture(item))
+    show_picture(picture(item))
 
 
 def picture(item: Rollout) -> RenderableType:

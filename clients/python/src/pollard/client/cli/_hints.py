@@ -1,0 +1,66 @@
+"""What to do about an error, where that takes a look at what there is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import grpc
+
+from pollard.client import ModelsClient, PollardError, RequestFailed, RetryPolicy
+
+_PATIENCE_SECONDS = 3.0
+_NAMED = 5
+
+
+def hint(error: RequestFailed) -> str:
+    """Return what would help after an error, on a line of its own; empty where nothing is known.
+
+    The manager is asked what there is; what it does not answer soon is left out.
+    """
+    if error.code is grpc.StatusCode.UNIMPLEMENTED and not error.reason:
+        return (
+            f"\nThe server at {error.address} speaks another service, or an older version. "
+            "`pollard up` prints which address is which; by default models is on port 8021, "
+            "preprocess on 8011 and inference on 8001."
+        )
+    if not error.method.startswith("/pollard.models.v1."):
+        return ""
+    model = error.metadata.get("model", "")
+    try:
+        with ModelsClient(
+            error.address, timeout=_PATIENCE_SECONDS, retry=RetryPolicy.none()
+        ) as client:
+            return _of_what_there_is(client, error, model)
+    except (PollardError, ValueError):
+        return ""
+
+
+def _of_what_there_is(client: ModelsClient, error: RequestFailed, model: str) -> str:
+    reason = error.reason
+    if reason == "MODEL_NOT_FOUND":
+        names = [item.name for item in client.models()]
+        if not names:
+            return "\nThere are no models yet; `pollard models push DIR --model NAME` adds one."
+        return f"{_nearest(model, names)}\n`pollard models list` shows them all."
+    if reason in ("MODEL_DELETED", "REVISION_DELETED") and model:
+        revision = error.metadata.get("revision")
+        again = f"{model} --revision {revision}" if revision else model
+        return f"\nOn the command line: pollard models undelete {again}"
+    if reason == "REVISION_NOT_FOUND" and model:
+        numbers = [str(item.revision) for item in client.revisions(model)]
+        if not numbers:
+            return f"\n{model} has no revisions yet; `pollard models push` adds one."
+        more = f" and {len(numbers) - _NAMED} older ones" if len(numbers) > _NAMED else ""
+        return f"\nIt has {', '.join(numbers[:_NAMED])}{more}: `pollard models show {model}`."
+    if reason == "ALIAS_NOT_FOUND" and model:
+        names = [item.name for item in client.model(model).aliases]
+        if names:
+            near = _nearest(error.metadata.get("alias", ""), names)
+            return f"{near}\nIt has {', '.join(sorted(names)[:_NAMED])}."
+    return ""
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"\nDid you mean {found[0]!r}?" if found else ""
