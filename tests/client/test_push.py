@@ -159,9 +159,9 @@ def test_an_upload_that_stalls_goes_on_from_what_is_on_disk(
     scripted.on("UploadBundle", upload)
     # The bytes of a small bundle all fit into gRPC's own buffers: what stalls is the answer.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pollard.client._upload._CHECK_SECONDS", 0.2)
+        patch.setattr("pollard.client._upload._CHECK_SECONDS", 1.0)
         try:
-            pushed = runner.call("models", address, "push", bundle.path, "m", idle_timeout=0.2)
+            pushed = runner.call("models", address, "push", bundle.path, "m", idle_timeout=1.0)
         finally:
             release.set()
     assert pushed.revision.revision == 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from pollard.models.v1 import fleet_service_pb2_grpc as fleet_grpc
 from pollard.models.v1 import model_service_pb2 as models_pb
 from pollard.models.v1 import model_service_pb2_grpc as models_grpc
 from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle, write_bundle
+from pollard.runtime.sessions import Session
 from pollard.services.inference.main import InferenceServer, build_server
 from pollard.services.inference.settings import InferenceSettings
 
@@ -340,3 +342,28 @@ def tensor_request() -> Callable[..., pb.ModelInferRequest]:
         return request
 
     return make
+
+
+class Watched:
+    """A real session whose runs the test can see and hold up."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.batches: list[int] = []
+        """Rows of each run that has begun."""
+        self.gate = threading.Event()
+        """While it is not set, runs wait."""
+        self.gate.set()
+
+    def run(self, feeds: dict, outputs: Sequence[str] | None = None) -> dict:
+        self.batches.append(feeds["x"].shape[0])
+        self.gate.wait(60)
+        if (feeds["x"] < 0).any():
+            raise ValueError("negative\nmore")
+        return self.session.run(feeds, outputs)
+
+
+@pytest.fixture
+def watch() -> type[Watched]:
+    """What makes a session of which the test sees the runs, and which it can hold up."""
+    return Watched

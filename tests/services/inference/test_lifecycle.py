@@ -5,126 +5,95 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from onnx import TensorProto, helper
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 
 
-def slow_model(steps: int) -> bytes:
-    """An ONNX model that multiplies a 256 × 256 matrix `steps` times by itself, and adds x."""
-    body = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["m_in", "eye"], ["m_out"]),
-            helper.make_node("Identity", ["go_in"], ["go_out"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("m_in", TensorProto.FLOAT, [256, 256]),
-        ],
-        [
-            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("m_out", TensorProto.FLOAT, [256, 256]),
-        ],
-    )
-    from onnx import numpy_helper
-
-    graph = helper.make_graph(
-        [
-            helper.make_node("Loop", ["count", "go", "eye"], ["m"], body=body),
-            helper.make_node("Slice", ["m", "start", "end"], ["corner"]),
-            helper.make_node("Add", ["x", "corner"], ["y"]),
-        ],
-        "slow",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
-        [
-            numpy_helper.from_array(np.eye(256, dtype=np.float32), "eye"),
-            numpy_helper.from_array(np.int64(steps), "count"),
-            numpy_helper.from_array(np.bool_(True), "go"),
-            numpy_helper.from_array(np.int64([0, 0]), "start"),
-            numpy_helper.from_array(np.int64([1, 1]), "end"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return model.SerializeToString()
-
-
 @pytest.fixture
-async def slow_stub(manager, start_server, make_bundle):
-    """A stub of a server whose only worker takes a while for "adder"; and the server."""
-    bundle = make_bundle(model=slow_model(400), max_batch_size=1)
-    manager.want("adder", {1: bundle}, {"production": {1: 1}})
+async def held(manager, start_server, make_bundle, watch):
+    """A stub of a server whose only worker for "adder" the test can hold up; the revision, its
+    session and the server."""
+    manager.want("adder", {1: make_bundle(1.0, max_batch_size=1)}, {"production": {1: 1}})
     manager.send()
-    server = await start_server(manager.address, workers=1)
+    server = await start_server(manager.address, workers=1, inline_microseconds=0.0)
     assert (await manager.answer()).HasField("ack")
+    revision = server.engine.resolve("adder")
+    session = watch(revision._workers._session)
+    revision._workers._session = session
     async with grpc.aio.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel), server
+        yield pb_grpc.GRPCInferenceServiceStub(channel), revision, session, server
+    session.gate.set()
 
 
-async def test_cancelled_and_expired_requests_are_not_run(slow_stub, tensor_request) -> None:
-    stub, server = slow_stub
-    started = time.monotonic()
-    await stub.ModelInfer(tensor_request(), timeout=60)
-    once = time.monotonic() - started
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_cancelled_and_expired_requests_are_not_run(held, tensor_request) -> None:
+    stub, revision, session, _ = held
+    session.gate.clear()
     busy = asyncio.ensure_future(stub.ModelInfer(tensor_request(), timeout=60))
-    await asyncio.sleep(once / 4)
-    gone = [asyncio.ensure_future(stub.ModelInfer(tensor_request(), timeout=60)) for _ in range(20)]
-    late = [stub.ModelInfer(tensor_request(), timeout=once / 4) for _ in range(20)]
-    await asyncio.sleep(once / 10)
+    await until(lambda: session.batches == [1])
+    gone = [stub.ModelInfer(tensor_request(), timeout=60) for _ in range(20)]
+    await until(lambda: revision.in_flight == 21)
     for call in gone:
         call.cancel()
+    await until(lambda: revision.in_flight == 1)
+    late = [stub.ModelInfer(tensor_request(), timeout=0.2) for _ in range(20)]
     for outcome in await asyncio.gather(*late, return_exceptions=True):
-        # Refused at once, or expired while it waited.
-        assert outcome.code() in (
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            grpc.StatusCode.UNAVAILABLE,
-        )
+        assert outcome.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    session.gate.set()
     await busy
-    started = time.monotonic()
     await stub.ModelInfer(tensor_request(), timeout=60)
-    # Had the 40 been run, this one would have waited for them.
-    assert time.monotonic() - started < 10 * once
-    counters = server.engine.counters("adder", 1)
-    assert counters.succeeded == 3
-    # Some were gone before they had reached the server.
-    assert 0 < counters.rejected <= 40
+    assert session.batches == [1, 1]
+    assert revision.counters.succeeded == 2
+    # Those that are late may have been so before they reached the server.
+    assert 20 <= revision.counters.rejected <= 40
 
 
-async def test_the_request_may_bring_its_own_timeout(slow_stub, tensor_request) -> None:
-    stub, _ = slow_stub
-    busy = [asyncio.ensure_future(stub.ModelInfer(tensor_request(), timeout=60)) for _ in range(3)]
-    await asyncio.sleep(0.01)
+async def test_the_request_may_bring_its_own_timeout(held, tensor_request) -> None:
+    stub, revision, session, _ = held
+    session.gate.clear()
+    busy = asyncio.ensure_future(stub.ModelInfer(tensor_request(), timeout=60))
+    await until(lambda: session.batches == [1])
     request = tensor_request()
     request.parameters["timeout"].int64_param = 1000
+    impatient = asyncio.ensure_future(stub.ModelInfer(request, timeout=60))
+    await until(lambda: revision.in_flight == 2)
+    await asyncio.sleep(0.01)
+    session.gate.set()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.ModelInfer(request, timeout=60)
+        await impatient
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "Request timeout expired" in caught.value.details()
-    await asyncio.gather(*busy)
+    await busy
 
 
-async def test_stopping_finishes_what_is_in_flight(slow_stub, tensor_request) -> None:
-    stub, server = slow_stub
+async def test_stopping_finishes_what_is_in_flight(held, tensor_request) -> None:
+    stub, revision, session, server = held
+    session.gate.clear()
     under_way = [
         asyncio.ensure_future(stub.ModelInfer(tensor_request(), timeout=60)) for _ in range(3)
     ]
-    while server.engine.resolve("adder").in_flight < 3:
-        await asyncio.sleep(0.001)
-    await server.stop(30.0)
+    await until(lambda: revision.in_flight == 3)
+    stopping = asyncio.ensure_future(server.stop(60.0))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    session.gate.set()
+    await stopping
     assert [response.model_version for response in await asyncio.gather(*under_way)] == ["1"] * 3
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.ModelInfer(tensor_request(), timeout=2)
+        await stub.ModelInfer(tensor_request(), timeout=20)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 

@@ -78,8 +78,9 @@ async def test_no_request_fails_while_revisions_are_swapped(
         manager.want("adder", both, {"production": {current: 1}})
         assert (await manager.apply()).HasField("ack")
         manager.want("adder", both, {"production": {target: 1}})
+        before = len(answered)
         assert (await manager.apply()).HasField("ack")
-        await asyncio.sleep(0.1)
+        await eventually(lambda before=before, target=target: target in answered[before:])
         manager.want("adder", {target: bundles[target]}, {"production": {target: 1}})
         assert (await manager.apply()).HasField("ack")
         current = target
@@ -252,7 +253,7 @@ async def test_a_newer_order_overtakes_a_load_that_is_no_longer_wanted(
     third = make_bundle(3.0)
     manager.want("adder", {3: third}, {"production": {3: 1}})
     version = manager.send()
-    await asyncio.sleep(0.1)
+    await eventually(lambda: len(manager.downloads) == 3)
     assert (await stub.ModelInfer(tensor_request(), timeout=10)).model_version == "1"
     manager.gate.set()
     answer = await manager.answer()
@@ -271,7 +272,7 @@ async def test_a_load_goes_on_when_a_newer_order_still_wants_it(
     await eventually(lambda: len(manager.downloads) == 2)
     manager.want("other", {1: second}, {"production": {1: 1}})
     version = manager.send()
-    await asyncio.sleep(0.05)
+    await eventually(lambda: server.agent._order.version == version)
     manager.gate.set()
     answer = await manager.answer()
     assert answer.ack.version == version

@@ -21,25 +21,8 @@ from pollard.services.inference.revision import LoadedRevision
 from pollard.services.inference.scheduling import Backlog
 
 
-class Watched:
-    """A real session whose runs the test can see and hold up."""
-
-    def __init__(self, session) -> None:
-        self.session = session
-        self.batches: list[int] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def run(self, feeds, outputs=None):
-        self.batches.append(feeds["x"].shape[0])
-        self.gate.wait(10)
-        if (feeds["x"] < 0).any():
-            raise ValueError("negative\nmore")
-        return self.session.run(feeds, outputs)
-
-
 @pytest.fixture
-async def watched(make_bundle):
+async def watched(make_bundle, watch):
     """Returns a revision with one worker that joins up to 8, and its session."""
     bundle = make_bundle(1.0)
     loader = Loader(Machine.detect(), EngineOptions(memory_headroom_bytes=0))
@@ -47,7 +30,7 @@ async def watched(make_bundle):
     inner = loaded._workers._session
     await loaded.retire()
     loader.close()
-    session = Watched(inner)
+    session = watch(inner)
     revision = LoadedRevision(loaded.info, session, workers=1, joined_batch=8, max_queue=16)
     yield revision, session
     session.gate.set()

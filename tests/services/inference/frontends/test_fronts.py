@@ -1,17 +1,9 @@
 """The other front ends carry what grpcio's server carries; the conformance tests run against them
 with POLLARD_INFERENCE_FRONTEND=core or =envoy."""
 
-import contextlib
-import importlib.util
-import os
-import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -21,159 +13,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from onnx import TensorProto, helper, numpy_helper
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
-
-FRONTS = [
-    "core",
-    pytest.param(
-        "envoy",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("pyvoy") is None, reason="the extra [envoy] is not installed"
-        ),
-    ),
-]
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from pollard.services.inference.main import run
-from pollard.services.inference.settings import InferenceSettings
-sys.exit(run(InferenceSettings.load({
-    "port": 0, "repository": Path(sys.argv[1]), "frontend": sys.argv[2],
-    "max_message_bytes": 1 << 20, "memory_headroom_bytes": 0,
-})))
-"""
-
-
-def product(size: int) -> bytes:
-    """x [n, 1] + 0, after a product of two square matrices that cannot be folded away."""
-    nodes = [
-        helper.make_node("Mul", ["m", "x"], ["mx"]),
-        helper.make_node("MatMul", ["mx", "m"], ["p"]),
-        helper.make_node("ReduceSum", ["p"], ["sum"], keepdims=0),
-        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
-        helper.make_node("Add", ["x", "nothing"], ["y"]),
-    ]
-    return model(nodes, {"m": np.ones((size, size), np.float32), "zero": np.float32(0)})
-
-
-def steps() -> bytes:
-    """x [1, 1] + 0, after a product of matrices of 256 x 256, done x times."""
-    body = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["m_in", "eye"], ["m_out"]),
-            helper.make_node("Identity", ["go_in"], ["go_out"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("m_in", TensorProto.FLOAT, [256, 256]),
-        ],
-        [
-            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("m_out", TensorProto.FLOAT, [256, 256]),
-        ],
-    )
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
-        helper.make_node("Cast", ["sum"], ["count"], to=TensorProto.INT64),
-        helper.make_node("Loop", ["count", "go", "zeros"], ["m"], body=body),
-        helper.make_node("Slice", ["m", "start", "end"], ["corner"]),
-        helper.make_node("Add", ["x", "corner"], ["y"]),
-    ]
-    initializers = {
-        "eye": np.eye(256, dtype=np.float32),
-        "zeros": np.zeros((256, 256), np.float32),
-        "go": np.bool_(True),
-        "start": np.int64([0, 0]),
-        "end": np.int64([1, 1]),
-    }
-    return model(nodes, initializers)
-
-
-def model(nodes, initializers) -> bytes:
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
-        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return made.SerializeToString()
-
-
-@contextlib.contextmanager
-def serving(repository: Path, front: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    for name, content in (("quick", product(4)), ("slow", product(1500)), ("steps", steps())):
-        folder = repository / name / "1"
-        folder.mkdir(parents=True)
-        (folder / "model.onnx").write_bytes(content)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(repository), front],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    lines: queue.Queue[str] = queue.Queue()
-    log: list[str] = []
-
-    def read() -> None:
-        for line in process.stdout:
-            log.append(line)
-            lines.put(line)
-        lines.put("")
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    address, seen = "", []
-    try:
-        while not address or "models=" not in seen[-1]:
-            seen.append(lines.get(timeout=60))
-            assert seen[-1], "the server ended: " + "".join(seen)
-            if "listening" in seen[-1]:
-                address = seen[-1].split("address=")[1].split()[0]
-        yield process, address
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(30)
-        reader.join(10)
-        process.stdout.close()
-        assert "unexpected error" not in "".join(log)
-        assert "Traceback" not in "".join(log), "".join(log)
-
-
-@pytest.fixture(scope="module", params=FRONTS)
-def server(request, tmp_path_factory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("repository"), request.param) as (process, address):
-        yield address
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-
-
-@pytest.fixture
-def channel(server) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server) as channel:
-        yield channel
-
-
-def ask(model: str = "quick", value: float = 1.0) -> pb.ModelInferRequest:
-    request = pb.ModelInferRequest(model_name=model)
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
-    request.raw_input_contents.append(np.float32(value).tobytes())
-    return request
 
 
 @pytest.mark.parametrize(
     "compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate]
 )
-def test_requests_plain_and_compressed(channel, compression) -> None:
+def test_requests_plain_and_compressed(channel, compression, ask) -> None:
     stub = pb_grpc.GRPCInferenceServiceStub(channel)
     request = ask(value=2.0)
     request.id = "a" * 5000  # grpc compresses what becomes smaller
@@ -182,7 +30,7 @@ def test_requests_plain_and_compressed(channel, compression) -> None:
     assert response.id == request.id
 
 
-def test_errors_have_their_status_words_and_details(channel) -> None:
+def test_errors_have_their_status_words_and_details(channel, ask) -> None:
     stub = pb_grpc.GRPCInferenceServiceStub(channel)
     with pytest.raises(grpc.RpcError) as raised:
         stub.ModelInfer(ask("näher %41"), timeout=20)
@@ -196,7 +44,7 @@ def test_errors_have_their_status_words_and_details(channel) -> None:
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-def test_messages_that_are_too_large_are_refused(channel, compression) -> None:
+def test_messages_that_are_too_large_are_refused(channel, compression, ask) -> None:
     stub = pb_grpc.GRPCInferenceServiceStub(channel)
     request = ask()
     request.id = "a" * (3 << 20)
@@ -223,7 +71,7 @@ def test_health_and_reflection(channel) -> None:
     assert "inference" in reflected.FindFileContainingSymbol(name).package
 
 
-def test_a_deadline_on_a_stream_ends_it(channel) -> None:
+def test_a_deadline_on_a_stream_ends_it(channel, ask) -> None:
     stub = pb_grpc.GRPCInferenceServiceStub(channel)
     hold = threading.Event()
 
@@ -239,9 +87,8 @@ def test_a_deadline_on_a_stream_ends_it(channel) -> None:
     assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-@pytest.mark.parametrize("front", FRONTS)
-def test_requests_in_flight_are_answered_when_it_stops(tmp_path, front) -> None:
-    with serving(tmp_path, front) as (process, address), grpc.insecure_channel(address) as channel:
+def test_requests_in_flight_are_answered_when_it_stops(tmp_path, front, serve, ask) -> None:
+    with serve(tmp_path, front) as (process, address), grpc.insecure_channel(address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         slow = [stub.ModelInfer.future(ask("slow", value), timeout=60) for value in (1, 2, 3)]
         while (
@@ -256,8 +103,8 @@ def test_requests_in_flight_are_answered_when_it_stops(tmp_path, front) -> None:
         assert process.wait(30) == 0
 
 
-def test_watchers_of_health_hear_that_it_stops(tmp_path) -> None:
-    with serving(tmp_path, "core") as (process, address), grpc.insecure_channel(address) as channel:
+def test_watchers_of_health_hear_that_it_stops(tmp_path, serve) -> None:
+    with serve(tmp_path, "core") as (process, address), grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
@@ -266,8 +113,8 @@ def test_watchers_of_health_hear_that_it_stops(tmp_path) -> None:
         assert process.wait(30) == 0
 
 
-def test_a_call_that_outlasts_the_grace_is_ended(tmp_path) -> None:
-    with serving(tmp_path, "core") as (process, address), grpc.insecure_channel(address) as channel:
+def test_a_call_that_outlasts_the_grace_is_ended(tmp_path, serve, ask) -> None:
+    with serve(tmp_path, "core") as (process, address), grpc.insecure_channel(address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         hold = threading.Event()
 
@@ -285,7 +132,7 @@ def test_a_call_that_outlasts_the_grace_is_ended(tmp_path) -> None:
         assert process.wait(30) == 0
 
 
-def test_callers_of_several_models_at_once_each_get_their_own_answers(server) -> None:
+def test_callers_of_several_models_at_once_each_get_their_own_answers(server, ask) -> None:
     failed: list[BaseException] = []
 
     def call(number: int) -> None:
@@ -317,16 +164,11 @@ def test_callers_of_several_models_at_once_each_get_their_own_answers(server) ->
         assert stats.inference_stats.fail.count == 0
 
 
-def runs(stub, model: str = "slow") -> int:
-    (stats,) = stub.ModelStatistics(pb.ModelStatisticsRequest(name=model)).model_stats
-    return stats.execution_count
-
-
-def test_what_a_client_that_went_has_sent_is_not_run(channel) -> None:
+def test_what_a_client_that_went_has_sent_is_not_run(channel, ask, runs_of, sent) -> None:
     # Each takes as much of the processor as sending all of them does, so that the few that are run
     # before the client goes are few on any machine.
     stub = pb_grpc.GRPCInferenceServiceStub(channel)
-    before = runs(stub, "steps")
+    before = runs_of(stub, "steps")
     hold = threading.Event()
     # More than are worked on at a time, so that some are unread; then more than is read ahead.
     for count, size in ((60, 0), (2000, 5000)):
@@ -341,11 +183,7 @@ def test_what_a_client_that_went_has_sent_is_not_run(channel) -> None:
             hold.wait(60)
 
         answers = stub.ModelStreamInfer(requests(), timeout=60)
-        # Until all is sent, or flow control holds the client back.
-        known = 0
-        while len(taken) < count and (not taken or len(taken) > known):
-            known = len(taken)
-            time.sleep(0.3)
+        sent(taken, count)
         answers.cancel()
     # A single request that goes, and one whose time is over.
     gone = stub.ModelInfer.future(ask("steps", 1000), timeout=60)
@@ -354,13 +192,13 @@ def test_what_a_client_that_went_has_sent_is_not_run(channel) -> None:
         stub.ModelInfer(ask("steps", 1000), timeout=0.001)
     stub.ModelInfer(ask("steps", 1), timeout=60)
     hold.set()
-    assert runs(stub, "steps") - before < 30
+    assert runs_of(stub, "steps") - before < 30
 
 
-def test_if_envoy_dies_so_does_the_server(tmp_path) -> None:
+def test_if_envoy_dies_so_does_the_server(tmp_path, serve, ask) -> None:
     pytest.importorskip("pyvoy", reason="the extra [envoy] is not installed")
     with (
-        serving(tmp_path, "envoy") as (process, address),
+        serve(tmp_path, "envoy") as (process, address),
         grpc.insecure_channel(address) as channel,
     ):
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
