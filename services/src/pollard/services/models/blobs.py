@@ -13,10 +13,13 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from pollard.runtime.digests import sha256_bytes
-from pollard.services.common.errors import DataLoss
+from pollard.services.common.errors import DataLoss, StartupError
 
 PIECE_BYTES = 1024 * 1024
 """Size of the pieces in which a blob is read."""
+
+OWNER = "owner"
+"""Path of the mark that says whose blobs these are."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -26,6 +29,8 @@ class Blobs(abc.ABC):
 
     name: str
     """How messages call it."""
+    shared: bool
+    """Whether others than this manager may reach it."""
 
     @abc.abstractmethod
     def check(self) -> None:
@@ -34,6 +39,14 @@ class Blobs(abc.ABC):
         Raises:
             StartupError: it cannot; the message says why.
         """
+
+    @abc.abstractmethod
+    def owner(self) -> str:
+        """Return which installation's blobs these are; empty when nobody has said so."""
+
+    @abc.abstractmethod
+    def set_owner(self, installation: str) -> None:
+        """Say whose blobs these are, unless somebody has already."""
 
     @abc.abstractmethod
     def adopt(self, file: Path, sha256: str) -> None:
@@ -128,3 +141,33 @@ def damaged(sha256: str, actual: str) -> DataLoss:
         reason="BLOB_DAMAGED",
         sha256=sha256,
     )
+
+
+def open_blobs(where: str, endpoint: str, default: Path) -> Blobs:
+    """Return the store of blobs that a setting names; nothing is read or written yet.
+
+    Args:
+        where: ``s3://BUCKET/PREFIX``, or a directory; empty for the default.
+        endpoint: URL of an S3 that is not Amazon's; empty for Amazon's.
+        default: Directory to use when nothing is named.
+
+    Raises:
+        StartupError: it names something else, or what S3 needs is not installed.
+    """
+    if where.startswith("s3://"):
+        try:
+            from pollard.services.models.blobs_s3 import S3Blobs
+        except ImportError as error:
+            raise StartupError(
+                f"blobs in S3 need more packages ({error}): pip install 'pollard-services[s3]'"
+            ) from error
+        return S3Blobs(where, endpoint)
+    if "://" in where and not where.startswith("file://"):
+        raise StartupError(f"--blobs {where!r} is neither s3://BUCKET/PREFIX nor a directory")
+    if endpoint:
+        raise StartupError("--blobs-endpoint is for a --blobs s3://BUCKET/PREFIX")
+    from pollard.services.models.blobs_local import LocalBlobs
+
+    if not where:
+        return LocalBlobs(default)
+    return LocalBlobs(Path(where.removeprefix("file://")), shared=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import fsspec
 
-from pollard.runtime.bundle import sync_directory
+from pollard.runtime.bundle import sync_directory, write_durably
 from pollard.services.common.errors import StartupError
-from pollard.services.models.blobs import PIECE_BYTES, Blobs, blob_of, blob_path
+from pollard.services.models.blobs import OWNER, PIECE_BYTES, Blobs, blob_of, blob_path
 
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
@@ -21,8 +22,9 @@ _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 class LocalBlobs(Blobs):
     """Blobs in a local directory: temporary name, fsync, rename, fsync of the directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, shared: bool = False) -> None:
         self.directory = directory
+        self.shared = shared
         self.name = f"the directory {directory}"
         self._new = directory / "new"
         self._files = fsspec.filesystem("file", skip_instance_cache=True)
@@ -42,6 +44,24 @@ class LocalBlobs(Blobs):
                 f"the blobs in {self.directory} cannot be used: {error.strerror}; see that its "
                 "disk can be written and has room"
             ) from error
+
+    def owner(self) -> str:
+        """Read the owner's mark."""
+        try:
+            return (self.directory / OWNER).read_text("ascii").strip()
+        except FileNotFoundError:
+            return ""
+
+    def set_owner(self, installation: str) -> None:
+        """Write the owner's mark in one step, unless there is one."""
+        new = self._new / f"owner-{secrets.token_hex(4)}"
+        write_durably(new, f"{installation}\n".encode("ascii"))
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(new, self.directory / OWNER)
+        finally:
+            new.unlink()
+        sync_directory(self.directory)
 
     def adopt(self, file: Path, sha256: str) -> None:
         """Link the file, or copy one from another disk, and give it the blob's name."""

@@ -18,8 +18,8 @@ from pollard.services.common.lifecycle import (
 )
 from pollard.services.common.logs import configure_logging
 from pollard.services.common.status import ErrorInterceptor
-from pollard.services.models import signatures
-from pollard.services.models.blobs_local import LocalBlobs
+from pollard.services.models import ownership, signatures
+from pollard.services.models.blobs import open_blobs
 from pollard.services.models.checks import CheckLimits
 from pollard.services.models.collector import Collector
 from pollard.services.models.fleet import Fleet
@@ -47,7 +47,7 @@ class ModelsService:
     def __init__(self, settings: ModelsSettings) -> None:
         self.settings = settings
         self.store = Store(settings.store, settings.database_url)
-        self.blobs = LocalBlobs(self.store.blobs)
+        self.blobs = open_blobs(settings.blobs, settings.blobs_endpoint, self.store.blobs)
         self.collector = Collector(self.store, self.blobs)
         self.signatures = SignaturePolicy.load(settings.signature_mode, settings.trusted_keys)
         self.uploads = Uploads(
@@ -116,6 +116,7 @@ class ModelsService:
         await asyncio.to_thread(self.store.open)
         try:
             await asyncio.to_thread(self.blobs.check)
+            await asyncio.to_thread(ownership.claim, self.store, self.blobs)
             await asyncio.to_thread(self.uploads.clean, starting=True)
             await asyncio.to_thread(
                 signatures.review, self.store, self.blobs, self.signatures.trusted

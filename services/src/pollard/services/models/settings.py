@@ -32,6 +32,18 @@ class ModelsSettings(ServiceSettings):
         description="gRPC target under which the other managers on the database reach this one; "
         "empty derives it.",
     )
+    blobs: str = Field(
+        "",
+        description="Where the files of the bundles are kept: s3://BUCKET/PREFIX, or a directory; "
+        "empty keeps them in the store. Managers that share a --database-url can fetch each "
+        "other's bundles only from S3, or from a directory that all of them see. What is still "
+        "arriving always lies in the store.",
+    )
+    blobs_endpoint: str = Field(
+        "",
+        description="URL of an S3 that is not Amazon's; keys and region come from where AWS tools "
+        "look for them.",
+    )
     drain_seconds: float = Field(
         30.0,
         ge=0,

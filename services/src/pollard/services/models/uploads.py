@@ -420,7 +420,9 @@ class Uploads:
             registry.purge_expired(session)
 
         self._store.write_now(forget)
-        self._blobs.remove_leftovers(math.inf if starting else day_ago)
+        # Where others may be writing too, only age tells what was abandoned.
+        alone = starting and not self._blobs.shared
+        self._blobs.remove_leftovers(math.inf if alone else day_ago)
         self._collector.collect()
 
 
