@@ -14,6 +14,8 @@ Receive = Callable[[], Awaitable[dict[str, object]]]
 
 _PREFIX = 5
 
+_MOST_DIGITS = 8
+
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 # Everything that may stand in the header as it is: printable ASCII without "%".
@@ -33,8 +35,11 @@ class CallerGone(Exception):
 
 def seconds_of(timeout: bytes) -> float | None:
     """Return the seconds that a "grpc-timeout" header gives; None if it is malformed."""
-    unit = _UNITS.get(timeout[-1:])
-    return int(timeout[:-1]) * unit if unit and timeout[:-1].isdigit() else None
+    unit, digits = _UNITS.get(timeout[-1:]), timeout[:-1]
+    # At most eight, says the protocol; thousands of them would be no number that floats hold.
+    if unit is None or not digits.isdigit() or len(digits) > _MOST_DIGITS:
+        return None
+    return int(digits) * unit
 
 
 def frame(message: bytes) -> bytes:
