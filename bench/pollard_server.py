@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from google.protobuf import json_format
 
@@ -13,6 +15,9 @@ from bench.process import ServerProcess, free_port, pollard_command
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.bundle import Bundle, write_bundle
+
+_LONGEST_MEASUREMENT_SECONDS = 30.0
+"""On a machine that does nothing else it takes some tenths of a second a model."""
 
 
 def make_bundle(model: BuiltModel) -> Bundle:
@@ -96,4 +101,17 @@ def start_pollard(
         *("--port", str(port), "--manager", "", "--cache-dir", str(cache)),
         *flags,
     ]
-    return ServerProcess.start(name, line, port, BUILD / f"{label}.log")
+    server = ServerProcess.start(name, line, port, BUILD / f"{label}.log")
+    if "--measure" not in flags:
+        _until_measured(cache / "tuning.json", bundles.values())
+    return server
+
+
+def _until_measured(file: Path, bundles: Iterable[Bundle]) -> None:
+    """Wait until the idle server has measured its models: the load would hold that up."""
+    until = time.monotonic() + _LONGEST_MEASUREMENT_SECONDS
+    while time.monotonic() < until:
+        kept = file.read_text() if file.exists() else ""
+        if all(bundle.digest in kept for bundle in bundles):
+            return
+        time.sleep(0.2)

@@ -74,6 +74,8 @@ EXPORTED = [
     "TensorInfo",
     "Timings",
     "Transformed",
+    "Tuning",
+    "TuningPoint",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from pollard.client import AsyncVisionClient, RetryPolicy, Unavailable, VisionClient
+from pollard.client import (
+    AsyncVisionClient,
+    RetryPolicy,
+    TuningPoint,
+    Unavailable,
+    VisionClient,
+)
 from pollard.inference import grpc_service_pb2
 from pollard.models.v1 import fleet_service_pb2, model_service_pb2
 from pollard.preprocess.v1 import preprocess_service_pb2
@@ -175,6 +182,41 @@ def test_servers_come_with_what_they_run(runner: Any, address: str, scripted: An
     (found,) = runner.call("models", address, "servers")
     assert (found.server_id, found.kind, found.acked_version) == ("a", "INFERENCE", 3)
     assert found.revisions[0].state == "READY"
+    assert found.revisions[0].tuning is None
+
+
+def test_servers_tell_how_they_run_a_revision(runner: Any, address: str, scripted: Any) -> None:
+    server = fleet_service_pb2.Server(name="servers/a", connected=True)
+    status = server.report.revisions.add(model="digits", revision=2)
+    status.tuning.CopyFrom(
+        fleet_service_pb2.Tuning(
+            workers=2,
+            threads=1,
+            joined_batch=8,
+            set_by_hand=["workers"],
+            aim="throughput",
+            processor="a processor",
+            cores=2,
+            onnxruntime="1.31.1",
+            points=[
+                fleet_service_pb2.TuningPoint(
+                    threads=1, callers=2, batch_size=8, rows_per_second=400.0, latency_us=40e3
+                )
+            ],
+        )
+    )
+    status.tuning.measured_time.FromSeconds(1_700_000_000)
+    unmeasured = server.report.revisions.add(model="digits", revision=1)
+    unmeasured.tuning.CopyFrom(fleet_service_pb2.Tuning(workers=1, threads=2, joined_batch=1))
+    scripted.on("ListServers", lambda r, c: fleet_service_pb2.ListServersResponse(servers=[server]))
+    (found,) = runner.call("models", address, "servers")
+    measured, not_yet = (revision.tuning for revision in found.revisions)
+    assert (measured.workers, measured.threads, measured.joined_batch) == (2, 1, 8)
+    assert (measured.set_by_hand, measured.aim) == (("workers",), "throughput")
+    assert measured.measured_time == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert (measured.processor, measured.cores) == ("a processor", 2)
+    assert measured.points == (TuningPoint(1, 2, 8, 400.0, 40e3),)
+    assert (not_yet.measured_time, not_yet.points) == (None, ())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.runtime.sessions import TensorInfo
+from pollard.services.inference.errors import RequestInvalid
+from pollard.services.inference.tensors import decode_inputs
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -258,3 +261,51 @@ async def test_configuration_statistics_and_streams_of_a_bundle(stub, tensor_req
     (stats,) = statistics.model_stats
     assert stats.inference_stats.success.count == 2
     assert stats.inference_count == 2
+
+
+@pytest.mark.parametrize(
+    ("expected", "shape"),
+    [
+        ((-1, 4), [2, 4]),
+        ((-1, 4), [8, 4]),
+        ((3, 4), [3, 4]),
+        ((-1,), [5]),
+        ((), []),
+    ],
+)
+def test_the_usual_request_is_read_without_copying(expected, shape) -> None:
+    values = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    request = pb.ModelInferRequest(raw_input_contents=[values.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    read = decode_inputs(request, [TensorInfo("x", "FP32", expected)], 8)["x"]
+    assert read.tolist() == values.tolist()
+    assert (read.shape, read.dtype) == (values.shape, values.dtype)
+    assert not read.flags.owndata
+    assert not read.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("expected", "shape", "size"),
+    [
+        ((-1, 4), [-1, 4], 16),
+        ((-1, 4), [0, 4], 0),
+        ((-1, 4), [9, 4], 144),
+        ((-1, 4), [1, 4], 12),
+        ((-1, 4), [1, 4], 20),
+        ((-1, 4), [4], 16),
+        ((-1, 4), [], 4),
+        ((-1,), [], 4),
+        ((-1, -1), [-1, -1], 4),
+        ((-1, -1), [1, -1], 4),
+        ((-1, -1, -1), [1, -1, -1], 4),
+        ((2, 2), [2, 3], 24),
+        ((-1, 4), [1, 4, 1], 16),
+        ((-1, 4), [2**62, 4], 16),
+        ((-1, 4), [-(2**62), -4], 16),
+    ],
+)
+def test_what_nearly_is_a_usual_request_is_refused_with_words(expected, shape, size) -> None:
+    request = pb.ModelInferRequest(model_name="m", raw_input_contents=[bytes(size)])
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    with pytest.raises(RequestInvalid):
+        decode_inputs(request, [TensorInfo("x", "FP32", expected)], 8)

@@ -15,6 +15,7 @@ from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.services.common.errors import StartupError
+from pollard.services.inference import idle_tuning
 
 
 def answer_of(response: pb.ModelInferResponse) -> float:
@@ -336,6 +337,35 @@ async def test_reports_carry_counters(manager, server, stub, tensor_request) -> 
     assert status.counters.rejected == 1
     assert sum(status.counters.latency.counts) == 5
     assert status.variant == "cpu-fp32"
+
+
+async def test_reports_tell_how_a_revision_is_run(
+    manager, start_server, make_bundle, monkeypatch
+) -> None:
+    monkeypatch.setattr(idle_tuning, "_LOOK_SECONDS", 0.05)
+    manager.want("adder", {1: make_bundle(1.0)}, {"production": {1: 1}})
+    manager.send()
+    await start_server(manager.address, measure=True, workers=3)
+    assert (await manager.answer()).HasField("ack")
+
+    def measured() -> bool:
+        status = state_of(manager, "adder", 1)
+        return status is not None and status.tuning.HasField("measured_time")
+
+    before = [
+        s.tuning for report in manager.reports for s in report.revisions if s.HasField("tuning")
+    ]
+    # Without waiting for the next report that is due.
+    await eventually(measured, seconds=30)
+    assert before[0].workers == 3
+    assert before[0].threads >= 1
+    tuning = state_of(manager, "adder", 1).tuning
+    assert (tuning.workers, tuning.set_by_hand, tuning.aim) == (3, ["workers"], "throughput")
+    assert tuning.joined_batch >= 1
+    assert tuning.cores > 0
+    assert tuning.onnxruntime
+    assert {point.batch_size for point in tuning.points} >= {1, 2, 4, 8}
+    assert all(point.rows_per_second > 0 and point.latency_us > 0 for point in tuning.points)
 
 
 async def test_two_servers_may_not_share_a_cache(manager, server, start_server) -> None:

@@ -292,3 +292,42 @@ def test_the_backlog_tells_who_would_wait_in_vain() -> None:
         backlog.learn(0.001, rows=1)
     with pytest.raises(QueueFull):
         backlog.check(1, 0.1)
+
+
+def threads_of(revision) -> int:
+    name = f"{revision.info.model}-{revision.info.revision}-"
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+async def test_workers_and_session_change_beside_requests(watched) -> None:
+    revision, session = watched
+    workers = revision._workers
+    first = await held_up(session, revision)
+    waiting = [asyncio.create_task(ask(revision, value)) for value in range(12)]
+    await asyncio.sleep(0.05)
+    other = Watched(session.session)
+    assert workers.change(session=other, count=3) is session
+    for value, answer in enumerate(await asyncio.gather(*waiting)):
+        assert (answer == value + 1).all()
+    # The run that had begun keeps its session.
+    assert session.batches == [1]
+    assert sum(other.batches) == 12
+    session.gate.set()
+    assert (await first == 1).all()
+    assert threads_of(revision) == 3
+    assert workers.change(count=1) is None
+    answers = await asyncio.gather(*(ask(revision, value) for value in range(12)))
+    assert [answer[0, 0] for answer in answers] == [value + 1 for value in range(12)]
+    async with asyncio.timeout(10):
+        while threads_of(revision) > 1:
+            await asyncio.sleep(0.005)
+    assert workers.session is other
+
+
+async def test_closed_workers_take_no_session(watched) -> None:
+    worked, session = watched
+    revision = LoadedRevision(worked.info, session, workers=2, joined_batch=1, max_queue=1)
+    await revision.retire()
+    other = Watched(session.session)
+    assert revision._workers.change(session=other, count=4) is other
+    assert revision._workers.session is None

@@ -160,7 +160,12 @@ def zoo() -> dict[str, Callable[..., object]]:
 @contextlib.contextmanager
 def serving(repository: Path, **settings: object) -> Iterator[str]:
     """Run a server over `repository` as a process of its own; give its address when it is ready."""
-    given = {"repository": str(repository), "memory_headroom_bytes": 0, **settings}
+    given = {
+        "repository": str(repository),
+        "memory_headroom_bytes": 0,
+        "measure": False,
+        **settings,
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, json.dumps(given)],
         stderr=subprocess.PIPE,

@@ -39,7 +39,7 @@ from pollard.services.inference.main import run
 from pollard.services.inference.settings import InferenceSettings
 sys.exit(run(InferenceSettings.load({
     "port": 0, "repository": Path(sys.argv[1]), "frontend": sys.argv[2],
-    "max_message_bytes": 1 << 20, "memory_headroom_bytes": 0,
+    "max_message_bytes": 1 << 20, "memory_headroom_bytes": 0, "measure": False,
 })))
 """
 

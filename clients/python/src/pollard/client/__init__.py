@@ -81,6 +81,8 @@ from pollard.client.types import (
     TensorInfo,
     Timings,
     Transformed,
+    Tuning,
+    TuningPoint,
     Variant,
     Verified,
 )
@@ -149,6 +151,8 @@ __all__ = [
     "TensorInfo",
     "Timings",
     "Transformed",
+    "Tuning",
+    "TuningPoint",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

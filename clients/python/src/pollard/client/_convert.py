@@ -288,8 +288,33 @@ def server(message: fleet_service_pb2.Server) -> types.Server:
                 error=item.error.message,
                 succeeded=item.counters.succeeded,
                 failed=item.counters.failed,
+                tuning=_tuning(item.tuning) if item.HasField("tuning") else None,
             )
             for item in message.report.revisions
+        ),
+    )
+
+
+def _tuning(message: fleet_service_pb2.Tuning) -> types.Tuning:
+    return types.Tuning(
+        workers=message.workers,
+        threads=message.threads,
+        joined_batch=message.joined_batch,
+        set_by_hand=tuple(message.set_by_hand),
+        aim=message.aim,
+        measured_time=_time(message, "measured_time"),
+        processor=message.processor,
+        cores=message.cores,
+        onnxruntime=message.onnxruntime,
+        points=tuple(
+            types.TuningPoint(
+                threads=point.threads,
+                callers=point.callers,
+                batch_size=point.batch_size,
+                rows_per_second=point.rows_per_second,
+                latency_us=point.latency_us,
+            )
+            for point in message.points
         ),
     )
 

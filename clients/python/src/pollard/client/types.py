@@ -399,6 +399,48 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class TuningPoint:
+    """One way to run a revision, and how fast that was on its server."""
+
+    threads: int
+    """Threads of a run."""
+    callers: int
+    """Runs at a time."""
+    batch_size: int
+    """Rows of a run."""
+    rows_per_second: float
+    """Rows in a second, by all callers together."""
+    latency_us: float
+    """Mean time of a run, in microseconds."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a server runs a revision, and what it measured to choose that."""
+
+    workers: int
+    """Runs at a time."""
+    threads: int
+    """Threads of one run."""
+    joined_batch: int
+    """Most rows that waiting requests are joined to; 1 joins none."""
+    set_by_hand: tuple[str, ...]
+    """Which of these three were set by hand."""
+    aim: str
+    """What was looked for, "latency" or "throughput"; empty if nothing was measured."""
+    measured_time: datetime | None
+    """When it was measured, in UTC; None if it was not."""
+    processor: str
+    """Processor that it was measured on."""
+    cores: int
+    """Cores that could be used there."""
+    onnxruntime: str
+    """Version of onnxruntime that it was measured with."""
+    points: tuple[TuningPoint, ...]
+    """What was measured."""
+
+
+@dataclass(frozen=True)
 class ServerRevision:
     """One revision on one server."""
 
@@ -416,6 +458,8 @@ class ServerRevision:
     """Requests answered with success since the server started."""
     failed: int
     """Requests that failed for a reason of the server's."""
+    tuning: Tuning | None = None
+    """How an inference server runs it; None before it is READY."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
 MODEL_FILE = "model.onnx"
 
+_THREADS = "intra_op_thread_count"
+"""Parameter of a configuration, as of Triton's ONNX Runtime backend."""
+
 _NOT_OFFERED = (
     ("sequence_batching", "sequences of requests"),
     ("ensemble_scheduling", "ensembles"),
@@ -299,6 +302,24 @@ def joined_batch_of(config: config_pb.ModelConfig) -> int:
     if not config.HasField("dynamic_batching"):
         return 1
     return max(config.dynamic_batching.preferred_batch_size, default=config.max_batch_size)
+
+
+def threads_of(config: config_pb.ModelConfig) -> int:
+    """Return the threads of one run that a configuration asks for; 0 if it does not.
+
+    Raises:
+        LoadRefused: it is no number of threads.
+    """
+    if _THREADS not in config.parameters:
+        return 0
+    text = config.parameters[_THREADS].string_value
+    if not (text.isascii() and text.isdigit() and len(text) < 5):
+        raise LoadRefused(
+            f"parameter '{_THREADS}' of model '{config.name}' must be a number of threads, and is "
+            f"'{text}'; 0 leaves it to the server",
+            model=config.name,
+        )
+    return int(text)
 
 
 def config_of(revision: LoadedRevision) -> config_pb.ModelConfig:

@@ -44,6 +44,8 @@ class Outline:
     """Memory that it takes; 0 if there is no figure."""
     workers: int = 0
     """Threads that run its requests; 0 leaves it to the server."""
+    threads: int = 0
+    """Threads that one run uses; 0 leaves it to the server."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ModelDescription:
     """Largest first dimension; 0 if the first dimension is not a batch."""
     joined_batch: int = 0
     """Largest batch made of waiting requests; 1 joins none; 0 if the model has no opinion."""
+    joining_settled: bool = False
+    """Whether it was written down, so that no measurement goes before it."""
     scheduling: Scheduling | None = None
     """Priorities and queue limits; None for the server's."""
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
@@ -30,15 +28,23 @@ from pollard.services.inference.description import (
     best_joined_batch,
 )
 from pollard.services.inference.errors import LoadRefused, MemoryShort
+from pollard.services.inference.idle_tuning import IdleTuner, Subject, lower_priority
+from pollard.services.inference.options import (
+    EngineOptions,
+    Given,
+    counts,
+    given_by,
+    largest_batch,
+    running,
+    usable,
+)
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
 from pollard.services.inference.tensors import batches, zeros
-from pollard.services.inference.tuning import Tuning, Tunings, measure
+from pollard.services.inference.tuning import Tuning, Tunings, worth_handing_over_seconds
 
 __all__ = ["EngineOptions", "Loader", "best_joined_batch"]
 
 _log = structlog.get_logger("pollard.inference.loader")
-
-_NICENESS = 10
 
 _MEBIBYTE = 1 << 20
 
@@ -48,31 +54,20 @@ _LONG_SECONDS = 0.01
 """A run that takes longer than this is timed once: it is none to be run without a worker."""
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """How revisions are run."""
+@dataclass
+class _Prepared:
+    """What the loader's thread made of a version."""
 
-    optimize: Literal["latency", "throughput"] = "throughput"
-    """One caller with all cores, or one caller a core."""
-    workers: int = 0
-    """Threads that run requests of a revision; 0 chooses by `optimize`."""
-    intra_op_threads: int = 0
-    """Threads that one run uses; 0 chooses by `optimize`."""
-    joined_batch: int = 0
-    """Largest batch made of waiting requests; 1 joins none; 0 lets the bundle's figures decide."""
-    inline_seconds: float = 100e-6
-    """Requests that take no longer than this are run without a worker; 0 runs none so."""
-    max_queue: int = 1024
-    """Most requests of a revision that wait."""
-    memory_headroom_bytes: int = 64 * _MEBIBYTE
-    """Memory that must be left after a load."""
-
-    def threads(self, cores: int) -> tuple[int, int]:
-        """Return the number of workers and of threads of one run, on so many cores."""
-        if self.optimize == "latency":
-            return self.workers or 1, self.intra_op_threads or cores
-        threads = self.intra_op_threads or 1
-        return self.workers or max(1, cores // threads), threads
+    outline: Outline
+    description: ModelDescription
+    session: Session
+    given: Given
+    row_seconds: float
+    """Time of a run of one row; infinite if unknown."""
+    key: str
+    """Under what a measurement is kept; empty if it is not measured."""
+    tuning: Tuning | None
+    """What was measured of it before."""
 
 
 class Loader:
@@ -93,18 +88,34 @@ class Loader:
             machine: What this machine can run.
             options: How revisions are run.
             tunings: What was measured so far; without it nothing is measured.
-            busy: Tells from any thread whether requests are being answered; a model is only
-                measured while they are not.
+            busy: Tells from any thread whether requests are being answered; revisions are measured
+                while they are not and nothing is loaded.
             trusted: Keys of which one must have signed a bundle; None asks for no signature.
         """
         self._trusted = trusted
         self._machine = machine
+        if options.inline_seconds is None:
+            worth = worth_handing_over_seconds(machine.cores)
+            options = replace(options, inline_seconds=worth)
+            _log.info("requests run inline", longest_microseconds=round(worth * 1e6))
         self._options = options
         self._tunings = tunings
-        self._busy = busy
-        self._workers, self._threads = options.threads(machine.cores)
+        self._loads = 0
+        """Under way or waiting for the loader's thread."""
+        self.on_measured: Callable[[], None] = lambda: None
+        """Called on the event loop's thread when a revision has been measured, and is run so."""
+        self._tuner: IdleTuner | None = None
+        if tunings is not None:
+            self._tuner = IdleTuner(
+                tunings,
+                aim=options.optimize,
+                cores=machine.cores,
+                open_model=self._open,
+                check_memory=self._check_memory,
+                occupied=lambda: self._loads > 0 or busy(),
+            )
         self._executor = ThreadPoolExecutor(
-            1, thread_name_prefix="loader", initializer=self._lower_priority
+            1, thread_name_prefix="loader", initializer=lower_priority
         )
         # Its thread starts now and here: threads inherit the priority of the one that starts them.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
@@ -129,7 +140,8 @@ class Loader:
     async def load_source(self, source: ModelSource) -> LoadedRevision:
         """Load one version of a model and return it ready to run.
 
-        Cancelling the call abandons the load at its next step.
+        Cancelling the call abandons the load at its next step. How the version is best run is
+        measured later, if it was not before, when the server has nothing else to do.
 
         Raises:
             MemoryShort: there is not enough memory beside what runs.
@@ -141,12 +153,25 @@ class Loader:
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
-        running = loop.run_in_executor(self._executor, self._prepare, source, abandoned)
+        self._loads += 1
+        if self._tuner is not None:
+            self._tuner.interrupt()
         try:
-            outline, description, session, row_seconds, tuning = await running
+            prepared = await loop.run_in_executor(self._executor, self._prepare, source, abandoned)
         except asyncio.CancelledError:
             abandoned.set()
             raise
+        finally:
+            self._loads -= 1
+        outline, description, tuning = prepared.outline, prepared.description, prepared.tuning
+        how = running(
+            self._options,
+            self._machine.cores,
+            prepared.given,
+            description,
+            tuning,
+            prepared.row_seconds,
+        )
         info = RevisionInfo(
             model=outline.model,
             revision=outline.version,
@@ -158,103 +183,113 @@ class Loader:
             outputs=description.outputs,
             max_batch_size=description.max_batch_size,
             load_seconds=time.perf_counter() - started,
+            threads=how.threads,
+            tuning=tuning,
+            set_by_hand=prepared.given.names,
             labels=description.labels,
             config=description.config,
         )
-        joined = self._options.joined_batch or description.joined_batch or 1
-        workers, threads = self._workers, self._threads
-        if tuning is not None:
-            threads = tuning.threads
-            workers = self._options.workers or tuning.workers
-            if not self._options.joined_batch and description.config is None:
-                joined = tuning.joined_batch
-        workers = outline.workers or workers
         scheduling = description.scheduling
-        inline_rows = int(self._options.inline_seconds / row_seconds)
-        if scheduling is not None and (scheduling.delay_seconds or not scheduling.plain):
-            # What is run where it is neither waits for others nor lets others go first.
-            inline_rows = 0
         _log.info(
             "loaded",
             model=info.model,
             revision=info.revision,
             variant=info.variant,
             seconds=round(info.load_seconds, 3),
-            workers=workers,
-            threads=threads,
-            joined_batch=joined,
+            workers=how.workers,
+            threads=how.threads,
+            joined_batch=how.joined_batch,
             measured=tuning is not None,
         )
-        return LoadedRevision(
+        loaded = LoadedRevision(
             info,
-            session,
-            workers=workers,
-            joined_batch=min(joined, max(1, info.max_batch_size)),
+            prepared.session,
+            workers=how.workers,
+            joined_batch=how.joined_batch,
             max_queue=scheduling.policy.max_size if scheduling else self._options.max_queue,
-            inline_rows=inline_rows,
+            inline_rows=how.inline_rows,
             scheduling=scheduling,
         )
+        self._measure_later(loaded, source, prepared)
+        return loaded
 
     def close(self) -> None:
         """Stop the thread; a load under way is abandoned."""
+        if self._tuner is not None:
+            self._tuner.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._opener.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(
-        self, source: ModelSource, abandoned: threading.Event
-    ) -> tuple[Outline, ModelDescription, Session, float, Tuning | None]:
-        """Do the work of a load on the loader's thread; the fourth is the time of one row."""
+    def _prepare(self, source: ModelSource, abandoned: threading.Event) -> _Prepared:
+        """Do the work of a load on the loader's thread."""
         outline = source.outline(self._machine)
         # Before anything is loaded: running out of memory would take down what runs.
-        self._check_memory(outline)
+        try:
+            self._check_memory(outline)
+        except MemoryShort:
+            if self._tuner is None:
+                raise
+            # A measurement may hold copies of its model; it ends now that something is loaded.
+            self._tuner.wait()
+            self._check_memory(outline)
         _continue(abandoned)
         source.verify()
         _continue(abandoned)
-        tuning = self._find(outline)
-        session = self._open(outline, tuning.threads if tuning else self._threads)
+        key, tuning = self._measured(outline)
+        threads = counts(self._options, self._machine.cores, given_by(self._options, outline))[1]
+        session = self._open(outline, tuning.threads if tuning else threads)
         description = source.describe(session)
         _continue(abandoned)
         source.check(session)
         _continue(abandoned)
         row_seconds = _warm(session, description, abandoned)
-        if tuning is None and self._tunings is not None and math.isfinite(row_seconds):
-            tuning = self._measure(outline, description, abandoned)
-            _continue(abandoned)
-            if tuning is not None and tuning.threads != self._threads:
-                session = self._open(outline, tuning.threads)
-                source.check(session)
-                row_seconds = _warm(session, description, abandoned)
-        return outline, description, session, row_seconds, tuning
+        given = given_by(self._options, outline, description)
+        return _Prepared(outline, description, session, given, row_seconds, key, tuning)
 
-    def _find(self, outline: Outline) -> Tuning | None:
+    def _measured(self, outline: Outline) -> tuple[str, Tuning | None]:
+        """Return under what a measurement of a version is kept, and what was found before."""
         if self._tunings is None or not outline.target.startswith("cpu"):
-            return None
-        found = self._tunings.find(outline.model_file, outline.digest, self._options.optimize)
-        settled = self._options.intra_op_threads
-        # A measurement with another number of threads than is asked for says nothing.
-        return None if found and settled and found.threads != settled else found
+            return "", None
+        key = self._tunings.key(outline.model_file, outline.digest, self._options.optimize)
+        return key, usable(self._tunings.find(key), given_by(self._options, outline))
 
-    def _measure(
-        self, outline: Outline, description: ModelDescription, abandoned: threading.Event
-    ) -> Tuning | None:
-        if self._tunings is None or not outline.target.startswith("cpu"):
-            return None
-        inputs = description.inputs
-        batching = description.max_batch_size > 0 and all(
-            batches(info) for info in (*inputs, *description.outputs)
+    def _measure_later(
+        self, revision: LoadedRevision, source: ModelSource, prepared: _Prepared
+    ) -> None:
+        description, tuning = prepared.description, prepared.tuning
+        # With batches as large as may be joined now.
+        known = tuning is not None and tuning.max_batch >= largest_batch(description)
+        if (
+            known
+            or self._tuner is None
+            or not (prepared.key and math.isfinite(prepared.row_seconds))
+        ):
+            return
+
+        def apply(found: Tuning, session: Session | None) -> Session | None:
+            how = running(
+                self._options,
+                self._machine.cores,
+                prepared.given,
+                description,
+                found,
+                prepared.row_seconds,
+            )
+            unused = revision.tune(found, how, session)
+            self.on_measured()
+            return unused
+
+        self._tuner.want(
+            Subject(
+                revision,
+                source,
+                prepared.outline,
+                description,
+                prepared.given,
+                prepared.key,
+                apply,
+            )
         )
-        tuning = measure(
-            lambda threads: self._open(outline, threads),
-            lambda rows: {info.name: zeros(info, rows) for info in inputs},
-            aim=self._options.optimize,
-            cores=self._machine.cores,
-            max_batch=description.max_batch_size if batching else 1,
-            threads=self._options.intra_op_threads,
-            stop=lambda: abandoned.is_set() or self._busy(),
-        )
-        if tuning is not None:
-            self._tunings.keep(outline.model_file, outline.digest, self._options.optimize, tuning)
-        return tuning
 
     def _open(self, outline: Outline, threads: int) -> Session:
         def opened() -> Session:
@@ -268,13 +303,14 @@ class Loader:
         # again.
         return self._opener.submit(opened).result()
 
-    def _check_memory(self, outline: Outline) -> None:
+    def _check_memory(self, outline: Outline, copies: int = 1) -> None:
         needed = outline.needed_bytes
         if not needed:
             # No figure: the file once as read, once as laid out for the processor.
             file = outline.model_file
             size = len(file) if isinstance(file, bytes) else file.stat().st_size
             needed = 2 * size + 16 * _MEBIBYTE
+        needed *= copies
         available = available_memory_bytes() - self._options.memory_headroom_bytes
         if needed > available:
             raise MemoryShort(
@@ -284,11 +320,6 @@ class Loader:
                 needed_bytes=needed,
                 available_bytes=max(0, available),
             )
-
-    def _lower_priority(self) -> None:
-        # On Linux niceness belongs to the thread.
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 class _Abandoned(Exception):

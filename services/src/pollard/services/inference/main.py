@@ -193,9 +193,10 @@ def build_standalone_server(
         raise StartupError(f"there is no folder {settings.repository} to serve models from")
     machine = _detect(settings)
     engine = Engine(max_request_seconds=settings.max_request_seconds)
+    tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
     models = StandaloneCatalogue(
         engine,
-        Loader(machine, settings.engine_options),
+        Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy),
         ModelRepository(settings.repository),
         control=settings.model_control,
         load_at_start=settings.load_model,

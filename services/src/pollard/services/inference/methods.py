@@ -119,7 +119,8 @@ class ProtocolMethods:
         self, request: pb.ModelMetadataRequest, call: Call
     ) -> pb.ModelMetadataResponse:
         """Describe a loaded revision and the revisions beside it."""
-        info = self._engine.resolve(request.name, request.version, call.alias).info
+        revision = self._engine.resolve(request.name, request.version, call.alias)
+        info = revision.info
         served = self._engine.table.models[info.model]
         return pb.ModelMetadataResponse(
             name=info.model,
@@ -133,6 +134,9 @@ class ProtocolMethods:
                 "variant": info.variant,
                 "target": info.target,
                 "max_batch_size": str(info.max_batch_size),
+                "workers": str(revision.workers),
+                "threads": str(info.threads),
+                "joined_batch": str(revision.joined_batch),
             },
         )
 

@@ -51,7 +51,8 @@ def request_options(request: pb.ModelInferRequest) -> RequestOptions:
     if not request.parameters:
         return _DEFAULT
     wait_seconds, priority, final = 0.0, 0, False
-    for name, value in request.parameters.items():
+    parameters = request.parameters
+    for name in parameters:
         allowed = _TYPES.get(name)
         if allowed is None:
             if name.startswith("triton_"):
@@ -60,6 +61,7 @@ def request_options(request: pb.ModelInferRequest) -> RequestOptions:
                     parameter=name,
                 )
             continue
+        value = parameters[name]
         kind = value.WhichOneof("parameter_choice")
         if kind not in allowed:
             raise RequestInvalid(

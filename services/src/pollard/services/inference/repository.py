@@ -35,6 +35,7 @@ from pollard.services.inference.config import (
     says_batch_size,
     scheduling_of,
     tensors_of,
+    threads_of,
 )
 from pollard.services.inference.description import ModelDescription, Outline
 from pollard.services.inference.errors import LoadRefused, RequestInvalid
@@ -216,6 +217,7 @@ class RepositoryModel:
             target="cuda-fp16" if wants_gpu or (has_gpu and not on_cpu) else "cpu-fp32",
             size_bytes=sum(size for path, size, *_ in entry.stamp if self._owns(path)),
             workers=sum(max(1, group.count) for group in groups),
+            threads=threads_of(config),
         )
 
     def verify(self) -> None:
@@ -237,6 +239,9 @@ class RepositoryModel:
             outputs=tensors_of(config, session.outputs, inputs=False),
             max_batch_size=config.max_batch_size,
             joined_batch=joined_batch_of(config),
+            # What is only filled in says what may be joined, not that it pays.
+            joining_settled=entry.config.HasField("dynamic_batching")
+            or not config.HasField("dynamic_batching"),
             scheduling=scheduling_of(config, self._limits.max_queue),
             labels=self._labels(config),
             config=config,

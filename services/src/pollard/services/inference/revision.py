@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pollard.inference import model_config_pb2
@@ -15,10 +15,12 @@ from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
 from pollard.services.inference.errors import QueueTimeout, RequestExpired, ServerStopping
 from pollard.services.inference.memory import return_memory
+from pollard.services.inference.options import Running
 from pollard.services.inference.scheduling import Backlog, Scheduling
 from pollard.services.inference.shadowing import Shadowing
 from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
+from pollard.services.inference.tuning import Tuning
 from pollard.services.inference.workers import Caller, LoopCaller, Outputs, Work, Workers
 
 
@@ -40,6 +42,12 @@ class RevisionInfo:
     max_batch_size: int
     """Largest first dimension of a request; 0 if the first dimension is not a batch."""
     load_seconds: float = 0.0
+    threads: int = 1
+    """Threads that one run uses."""
+    tuning: Tuning | None = None
+    """What was measured of it; None if nothing was."""
+    set_by_hand: tuple[str, ...] = ()
+    """Which of workers, threads and joined_batch were."""
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the classes, by output."""
     config: model_config_pb2.ModelConfig | None = None
@@ -92,6 +100,7 @@ class LoadedRevision:
         self.shadow: Shadowing | None = None
         """Copies requests to another revision; None while that is not wanted."""
         self._scheduling = scheduling or Scheduling()
+        self._same_for_all = self._scheduling.same_for_all
         self.in_flight = 0
         self.last_request = -math.inf
         """When the last request came, on the clock of `time.monotonic`."""
@@ -190,7 +199,7 @@ class LoadedRevision:
     ) -> Work:
         """Return a request in the form in which it is run; see `infer`."""
         batch = next(iter(feeds.values())).shape[0] if self.info.batches else 1
-        names = tuple(output.name for output in outputs)
+        names = tuple([output.name for output in outputs])
         joins_with: object = None
         if self._workers.joins:
             joins_with = names
@@ -198,9 +207,10 @@ class LoadedRevision:
                 joins_with = (names, *(feeds[spec.name].shape[1:] for spec in self.info.inputs))
         work = Work(feeds, names, batch, deadline, caller, joins_with)
         self.last_request = work.queued_at
-        work.level = self._scheduling.level(priority)
-        wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
-        work.queue_until = work.queued_at + wait
+        if wait_seconds > 0 or not self._same_for_all:
+            work.level = self._scheduling.level(priority)
+            wait = self._scheduling.policy_of(work.level).wait_seconds(wait_seconds)
+            work.queue_until = work.queued_at + wait
         return work
 
     def runs_inline(self, work: Work) -> bool:
@@ -300,9 +310,36 @@ class LoadedRevision:
             self._workers.run_here(gathered)
 
     @property
+    def retiring(self) -> bool:
+        """Whether it gets no new requests any more."""
+        return self._retiring
+
+    @property
     def session(self) -> Session | None:
         """The session, for copies that need no worker; None once it was let go."""
         return self._workers.session
+
+    def tune(self, tuning: Tuning, how: Running, session: Session | None = None) -> Session | None:
+        """Run requests in a way that was measured to be better, from the next one on.
+
+        Args:
+            tuning: What was measured.
+            how: What follows from it.
+            session: The model with as many threads of a run; None keeps the one there is, which
+                has them.
+
+        Returns:
+            The session that is not used any more, to be freed where it disturbs nobody; None if
+            there is none.
+        """
+        self.info = replace(self.info, tuning=tuning, threads=how.threads)
+        self.workers = how.workers
+        self.joined_batch = how.joined_batch if self.info.batches else 1
+        self._workers.joined_batch = self.joined_batch
+        self._inline_rows = how.inline_rows
+        with self._lock:
+            self._backlog.workers = how.workers
+        return self._workers.change(session=session, count=how.workers)
 
     async def retire(self) -> None:
         """Wait for the requests in flight, then free the session.

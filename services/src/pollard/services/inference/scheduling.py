@@ -66,6 +66,11 @@ class Scheduling:
         special = self.exact or self.policy.delay or self.level_policies
         return self.levels <= 1 and not special
 
+    @property
+    def same_for_all(self) -> bool:
+        """Whether requests that ask for nothing special have one priority and wait for ever."""
+        return self.plain and self.levels == 0 and not self.policy.timeout_seconds
+
     def level(self, asked: int) -> int:
         """Return the priority of a request that asks for `asked`; 0 asks for none."""
         if self.levels <= 0:
@@ -95,7 +100,8 @@ class Backlog:
         """
         self.rows = 0
         """Waiting or running."""
-        self._workers = workers
+        self.workers = workers
+        """Number of threads that share it."""
         self._recent = 0.0
         self._usual = 0.0
         """Seconds that a row takes, over the last few runs and over many."""
@@ -109,7 +115,7 @@ class Backlog:
     def wait_seconds(self) -> float:
         """Return about how long a request that comes now is here; infinite before the first run."""
         row = max(self._recent, self._usual)
-        return row * (self.rows / self._workers + 1) if row else math.inf
+        return row * (self.rows / self.workers + 1) if row else math.inf
 
     def check(self, rows: int, seconds_left: float) -> None:
         """Refuse a request at once that could not be answered in time.
@@ -117,13 +123,13 @@ class Backlog:
         Raises:
             QueueFull: the work before it, and its own, take longer than it has.
         """
-        waiting = self.rows - self._workers
+        waiting = self.rows - self.workers
         if waiting < 0:
             # A worker is free: whatever was learnt before, this run brings it up to date.
             return
         # Half a row, on average, is left of each that runs now.
         row = max(self._recent, self._usual)
-        needed = _CAUTION * row * ((waiting + 0.5 * self._workers) / self._workers + rows)
+        needed = _CAUTION * row * ((waiting + 0.5 * self.workers) / self.workers + rows)
         if needed > seconds_left:
             raise QueueFull(
                 f"Exceeds maximum queue size: {self.rows} requests are before it, so that it would "

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
 from pollard.services.common.settings import ServiceSettings
-from pollard.services.inference.loader import EngineOptions
+from pollard.services.inference.options import EngineOptions
 from pollard.services.inference.restrictions import Restriction, parse_restrictions
 
 
@@ -51,20 +51,27 @@ class InferenceSettings(ServiceSettings):
         description="One caller with all cores (latency) or one caller a core (throughput).",
     )
     workers: int = Field(
-        0, ge=0, description="Threads that run requests of a model; 0 follows --optimize."
+        0,
+        ge=0,
+        description="Threads that run requests of a model; 0 follows what was measured, or else "
+        "--optimize.",
     )
     intra_op_threads: int = Field(
-        0, ge=0, description="Threads that one run uses; 0 follows --optimize."
+        0,
+        ge=0,
+        description="Threads that one run uses; 0 follows what was measured, or else --optimize.",
     )
     joined_batch: int = Field(
         0,
         ge=0,
-        description="Largest batch made of waiting requests; 1 joins none, 0 follows the bundle.",
+        description="Largest batch made of waiting requests; 1 joins none, 0 follows what was "
+        "measured, or else the bundle.",
     )
-    inline_microseconds: float = Field(
-        100.0,
+    inline_microseconds: float | None = Field(
+        None,
         ge=0,
-        description="Requests that take no longer are run without a worker; 0 runs none so.",
+        description="Requests that take no longer are run without a worker; 0 runs none so. Not "
+        "given, it is measured from how long on it is worth to hand them over.",
     )
     frontend: Literal["grpcio", "core", "envoy"] = Field(
         "grpcio",
@@ -73,7 +80,8 @@ class InferenceSettings(ServiceSettings):
     )
     measure: bool = Field(
         True,
-        description="While no requests come, measure at a model's first load what suits it best.",
+        description="While no requests come, measure how each model is best run on this machine, "
+        "and keep what was found in the cache.",
     )
     max_queue: int = Field(1024, ge=1, description="Most requests of a revision that wait.")
     max_request_seconds: float = Field(
@@ -155,7 +163,9 @@ class InferenceSettings(ServiceSettings):
             workers=self.workers,
             intra_op_threads=self.intra_op_threads,
             joined_batch=self.joined_batch,
-            inline_seconds=self.inline_microseconds / 1e6,
+            inline_seconds=(
+                None if self.inline_microseconds is None else self.inline_microseconds / 1e6
+            ),
             max_queue=self.max_queue,
             memory_headroom_bytes=self.memory_headroom_bytes,
         )

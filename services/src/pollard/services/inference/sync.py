@@ -61,6 +61,7 @@ class InferenceMember:
         engine.settled = False
         self._loader = loader
         self.on_change = on_change
+        loader.on_measured = lambda: self.on_change()
         self.ready = False
         """Whether a first state has been applied as far as it can be."""
         self._statuses: dict[tuple[str, int], fleet_pb.RevisionStatus] = {}
@@ -78,6 +79,9 @@ class InferenceMember:
             counters = self._engine.counters(model, number)
             if counters is not None:
                 copy.counters.CopyFrom(counters.to_proto())
+            served = self._engine.table.models.get(model)
+            if served is not None and number in served.revisions and copy.HasField("tuning"):
+                copy.tuning.CopyFrom(_tuning(served.revisions[number]))
             result.append(copy)
         return result
 
@@ -300,6 +304,7 @@ class InferenceMember:
         status = self._set(info.model, info.revision, fleet_pb.REVISION_STATE_READY)
         status.variant = info.variant
         status.load_duration.CopyFrom(_duration(info.load_seconds))
+        status.tuning.CopyFrom(_tuning(revision))
 
     def _set(
         self, model: str, number: int, state: fleet_pb.RevisionState.ValueType
@@ -350,6 +355,29 @@ class InferenceMember:
             )
             for name, model in sorted(self._engine.table.models.items())
         ]
+
+
+def _tuning(revision: LoadedRevision) -> fleet_pb.Tuning:
+    info = revision.info
+    found = fleet_pb.Tuning(
+        workers=revision.workers,
+        threads=info.threads,
+        joined_batch=revision.joined_batch,
+        set_by_hand=info.set_by_hand,
+    )
+    if (measured := info.tuning) is not None:
+        found.aim, found.processor = measured.aim, measured.processor
+        found.cores, found.onnxruntime = measured.cores, measured.onnxruntime
+        found.measured_time.FromMilliseconds(round(measured.measured_at * 1000))
+        for point in measured.points:
+            found.points.add(
+                threads=point.threads,
+                callers=point.callers,
+                batch_size=point.rows,
+                rows_per_second=point.rows_per_second,
+                latency_us=point.run_seconds * 1e6,
+            )
+    return found
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

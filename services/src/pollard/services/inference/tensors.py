@@ -86,6 +86,9 @@ def decode_inputs(
             number of bytes, or its elements are missing or given in two ways.
         ServiceError: what `read_shared` raises.
     """
+    usual = _usual_input(request, specs, max_batch_size)
+    if usual is not None:
+        return usual
     model = request.model_name
     raw = request.raw_input_contents
     tensors = request.inputs
@@ -168,6 +171,37 @@ def decode_inputs(
             model=model,
         )
     return arrays
+
+
+def _usual_input(
+    request: pb.ModelInferRequest, specs: Sequence[TensorInfo], max_batch_size: int
+) -> dict[str, Array] | None:
+    """Return the input of the request that nearly all are: one, raw, and as it should be.
+
+    None leaves it to `decode_inputs`, which takes longer and says what is wrong.
+    """
+    tensors, raw = request.inputs, request.raw_input_contents
+    if len(specs) != 1 or len(tensors) != 1 or len(raw) != 1:
+        return None
+    tensor, spec, data = tensors[0], specs[0], raw[0]
+    datatype = spec.datatype
+    if tensor.name != spec.name or tensor.datatype != datatype or datatype in ("BYTES", "BOOL"):
+        return None
+    shape, wanted = tuple(tensor.shape), spec.shape
+    if shape != wanted:
+        if wanted[:1] != (-1,) or len(shape) != len(wanted) or shape[1:] != wanted[1:]:
+            return None
+        if shape[0] <= 0 or (max_batch_size and shape[0] > max_batch_size):
+            return None
+        wanted = wanted[1:]
+    if -1 in wanted:
+        return None
+    kind = NUMPY[datatype]
+    if len(data) != math.prod(shape) * kind.itemsize:
+        return None
+    if tensor.parameters or tensor.HasField("contents"):
+        return None
+    return {spec.name: np.ndarray(shape, kind, data)}
 
 
 def _read(
@@ -343,11 +377,14 @@ def select_outputs(
     Raises:
         RequestInvalid: an output is unknown, asked for twice, or in a way that it cannot be had.
     """
-    if not request.outputs:
+    outputs = request.outputs
+    if not outputs:
         return [WantedOutput(spec) for spec in specs]
+    if len(outputs) == 1 and outputs[0].name == specs[0].name and not outputs[0].parameters:
+        return [WantedOutput(specs[0])]
     by_name = {spec.name: spec for spec in specs}
     chosen: dict[str, WantedOutput] = {}
-    for output in request.outputs:
+    for output in outputs:
         spec = by_name.get(output.name)
         if spec is None:
             raise RequestInvalid(

@@ -9,13 +9,14 @@ it.
 from __future__ import annotations
 
 import json
+import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import structlog
 
@@ -25,6 +26,10 @@ from pollard.runtime.machine import Machine
 from pollard.runtime.sessions import Array, Session
 
 _log = structlog.get_logger("pollard.inference.tuning")
+
+K = TypeVar("K")
+
+Aim = Literal["latency", "throughput"]
 
 _ROUNDS = 3
 """The candidates take turns, so that what else the machine does hits all of them."""
@@ -37,14 +42,52 @@ _JOINING_GAIN = 1.05
 _THREADS_GAIN = 1.15
 """More threads must be at least this much better than one: they suffer more from a busy machine."""
 
-_BATCHES = (1, 4, 8, 16, 32, 64)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
-_LONGEST_BATCH_SECONDS = 0.02
-"""A joined batch keeps the first of its requests waiting no longer than this."""
+_NEARLY = 0.99
+"""Of the batches that come so near to the fastest one, the smallest is taken: its first request
+waits less."""
+
+_LONGEST_BATCH_SECONDS: Mapping[Aim, float] = {"latency": 0.02, "throughput": 0.2}
+"""A joined batch keeps its first request waiting no longer than about this. Only requests are
+joined that wait anyway, so the last of them is answered sooner than one by one."""
 
 _KEPT = 256
 
-Aim = Literal["latency", "throughput"]
+_HAND_OVERS = 18
+"""Processor time that it takes to hand over a request and have another thread send the answer, in
+round trips between two threads that do nothing else: they also wake each other for the interpreter
+and the connection, and fewer requests run as one batch."""
+
+_HAND_OVERS_FEW_CORES = 3 * _HAND_OVERS
+"""On one or two cores clients, and the reading of requests, take what the other thread would run
+on: there a run must take longer to be worth it."""
+
+_LONGEST_INLINE_SECONDS = 500e-6
+"""Meanwhile nothing else is read or sent, for whatever model."""
+
+_HANDED_OVER = (5, 40)
+"""How often something is handed over to find out how long that takes, in groups of so many: a few
+milliseconds in all."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run a model, and how fast that was."""
+
+    threads: int
+    """Threads of a run."""
+    callers: int
+    """Runs at a time."""
+    rows: int
+    """Rows of a run."""
+    rows_per_second: float
+    """By all callers together."""
+
+    @property
+    def run_seconds(self) -> float:
+        """Mean time of a run."""
+        return self.callers * self.rows / self.rows_per_second
 
 
 @dataclass(frozen=True)
@@ -59,6 +102,20 @@ class Tuning:
     """Largest batch made of several requests; 1 joins none."""
     row_seconds: float
     """Time of a row alone, with one caller."""
+    max_batch: int = 1
+    """Largest batch that was allowed when it was measured."""
+    aim: Aim = "throughput"
+    """What was looked for."""
+    processor: str = ""
+    """Where it was measured, as the operating system names it."""
+    cores: int = 0
+    """Cores that could be used there."""
+    onnxruntime: str = ""
+    """Version that it was measured with."""
+    measured_at: float = 0.0
+    """When, in seconds since 1970; 0 if unknown."""
+    points: tuple[Point, ...] = ()
+    """What was measured."""
 
 
 class Tunings:
@@ -69,34 +126,54 @@ class Tunings:
         self._machine = machine
         self._path = path
         self._known: dict[str, Tuning] = {}
+        # Loads look things up while another thread measures.
+        self._lock = threading.Lock()
         if path is not None:
             self._known = _read(path)
 
-    def find(self, model: Path | bytes, digest: str, aim: Aim) -> Tuning | None:
-        """Return how a model is best run, if that was measured on such a machine."""
-        return self._known.get(self._key(model, digest, aim))
+    def key(self, model: Path | bytes, digest: str, aim: Aim) -> str:
+        """Return under what a model's measurement is kept.
 
-    def keep(self, model: Path | bytes, digest: str, aim: Aim, tuning: Tuning) -> None:
-        """Remember a measurement."""
-        key = self._key(model, digest, aim)
-        self._known.pop(key, None)
-        self._known[key] = tuning
-        for oldest in list(self._known)[:-_KEPT]:
-            del self._known[oldest]
-        if self._path is None:
-            return
-        content = {key: asdict(tuning) for key, tuning in self._known.items()}
-        try:
-            write_durably(self._path, json.dumps(content, indent=1).encode("utf-8"))
-        except OSError as error:
-            # It will be measured again after a restart; that is no reason to refuse a model.
-            _log.warning("measurements cannot be kept", path=str(self._path), error=str(error))
-
-    def _key(self, model: Path | bytes, digest: str, aim: Aim) -> str:
+        Args:
+            model: Its file, or the bytes of it; read if there is no digest.
+            digest: What names its contents; may be empty.
+            aim: What is looked for.
+        """
         if not digest:
             digest = sha256_bytes(model) if isinstance(model, bytes) else sha256_file(model)
         machine = self._machine
         return " ".join((digest, machine.processor, str(machine.cores), machine.onnxruntime, aim))
+
+    def find(self, key: str) -> Tuning | None:
+        """Return how a model is best run, if that was measured on such a machine."""
+        with self._lock:
+            return self._known.get(key)
+
+    def keep(self, key: str, tuning: Tuning) -> Tuning:
+        """Remember a measurement of now, on this machine; return it with that noted."""
+        machine = self._machine
+        tuning = replace(
+            tuning,
+            processor=machine.processor,
+            cores=machine.cores,
+            onnxruntime=machine.onnxruntime,
+            measured_at=round(time.time(), 3),
+        )
+        with self._lock:
+            self._known.pop(key, None)
+            self._known[key] = tuning
+            for oldest in list(self._known)[:-_KEPT]:
+                del self._known[oldest]
+            content = {key: asdict(tuning) for key, tuning in self._known.items()}
+        if self._path is None:
+            return tuning
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self._path, json.dumps(content, indent=1).encode("utf-8"))
+        except OSError as error:
+            # It will be measured again after a restart; that is no reason to refuse a model.
+            _log.warning("measurements cannot be kept", path=str(self._path), error=str(error))
+        return tuning
 
 
 def measure(
@@ -107,6 +184,7 @@ def measure(
     cores: int,
     max_batch: int,
     threads: int = 0,
+    workers: int = 0,
     stop: Callable[[], bool],
 ) -> Tuning | None:
     """Measure how a model is best run.
@@ -118,53 +196,101 @@ def measure(
         cores: Cores of this machine.
         max_batch: Largest batch; 1 if the model does not batch.
         threads: Threads of a run, if that is settled; 0 measures.
-        stop: Tells that there is something better to do.
+        workers: Runs at a time, if that is settled; 0 gives each run its cores.
+        stop: Tells that there is something better to do; asked between runs.
 
     Returns:
         None if it was told to stop.
     """
     candidates = [threads] if threads else sorted({1, cores})
-    sessions = {count: open_with(count) for count in candidates}
+    sessions: dict[int, Session] = {}
     single = feeds_of(1)
-    for session in sessions.values():
-        session.run(single)
-    callers = {count: 1 if aim == "latency" else max(1, cores // count) for count in candidates}
-    rates = _take_turns(
-        {count: _rate_of(sessions[count], single, callers[count]) for count in candidates}, stop
-    )
+    for count in candidates:
+        if stop():
+            return None
+        sessions[count] = open_with(count)
+        sessions[count].run(single)
+    points: list[Point] = []
+
+    def rates_of(
+        candidates: Sequence[tuple[int, int, int]],
+    ) -> dict[tuple[int, int, int], float] | None:
+        """Measure combinations of threads, callers and rows."""
+        rates = _take_turns(
+            {each: _rate_of(sessions[each[0]], feeds_of(each[2]), *each) for each in candidates},
+            stop,
+        )
+        points.extend(Point(*each, rate) for each, rate in (rates or {}).items())
+        return rates
+
+    at_a_time = {count: workers or max(1, cores // count) for count in candidates}
+    callers = dict.fromkeys(candidates, 1) if aim == "latency" else at_a_time
+    rates = rates_of([(count, callers[count], 1) for count in candidates])
     if rates is None:
         return None
     best = min(candidates)
     for count in candidates:
-        if rates[count] > _THREADS_GAIN * rates[best]:
+        if rates[count, callers[count], 1] > _THREADS_GAIN * rates[best, callers[best], 1]:
             best = count
-    alone = _take_turns({1: _rate_of(sessions[best], single, 1)}, stop)
-    if alone is None:
-        return None
-    row_seconds = 1 / alone[1]
-    sizes = [
-        size
-        for size in _BATCHES
-        if size <= max_batch and size * row_seconds <= _LONGEST_BATCH_SECONDS
-    ]
-    joined = 1
-    if len(sizes) > 1:
-        by_size = _take_turns(
-            {size: _rate_of(sessions[best], feeds_of(size), 1, size) for size in sizes}, stop
-        )
-        if by_size is None:
+    if callers[best] > 1:
+        rates = rates_of([(best, 1, 1)])
+        if rates is None:
             return None
-        fastest = max(sizes, key=lambda size: by_size[size])
-        if by_size[fastest] > _JOINING_GAIN * by_size[1]:
-            joined = fastest
-    return Tuning(best, max(1, cores // best), joined, row_seconds)
+    row_seconds = 1 / rates[best, 1, 1]
+    joined = 1
+    longest = _LONGEST_BATCH_SECONDS[aim]
+    sizes = [size for size in _BATCHES if size <= max_batch and size * row_seconds <= longest]
+    if len(sizes) > 1:
+        # With as many callers as there will be workers: they share caches and memory.
+        rates = rates_of([(best, callers[best], size) for size in sizes])
+        if rates is None:
+            return None
+        by_size = {size: rates[best, callers[best], size] for size in sizes}
+        enough = max(_JOINING_GAIN * by_size[1], _NEARLY * max(by_size.values()))
+        joined = next((size for size in sizes if by_size[size] >= enough), 1)
+    # One row with as many callers was measured twice; the later one stands.
+    found = {(point.threads, point.callers, point.rows): point for point in points}
+    return Tuning(
+        best, at_a_time[best], joined, row_seconds, max_batch, aim, points=tuple(found.values())
+    )
+
+
+def hand_over_seconds() -> float:
+    """Measure the processor time of having another thread do nothing, and hearing of it."""
+    there: queue.SimpleQueue[object] = queue.SimpleQueue()
+    back: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while there.get() is not None:
+            back.put(0)
+
+    threading.Thread(target=serve, daemon=True).start()
+    groups, times = _HANDED_OVER
+    least = float("inf")
+    for _ in range(groups):
+        started = time.process_time()
+        for _ in range(times):
+            there.put(0)
+            back.get()
+        least = min(least, (time.process_time() - started) / times)
+    there.put(None)
+    return least
+
+
+def worth_handing_over_seconds(cores: int) -> float:
+    """Return from how long on a run is worth being handed to another thread, on this machine.
+
+    Shorter ones are run by whoever has read the request.
+    """
+    times = _HAND_OVERS if cores > 2 else _HAND_OVERS_FEW_CORES
+    return min(_LONGEST_INLINE_SECONDS, times * hand_over_seconds())
 
 
 def _take_turns(
-    candidates: Mapping[int, Callable[[], float]], stop: Callable[[], bool]
-) -> dict[int, float] | None:
+    candidates: Mapping[K, Callable[[], float]], stop: Callable[[], bool]
+) -> dict[K, float] | None:
     """Return the median of each candidate's rates; None if told to stop."""
-    rates: dict[int, list[float]] = {key: [] for key in candidates}
+    rates: dict[K, list[float]] = {key: [] for key in candidates}
     for _ in range(_ROUNDS):
         for key, rate in candidates.items():
             if stop():
@@ -174,21 +300,27 @@ def _take_turns(
 
 
 def _rate_of(
-    session: Session, feeds: Mapping[str, Array], callers: int, rows: int = 1
+    session: Session, feeds: Mapping[str, Array], threads: int, callers: int, rows: int
 ) -> Callable[[], float]:
-    """Return a function that runs a slice and returns its rows per second."""
+    """Return a function that runs a slice and returns its rows per second.
+
+    A run of one thread is timed by its processor time, so that other programs on the machine do not
+    count.
+    """
+    clock = time.perf_counter if threads > 1 else time.thread_time
 
     def rate() -> float:
-        counts = [0] * callers
-        started = time.perf_counter()
-        until = started + _SLICE_SECONDS
+        rates = [0.0] * callers
+        until = time.perf_counter() + _SLICE_SECONDS
 
         def call(number: int) -> None:
+            count, started = 0, clock()
             while True:
                 session.run(feeds)
-                counts[number] += 1
+                count += 1
                 if time.perf_counter() >= until:
-                    return
+                    break
+            rates[number] = rows * count / max(clock() - started, 1e-9)
 
         others = [
             threading.Thread(target=call, args=(number,), daemon=True)
@@ -199,7 +331,7 @@ def _rate_of(
         call(0)
         for other in others:
             other.join()
-        return rows * sum(counts) / (time.perf_counter() - started)
+        return sum(rates)
 
     return rate
 
@@ -207,17 +339,25 @@ def _rate_of(
 def _read(path: Path) -> dict[str, Tuning]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(key): Tuning(
-                threads=max(1, int(value["threads"])),
-                workers=max(1, int(value["workers"])),
-                joined_batch=max(1, int(value["joined_batch"])),
-                row_seconds=max(1e-7, float(value["row_seconds"])),
-            )
-            for key, value in content.items()
-        }
+        return {str(key): _parsed(value) for key, value in content.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("measurements cannot be read", path=str(path), error=str(error))
         return {}
+
+
+def _parsed(value: Mapping[str, Any]) -> Tuning:
+    known = {each.name for each in fields(Tuning)}
+    given = {name: each for name, each in value.items() if name in known}
+    given["points"] = tuple(Point(**point) for point in value.get("points", ()))
+    tuning = Tuning(**given)
+    return replace(
+        tuning,
+        threads=max(1, int(tuning.threads)),
+        workers=max(1, int(tuning.workers)),
+        joined_batch=max(1, int(tuning.joined_batch)),
+        row_seconds=max(1e-7, float(tuning.row_seconds)),
+        max_batch=max(1, int(tuning.max_batch)),
+        measured_at=float(tuning.measured_at),
+    )

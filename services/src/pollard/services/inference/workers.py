@@ -144,7 +144,8 @@ class Workers:
         """
         self._session: Session | None = session
         self._count = count
-        self._joined_batch = joined_batch
+        self.joined_batch = joined_batch
+        """Largest batch made of several requests; may be changed while they run."""
         self._max_queue = max_queue
         scheduling = scheduling or Scheduling()
         self._delay = scheduling.delay_seconds
@@ -156,14 +157,48 @@ class Workers:
         self._alive = count
         self._lock = threading.Lock()
         self._on_closed = on_closed
-        for number in range(count):
-            # Daemon: a run that never ends must not keep the process from exiting.
-            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True).start()
+        self._name = name
+        self._started = 0
+        """Threads that were ever started."""
+        for _ in range(count):
+            self._start_thread()
+
+    def change(self, *, session: Session | None = None, count: int) -> Session | None:
+        """Run requests with another session from now on, and with another number of threads.
+
+        Requests that run keep the session with which they began.
+
+        Args:
+            session: Takes the place of the one there is; None keeps that.
+            count: Number of threads. Where there are more, each ends after what waits now.
+
+        Returns:
+            The session that is not used any more, for the caller to free; None if none was given,
+            and `session` itself if the workers are closed.
+        """
+        with self._lock:
+            if self._closed:
+                return session
+            before, self._session = self._session, session or self._session
+            more = count - self._count
+            self._count = count
+            self._alive += max(0, more)
+            for _ in range(-more):
+                self._queue.put(None)
+            for _ in range(more):
+                self._start_thread()
+            return before if session is not None else None
+
+    def _start_thread(self) -> None:
+        name = f"{self._name}-{self._started}"
+        self._started += 1
+        # Daemon: a run that never ends must not keep the process from exiting.
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
     def joins(self) -> bool:
         """Whether requests are joined into batches."""
-        return self._joined_batch > 1
+        return self.joined_batch > 1
 
     @property
     def session(self) -> Session | None:
@@ -202,7 +237,7 @@ class Workers:
                 continue
             fits = (
                 work.joins_with is not None
-                and size + work.batch <= self._joined_batch
+                and size + work.batch <= self.joined_batch
                 and bool(batch)
                 and work.joins_with == batch[0].joins_with
             )
@@ -216,10 +251,11 @@ class Workers:
 
     def close(self) -> None:
         """Let the threads finish what waits and end. Returns at once."""
-        if not self._closed:
-            self._closed = True
-            for _ in range(self._count):
-                self._queue.put(None)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in range(self._count):
+                    self._queue.put(None)
 
     def _run(self) -> None:
         carried: Work | None = None
@@ -232,7 +268,7 @@ class Workers:
                 continue
             batch = [work]
             ended = False
-            if self._joined_batch > 1 and work.joins_with is not None:
+            if self.joined_batch > 1 and work.joins_with is not None:
                 batch, carried, ended = self._gather(work)
             self._execute(batch)
             del work, batch
@@ -249,7 +285,7 @@ class Workers:
         batch, size = [first], first.batch
         share = -(-self._queue.qsize() // self._count)
         until = first.queued_at + self._delay
-        while size < self._joined_batch:
+        while size < self.joined_batch:
             try:
                 if share > 0:
                     share -= 1
@@ -267,7 +303,7 @@ class Workers:
                 return batch, None, True
             if not _still_wanted(work):
                 continue
-            if work.joins_with != first.joins_with or size + work.batch > self._joined_batch:
+            if work.joins_with != first.joins_with or size + work.batch > self.joined_batch:
                 return batch, work, False
             batch.append(work)
             size += work.batch

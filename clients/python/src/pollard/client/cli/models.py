@@ -30,6 +30,7 @@ from pollard.client.cli._common import (
     ago,
     checked_by,
     fail,
+    plain,
     print_json,
     say,
     show_picture,
@@ -38,6 +39,7 @@ from pollard.client.cli._common import (
     warn,
 )
 from pollard.client.cli.signing import SignOption, signer
+from pollard.client.cli.tuning import known_servers, runs_of, show_runs
 
 app = typer.Typer(
     help="Put models into the registry, and decide which revision is served.",
@@ -192,18 +194,30 @@ def show(
     """Show a model, or one revision of it.
 
     A model with its aliases and revisions; a revision with its variants and where it came from.
+
+    Both with how each inference server runs them: workers, threads and joined batches. For one
+    revision also what the server measured to choose these.
     """
     with ModelsClient(server, timeout=timeout) as client:
         if revision is not None:
             found = client.revision(model, revision=revision)
-            print_json(found) if as_json else _show_revision(found)
+            servers = known_servers(server, timeout)
+            if as_json:
+                runs = runs_of(servers, model, revision)
+                print_json({**plain(found), "servers": plain(runs)})
+                return
+            _show_revision(found)
+            show_runs(servers, model, revision)
             return
         parent = client.model(model)
         revisions = client.revisions(model)
+    servers = known_servers(server, timeout)
     if as_json:
-        print_json({"model": parent, "revisions": revisions})
+        runs = runs_of(servers, model)
+        print_json({"model": parent, "revisions": revisions, "servers": runs})
         return
     _show_model(parent, revisions)
+    show_runs(servers, model)
 
 
 @app.command()

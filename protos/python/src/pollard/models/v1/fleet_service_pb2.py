@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%pollard/models/v1/fleet_service.proto\x12\x11pollard.models.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xc0\x01\n\x0bSyncRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pollard.models.v1.HelloH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.pollard.models.v1.AckH\x00\x12\'\n\x04nack\x18\x03 \x01(\x0b\x32\x17.pollard.models.v1.NackH\x00\x12+\n\x06report\x18\x04 \x01(\x0b\x32\x19.pollard.models.v1.ReportH\x00\x42\t\n\x07message\"\xc2\x01\n\x05Hello\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.pollard.models.v1.ServerKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x35\n\x0c\x63\x61pabilities\x18\x04 \x01(\x0b\x32\x1f.pollard.models.v1.Capabilities\x12\x17\n\x0f\x61pplied_version\x18\x05 \x01(\x03\x12\x18\n\x10software_version\x18\x06 \x01(\t\"\x9f\x01\n\x0c\x43\x61pabilities\x12\x0f\n\x07targets\x18\x01 \x03(\t\x12\x1b\n\x13\x65xecution_providers\x18\x02 \x03(\t\x12\x14\n\x0c\x63pu_features\x18\x03 \x03(\t\x12\x13\n\x0bonnxruntime\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x11\n\tprocessor\x18\x06 \x01(\t\x12\r\n\x05\x63ores\x18\x07 \x01(\r\"%\n\x03\x41\x63k\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\"J\n\x04Nack\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"h\n\x06Report\x12\x34\n\trevisions\x18\x01 \x03(\x0b\x32!.pollard.models.v1.RevisionStatus\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf7\x01\n\x0eRevisionStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .pollard.models.v1.RevisionState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12-\n\x08\x63ounters\x18\x06 \x01(\x0b\x32\x1b.pollard.models.v1.Counters\x12\x30\n\rload_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb1\x01\n\x08\x43ounters\x12\x11\n\tsucceeded\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x04\x12\x10\n\x08rejected\x18\x03 \x01(\x04\x12-\n\x07latency\x18\x04 \x01(\x0b\x32\x1c.pollard.models.v1.Histogram\x12\x31\n\x06shadow\x18\x05 \x01(\x0b\x32!.pollard.models.v1.ShadowCounters\x12\x0e\n\x06run_id\x18\x06 \x01(\t\"\x92\x01\n\x0eShadowCounters\x12\x10\n\x08\x63ompared\x18\x01 \x01(\x04\x12\r\n\x05items\x18\x02 \x01(\x04\x12\x0e\n\x06\x61greed\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\x12.\n\x08\x64istance\x18\x06 \x01(\x0b\x32\x1c.pollard.models.v1.Histogram\"J\n\tHistogram\x12\r\n\x05scale\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x11\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\x12\x0e\n\x06sum_us\x18\x04 \x01(\x01\"F\n\x0cSyncResponse\x12\x36\n\rdesired_state\x18\x01 \x01(\x0b\x32\x1f.pollard.models.v1.DesiredState\"\xcd\x01\n\x0c\x44\x65siredState\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12/\n\x06models\x18\x03 \x03(\x0b\x32\x1f.pollard.models.v1.DesiredModel\x12\x38\n\x13inference_endpoints\x18\x04 \x03(\x0b\x32\x1b.pollard.models.v1.Endpoint\x12\x32\n\x0freport_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"~\n\x0c\x44\x65siredModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x35\n\trevisions\x18\x02 \x03(\x0b\x32\".pollard.models.v1.DesiredRevision\x12(\n\x06routes\x18\x03 \x03(\x0b\x32\x18.pollard.models.v1.Route\"N\n\x0f\x44\x65siredRevision\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"w\n\x05Route\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x34\n\x07targets\x18\x02 \x03(\x0b\x32#.pollard.models.v1.WeightedRevision\x12)\n\x06shadow\x18\x03 \x01(\x0b\x32\x19.pollard.models.v1.Shadow\"m\n\x06Shadow\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x15\n\rbase_revision\x18\x02 \x01(\x03\x12\x11\n\tshare_ppm\x18\x03 \x01(\r\x12\x0e\n\x06output\x18\x04 \x01(\t\x12\x17\n\x0ftransform_again\x18\x05 \x01(\x08\"4\n\x10WeightedRevision\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0e\n\x06weight\x18\x02 \x01(\r\"c\n\x08\x45ndpoint\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x33\n\x07refused\x18\x03 \x03(\x0b\x32\".pollard.models.v1.RefusedRevision\"2\n\x0fRefusedRevision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\";\n\x12ListServersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x13ListServersResponse\x12*\n\x07servers\x18\x01 \x03(\x0b\x32\x19.pollard.models.v1.Server\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf4\x01\n\x06Server\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05hello\x18\x02 \x01(\x0b\x32\x18.pollard.models.v1.Hello\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\racked_version\x18\x05 \x01(\x03\x12*\n\tlast_nack\x18\x06 \x01(\x0b\x32\x17.pollard.models.v1.Nack\x12)\n\x06report\x18\x07 \x01(\x0b\x32\x19.pollard.models.v1.Report*`\n\nServerKind\x12\x1b\n\x17SERVER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_KIND_INFERENCE\x10\x01\x12\x1a\n\x16SERVER_KIND_PREPROCESS\x10\x02*\xd6\x01\n\rRevisionState\x12\x1e\n\x1aREVISION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REVISION_STATE_PENDING\x10\x01\x12\x1b\n\x17REVISION_STATE_FETCHING\x10\x02\x12\x1a\n\x16REVISION_STATE_LOADING\x10\x03\x12\x18\n\x14REVISION_STATE_READY\x10\x04\x12\x19\n\x15REVISION_STATE_FAILED\x10\x05\x12\x1b\n\x17REVISION_STATE_DRAINING\x10\x06\x32\xb9\x01\n\x0c\x46leetService\x12K\n\x04Sync\x12\x1e.pollard.models.v1.SyncRequest\x1a\x1f.pollard.models.v1.SyncResponse(\x01\x30\x01\x12\\\n\x0bListServers\x12%.pollard.models.v1.ListServersRequest\x1a&.pollard.models.v1.ListServersResponseBa\n\x14\x61i.pollard.models.v1P\x01ZGgithub.com/pollard-ai/pollard/clients/go/gen/pollard/models/v1;modelsv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%pollard/models/v1/fleet_service.proto\x12\x11pollard.models.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xc0\x01\n\x0bSyncRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pollard.models.v1.HelloH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.pollard.models.v1.AckH\x00\x12\'\n\x04nack\x18\x03 \x01(\x0b\x32\x17.pollard.models.v1.NackH\x00\x12+\n\x06report\x18\x04 \x01(\x0b\x32\x19.pollard.models.v1.ReportH\x00\x42\t\n\x07message\"\xc2\x01\n\x05Hello\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.pollard.models.v1.ServerKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x35\n\x0c\x63\x61pabilities\x18\x04 \x01(\x0b\x32\x1f.pollard.models.v1.Capabilities\x12\x17\n\x0f\x61pplied_version\x18\x05 \x01(\x03\x12\x18\n\x10software_version\x18\x06 \x01(\t\"\x9f\x01\n\x0c\x43\x61pabilities\x12\x0f\n\x07targets\x18\x01 \x03(\t\x12\x1b\n\x13\x65xecution_providers\x18\x02 \x03(\t\x12\x14\n\x0c\x63pu_features\x18\x03 \x03(\t\x12\x13\n\x0bonnxruntime\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x11\n\tprocessor\x18\x06 \x01(\t\x12\r\n\x05\x63ores\x18\x07 \x01(\r\"%\n\x03\x41\x63k\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\"J\n\x04Nack\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"h\n\x06Report\x12\x34\n\trevisions\x18\x01 \x03(\x0b\x32!.pollard.models.v1.RevisionStatus\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x0eRevisionStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .pollard.models.v1.RevisionState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12-\n\x08\x63ounters\x18\x06 \x01(\x0b\x32\x1b.pollard.models.v1.Counters\x12\x30\n\rload_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06tuning\x18\x08 \x01(\x0b\x32\x19.pollard.models.v1.Tuning\"\xfc\x01\n\x06Tuning\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12\x0f\n\x07threads\x18\x02 \x01(\r\x12\x14\n\x0cjoined_batch\x18\x03 \x01(\r\x12\x13\n\x0bset_by_hand\x18\x04 \x03(\t\x12\x0b\n\x03\x61im\x18\x05 \x01(\t\x12\x31\n\rmeasured_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprocessor\x18\x07 \x01(\t\x12\r\n\x05\x63ores\x18\x08 \x01(\r\x12\x13\n\x0bonnxruntime\x18\t \x01(\t\x12.\n\x06points\x18\n \x03(\x0b\x32\x1e.pollard.models.v1.TuningPoint\"p\n\x0bTuningPoint\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x0f\n\x07\x63\x61llers\x18\x02 \x01(\r\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x17\n\x0frows_per_second\x18\x04 \x01(\x01\x12\x12\n\nlatency_us\x18\x05 \x01(\x01\"\xb1\x01\n\x08\x43ounters\x12\x11\n\tsucceeded\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x04\x12\x10\n\x08rejected\x18\x03 \x01(\x04\x12-\n\x07latency\x18\x04 \x01(\x0b\x32\x1c.pollard.models.v1.Histogram\x12\x31\n\x06shadow\x18\x05 \x01(\x0b\x32!.pollard.models.v1.ShadowCounters\x12\x0e\n\x06run_id\x18\x06 \x01(\t\"\x92\x01\n\x0eShadowCounters\x12\x10\n\x08\x63ompared\x18\x01 \x01(\x04\x12\r\n\x05items\x18\x02 \x01(\x04\x12\x0e\n\x06\x61greed\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\x12.\n\x08\x64istance\x18\x06 \x01(\x0b\x32\x1c.pollard.models.v1.Histogram\"J\n\tHistogram\x12\r\n\x05scale\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x11\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\x12\x0e\n\x06sum_us\x18\x04 \x01(\x01\"F\n\x0cSyncResponse\x12\x36\n\rdesired_state\x18\x01 \x01(\x0b\x32\x1f.pollard.models.v1.DesiredState\"\xcd\x01\n\x0c\x44\x65siredState\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12/\n\x06models\x18\x03 \x03(\x0b\x32\x1f.pollard.models.v1.DesiredModel\x12\x38\n\x13inference_endpoints\x18\x04 \x03(\x0b\x32\x1b.pollard.models.v1.Endpoint\x12\x32\n\x0freport_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"~\n\x0c\x44\x65siredModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x35\n\trevisions\x18\x02 \x03(\x0b\x32\".pollard.models.v1.DesiredRevision\x12(\n\x06routes\x18\x03 \x03(\x0b\x32\x18.pollard.models.v1.Route\"N\n\x0f\x44\x65siredRevision\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"w\n\x05Route\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x34\n\x07targets\x18\x02 \x03(\x0b\x32#.pollard.models.v1.WeightedRevision\x12)\n\x06shadow\x18\x03 \x01(\x0b\x32\x19.pollard.models.v1.Shadow\"m\n\x06Shadow\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x15\n\rbase_revision\x18\x02 \x01(\x03\x12\x11\n\tshare_ppm\x18\x03 \x01(\r\x12\x0e\n\x06output\x18\x04 \x01(\t\x12\x17\n\x0ftransform_again\x18\x05 \x01(\x08\"4\n\x10WeightedRevision\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0e\n\x06weight\x18\x02 \x01(\r\"c\n\x08\x45ndpoint\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x33\n\x07refused\x18\x03 \x03(\x0b\x32\".pollard.models.v1.RefusedRevision\"2\n\x0fRefusedRevision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\";\n\x12ListServersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x13ListServersResponse\x12*\n\x07servers\x18\x01 \x03(\x0b\x32\x19.pollard.models.v1.Server\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf4\x01\n\x06Server\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05hello\x18\x02 \x01(\x0b\x32\x18.pollard.models.v1.Hello\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\racked_version\x18\x05 \x01(\x03\x12*\n\tlast_nack\x18\x06 \x01(\x0b\x32\x17.pollard.models.v1.Nack\x12)\n\x06report\x18\x07 \x01(\x0b\x32\x19.pollard.models.v1.Report*`\n\nServerKind\x12\x1b\n\x17SERVER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_KIND_INFERENCE\x10\x01\x12\x1a\n\x16SERVER_KIND_PREPROCESS\x10\x02*\xd6\x01\n\rRevisionState\x12\x1e\n\x1aREVISION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REVISION_STATE_PENDING\x10\x01\x12\x1b\n\x17REVISION_STATE_FETCHING\x10\x02\x12\x1a\n\x16REVISION_STATE_LOADING\x10\x03\x12\x18\n\x14REVISION_STATE_READY\x10\x04\x12\x19\n\x15REVISION_STATE_FAILED\x10\x05\x12\x1b\n\x17REVISION_STATE_DRAINING\x10\x06\x32\xb9\x01\n\x0c\x46leetService\x12K\n\x04Sync\x12\x1e.pollard.models.v1.SyncRequest\x1a\x1f.pollard.models.v1.SyncResponse(\x01\x30\x01\x12\\\n\x0bListServers\x12%.pollard.models.v1.ListServersRequest\x1a&.pollard.models.v1.ListServersResponseBa\n\x14\x61i.pollard.models.v1P\x01ZGgithub.com/pollard-ai/pollard/clients/go/gen/pollard/models/v1;modelsv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pollard.models.v1.fleet_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\024ai.pollard.models.v1P\001ZGgithub.com/pollard-ai/pollard/clients/go/gen/pollard/models/v1;modelsv1'
-  _globals['_SERVERKIND']._serialized_start=2907
-  _globals['_SERVERKIND']._serialized_end=3003
-  _globals['_REVISIONSTATE']._serialized_start=3006
-  _globals['_REVISIONSTATE']._serialized_end=3220
+  _globals['_SERVERKIND']._serialized_start=3319
+  _globals['_SERVERKIND']._serialized_end=3415
+  _globals['_REVISIONSTATE']._serialized_start=3418
+  _globals['_REVISIONSTATE']._serialized_end=3632
   _globals['_SYNCREQUEST']._serialized_start=151
   _globals['_SYNCREQUEST']._serialized_end=343
   _globals['_HELLO']._serialized_start=346
@@ -52,37 +52,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORT']._serialized_start=819
   _globals['_REPORT']._serialized_end=923
   _globals['_REVISIONSTATUS']._serialized_start=926
-  _globals['_REVISIONSTATUS']._serialized_end=1173
-  _globals['_COUNTERS']._serialized_start=1176
-  _globals['_COUNTERS']._serialized_end=1353
-  _globals['_SHADOWCOUNTERS']._serialized_start=1356
-  _globals['_SHADOWCOUNTERS']._serialized_end=1502
-  _globals['_HISTOGRAM']._serialized_start=1504
-  _globals['_HISTOGRAM']._serialized_end=1578
-  _globals['_SYNCRESPONSE']._serialized_start=1580
-  _globals['_SYNCRESPONSE']._serialized_end=1650
-  _globals['_DESIREDSTATE']._serialized_start=1653
-  _globals['_DESIREDSTATE']._serialized_end=1858
-  _globals['_DESIREDMODEL']._serialized_start=1860
-  _globals['_DESIREDMODEL']._serialized_end=1986
-  _globals['_DESIREDREVISION']._serialized_start=1988
-  _globals['_DESIREDREVISION']._serialized_end=2066
-  _globals['_ROUTE']._serialized_start=2068
-  _globals['_ROUTE']._serialized_end=2187
-  _globals['_SHADOW']._serialized_start=2189
-  _globals['_SHADOW']._serialized_end=2298
-  _globals['_WEIGHTEDREVISION']._serialized_start=2300
-  _globals['_WEIGHTEDREVISION']._serialized_end=2352
-  _globals['_ENDPOINT']._serialized_start=2354
-  _globals['_ENDPOINT']._serialized_end=2453
-  _globals['_REFUSEDREVISION']._serialized_start=2455
-  _globals['_REFUSEDREVISION']._serialized_end=2505
-  _globals['_LISTSERVERSREQUEST']._serialized_start=2507
-  _globals['_LISTSERVERSREQUEST']._serialized_end=2566
-  _globals['_LISTSERVERSRESPONSE']._serialized_start=2568
-  _globals['_LISTSERVERSRESPONSE']._serialized_end=2658
-  _globals['_SERVER']._serialized_start=2661
-  _globals['_SERVER']._serialized_end=2905
-  _globals['_FLEETSERVICE']._serialized_start=3223
-  _globals['_FLEETSERVICE']._serialized_end=3408
+  _globals['_REVISIONSTATUS']._serialized_end=1216
+  _globals['_TUNING']._serialized_start=1219
+  _globals['_TUNING']._serialized_end=1471
+  _globals['_TUNINGPOINT']._serialized_start=1473
+  _globals['_TUNINGPOINT']._serialized_end=1585
+  _globals['_COUNTERS']._serialized_start=1588
+  _globals['_COUNTERS']._serialized_end=1765
+  _globals['_SHADOWCOUNTERS']._serialized_start=1768
+  _globals['_SHADOWCOUNTERS']._serialized_end=1914
+  _globals['_HISTOGRAM']._serialized_start=1916
+  _globals['_HISTOGRAM']._serialized_end=1990
+  _globals['_SYNCRESPONSE']._serialized_start=1992
+  _globals['_SYNCRESPONSE']._serialized_end=2062
+  _globals['_DESIREDSTATE']._serialized_start=2065
+  _globals['_DESIREDSTATE']._serialized_end=2270
+  _globals['_DESIREDMODEL']._serialized_start=2272
+  _globals['_DESIREDMODEL']._serialized_end=2398
+  _globals['_DESIREDREVISION']._serialized_start=2400
+  _globals['_DESIREDREVISION']._serialized_end=2478
+  _globals['_ROUTE']._serialized_start=2480
+  _globals['_ROUTE']._serialized_end=2599
+  _globals['_SHADOW']._serialized_start=2601
+  _globals['_SHADOW']._serialized_end=2710
+  _globals['_WEIGHTEDREVISION']._serialized_start=2712
+  _globals['_WEIGHTEDREVISION']._serialized_end=2764
+  _globals['_ENDPOINT']._serialized_start=2766
+  _globals['_ENDPOINT']._serialized_end=2865
+  _globals['_REFUSEDREVISION']._serialized_start=2867
+  _globals['_REFUSEDREVISION']._serialized_end=2917
+  _globals['_LISTSERVERSREQUEST']._serialized_start=2919
+  _globals['_LISTSERVERSREQUEST']._serialized_end=2978
+  _globals['_LISTSERVERSRESPONSE']._serialized_start=2980
+  _globals['_LISTSERVERSRESPONSE']._serialized_end=3070
+  _globals['_SERVER']._serialized_start=3073
+  _globals['_SERVER']._serialized_end=3317
+  _globals['_FLEETSERVICE']._serialized_start=3635
+  _globals['_FLEETSERVICE']._serialized_end=3820
 # @@protoc_insertion_point(module_scope)

@@ -331,6 +331,7 @@ class RevisionStatus(_message.Message):
     VARIANT_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     LOAD_DURATION_FIELD_NUMBER: _builtins.int
+    TUNING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     revision: _builtins.int
@@ -351,6 +352,12 @@ class RevisionStatus(_message.Message):
     def load_duration(self) -> _duration_pb2.Duration:
         """How long loading took, from the first byte fetched to ready."""
 
+    @_builtins.property
+    def tuning(self) -> Global___Tuning:
+        """How the server runs it; unset before it is READY, and by preprocess
+        servers.
+        """
+
     def __init__(
         self,
         *,
@@ -361,14 +368,123 @@ class RevisionStatus(_message.Message):
         variant: _builtins.str = ...,
         counters: Global___Counters | None = ...,
         load_duration: _duration_pb2.Duration | None = ...,
+        tuning: Global___Tuning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "tuning", b"tuning", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevisionStatus: _TypeAlias = RevisionStatus  # noqa: Y015
+
+@_typing.final
+class Tuning(_message.Message):
+    """Tuning says how a server runs a revision, and what it measured to choose
+    that.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    JOINED_BATCH_FIELD_NUMBER: _builtins.int
+    SET_BY_HAND_FIELD_NUMBER: _builtins.int
+    AIM_FIELD_NUMBER: _builtins.int
+    MEASURED_TIME_FIELD_NUMBER: _builtins.int
+    PROCESSOR_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
+    ONNXRUNTIME_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    workers: _builtins.int
+    """Runs at a time; each has a thread of its own that takes requests."""
+    threads: _builtins.int
+    """Threads that one run uses."""
+    joined_batch: _builtins.int
+    """Most rows that waiting requests are joined to for one run; 1 joins none."""
+    aim: _builtins.str
+    """What the measurement looked for: "latency", a row answered soonest, or
+    "throughput", the most rows in a second.
+    """
+    processor: _builtins.str
+    """Processor that it was measured on, as the operating system names it."""
+    cores: _builtins.int
+    """Number of its cores that could be used."""
+    onnxruntime: _builtins.str
+    """Version of onnxruntime that it was measured with."""
+    @_builtins.property
+    def set_by_hand(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of those of the three fields above that were set by hand."""
+
+    @_builtins.property
+    def measured_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was measured; unset if it was not, and the figures are defaults."""
+
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___TuningPoint]:
+        """What was measured, in no order."""
+
+    def __init__(
+        self,
+        *,
+        workers: _builtins.int = ...,
+        threads: _builtins.int = ...,
+        joined_batch: _builtins.int = ...,
+        set_by_hand: _abc.Iterable[_builtins.str] | None = ...,
+        aim: _builtins.str = ...,
+        measured_time: _timestamp_pb2.Timestamp | None = ...,
+        processor: _builtins.str = ...,
+        cores: _builtins.int = ...,
+        onnxruntime: _builtins.str = ...,
+        points: _abc.Iterable[Global___TuningPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured_time", b"measured_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aim", b"aim", "cores", b"cores", "joined_batch", b"joined_batch", "measured_time", b"measured_time", "onnxruntime", b"onnxruntime", "points", b"points", "processor", b"processor", "set_by_hand", b"set_by_hand", "threads", b"threads", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tuning: _TypeAlias = Tuning  # noqa: Y015
+
+@_typing.final
+class TuningPoint(_message.Message):
+    """TuningPoint is one way to run a revision, and how fast that was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREADS_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LATENCY_US_FIELD_NUMBER: _builtins.int
+    threads: _builtins.int
+    """Threads of a run."""
+    callers: _builtins.int
+    """Runs at a time."""
+    batch_size: _builtins.int
+    """Rows of a run."""
+    rows_per_second: _builtins.float
+    """Rows in a second, by all callers together; the median of a few slices of
+    time.
+    """
+    latency_us: _builtins.float
+    """Mean time of a run that this makes, in microseconds."""
+    def __init__(
+        self,
+        *,
+        threads: _builtins.int = ...,
+        callers: _builtins.int = ...,
+        batch_size: _builtins.int = ...,
+        rows_per_second: _builtins.float = ...,
+        latency_us: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "callers", b"callers", "latency_us", b"latency_us", "rows_per_second", b"rows_per_second", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TuningPoint: _TypeAlias = TuningPoint  # noqa: Y015
 
 @_typing.final
 class Counters(_message.Message):

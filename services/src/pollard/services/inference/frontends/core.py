@@ -38,8 +38,9 @@ _log = structlog.get_logger("pollard.inference.core")
 _WAITING_CALLS = 16
 """Calls that the core may hand over before it is asked for more."""
 
-_MOST_GATHERED = 64
-"""Requests that are read before those that came are run."""
+_MOST_GATHERED = 32
+"""Requests that are read before those that came are run: more make larger batches, and keep
+others waiting."""
 
 EXPERIMENTS = "GRPC_EXPERIMENTS"
 
@@ -220,6 +221,12 @@ class CoreFront:
         self._gathered.clear()
         for revision, works in by_revision.items():
             try:
+                import os
+
+                if os.environ.get("HYBRID") and sum(w.batch for w in works) > revision._inline_rows:
+                    for work in works:
+                        revision.submit(work)
+                    continue
                 revision.run_here(works)
             except Exception as error:
                 # This thread must live on, and nobody may wait for ever.
