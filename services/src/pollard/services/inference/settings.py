@@ -26,7 +26,8 @@ class InferenceSettings(ServiceSettings):
         "between; empty serves from the cache alone.",
     )
     cache_dir: Path = Field(
-        Path("var/inference"), description="Folder for bundles and the last desired state."
+        Path("var/inference"),
+        description="Folder for bundles, the last desired state and what was measured of models.",
     )
     server_id: str = Field(
         "",
