@@ -299,13 +299,13 @@ def threads_of(revision) -> int:
     return sum(thread.name.startswith(name) for thread in threading.enumerate())
 
 
-async def test_workers_and_session_change_beside_requests(watched) -> None:
+async def test_workers_and_session_change_beside_requests(watched, watch) -> None:
     revision, session = watched
     workers = revision._workers
     first = await held_up(session, revision)
     waiting = [asyncio.create_task(ask(revision, value)) for value in range(12)]
     await asyncio.sleep(0.05)
-    other = Watched(session.session)
+    other = watch(session.session)
     assert workers.change(session=other, count=3) is session
     for value, answer in enumerate(await asyncio.gather(*waiting)):
         assert (answer == value + 1).all()
@@ -324,10 +324,10 @@ async def test_workers_and_session_change_beside_requests(watched) -> None:
     assert workers.session is other
 
 
-async def test_closed_workers_take_no_session(watched) -> None:
+async def test_closed_workers_take_no_session(watched, watch) -> None:
     worked, session = watched
     revision = LoadedRevision(worked.info, session, workers=2, joined_batch=1, max_queue=1)
     await revision.retire()
-    other = Watched(session.session)
+    other = watch(session.session)
     assert revision._workers.change(session=other, count=4) is other
     assert revision._workers.session is None
