@@ -1,4 +1,4 @@
-"""`pollard serve`, `pollard up` and `pollard drill`.
+"""`pollard serve`, `pollard up`, `pollard drill` and `pollard store`.
 
 This module is imported by every `pollard` command, so it imports nothing heavy by itself.
 """
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pollard.services.drill.cli import app as drill
+from pollard.services.models.store_cli import app as store
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(serve, name="serve")
     app.command()(up)
     app.add_typer(drill, name="drill")
+    app.add_typer(store, name="store")
 
 
 def _add_service(app: typer.Typer, name: str, text: str) -> None:

@@ -104,17 +104,23 @@ class Database(ABC):
         """
         return False
 
-    def open(self) -> None:
+    def open(self, *, migrate: bool = True) -> None:
         """Connect, check, and bring the tables up to date.
+
+        Args:
+            migrate: Without it, tables that are not up to date are an error: another process of
+                an earlier version may be using them.
 
         Raises:
             StartupError: it cannot be reached, is damaged, or newer than this version.
         """
+        if not migrate:
+            self._check_there()
         self._engine = self._make_engine()
         try:
             with self._engine.connect() as connection:
                 self._check(connection)
-                self._migrate(connection)
+                self._migrate(connection, allowed=migrate)
         except DBAPIError as error:
             raise self._cannot_open(error) from error
 
@@ -131,7 +137,15 @@ class Database(ABC):
             raise RuntimeError("the store is not open")
         return self._engine
 
-    def _migrate(self, connection: Connection) -> None:
+    @abstractmethod
+    def _check_there(self) -> None:
+        """Refuse to make a database that is only to be read.
+
+        Raises:
+            StartupError: there is none.
+        """
+
+    def _migrate(self, connection: Connection, *, allowed: bool) -> None:
         config = Config()
         config.set_main_option("script_location", "pollard.services.models:migrations")
         config.set_main_option("path_separator", "os")
@@ -140,6 +154,11 @@ class Database(ABC):
         connection.rollback()
         if current == head:
             return
+        if not allowed:
+            raise StartupError(
+                f"{self.name} has the schema {current}, and this version of Pollard uses {head}; "
+                "do this with the version that the manager runs"
+            )
         self._begin_migration(connection)
         config.attributes["connection"] = connection
         try:
@@ -168,6 +187,12 @@ class SqliteDatabase(Database):
     def name(self) -> str:
         """How messages call it."""
         return f"the registry {self.path}"
+
+    def _check_there(self) -> None:
+        if not self.path.is_file():
+            raise StartupError(
+                f"{self.path.parent} is not the store of a manager: it holds no {self.path.name}"
+            )
 
     def _make_engine(self) -> Engine:
         engine = create_engine(
@@ -357,6 +382,9 @@ class PostgresDatabase(Database):
             )
         if fsync != "on":
             _log.warning("the database does not wait for its disk (fsync = off): a power cut loses")
+
+    def _check_there(self) -> None:
+        """Leave it to the server to say so."""
 
     def _begin_migration(self, connection: Connection) -> None:
         """Wait for a manager that is migrating."""

@@ -24,6 +24,7 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "up": ("pollard-services[cpu]", "Start all services on this machine."),
     "serve": ("pollard-services[cpu]", "Start one service."),
     "drill": ("pollard-services[cpu]", "Prove on this machine what Pollard promises."),
+    "store": ("pollard-services[cpu]", "Back up what a manager keeps, and restore it."),
     "train": ("pollard-compression[cpu]", "Train a model of the zoo."),
     "eval": ("pollard-compression[cpu]", "Measure a model's accuracy."),
     "compress": ("pollard-compression[cpu]", "Prune and quantize a model into a bundle."),
