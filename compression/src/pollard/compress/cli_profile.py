@@ -63,7 +63,7 @@ def profile(
         from pollard.compress.models import load_model, resolve
         from pollard.compress.profile import profile_module
         from pollard.compress.profile_page import render_profile, rich_table
-        from pollard.compress.report_page import agreement_text
+        from pollard.compress.report_plots import agreement_text
         from pollard.runtime.bundle import write_durably
 
         source = resolve(model, make_spec(input_size, mean, std))

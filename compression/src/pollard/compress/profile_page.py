@@ -9,17 +9,16 @@ import plotly.graph_objects as go
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pollard.compress.report_page import (
+from pollard.compress.report_parts import (
     BLUE,
     GREY,
-    agreement_text,
     count_text,
-    latency_bars,
     page,
     panel,
     plot,
     table,
 )
+from pollard.compress.report_plots import agreement_text, latency_bars
 
 
 def rich_table(content: dict[str, Any]) -> Table:

@@ -1,0 +1,239 @@
+"""The plots of reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from pollard.compress.report_parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    panel,
+    plot,
+    points,
+    time_text,
+)
+
+
+def scatter(content: dict[str, Any]) -> str:
+    """Return a plot of latency against accuracy: the candidates, the gate, the chosen one."""
+    figure = go.Figure()
+    shipped = content["summary"]["shipped"]
+    limit = content["gate"]["max_drop_points"]
+    for c in content["candidates"]:
+        drop, name = c["drop_points"], c["name"]
+        is_parent = name == "parent-fp32"
+        color = GREEN if name == shipped else (GREY if is_parent else BLUE)
+        figure.add_trace(
+            go.Scatter(
+                x=[c["latency"][0]["p50_us"]],
+                y=[-drop["estimate"]],
+                error_y=None
+                if is_parent
+                else {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [drop["estimate"] - drop["lower"]],
+                    "arrayminus": [drop["upper"] - drop["estimate"]],
+                    "thickness": 1.2,
+                },
+                mode="markers+text",
+                text=[f"  {name}{' (shipped)' if name == shipped else ''}"],
+                textposition="top right" if name.endswith("fp32") else "bottom right",
+                cliponaxis=False,
+                marker={
+                    "size": 15 if name == shipped else 11,
+                    "color": color,
+                    "symbol": "star" if name == shipped else "circle",
+                },
+                hovertemplate=f"{name}<br>%{{x:.1f}} µs<br>%{{y:+.2f}} points<extra></extra>",
+                showlegend=False,
+            )
+        )
+    figure.add_hline(
+        y=-limit,
+        line={"color": RED, "dash": "dash"},
+        annotation_text=f"gate: at most {points(limit)} lost",
+        annotation_position="bottom right",
+    )
+    figure.update_xaxes(title="median latency of one image, µs", rangemode="tozero")
+    figure.update_yaxes(title="accuracy against the parent, points", zeroline=True)
+    return plot(figure, 400)
+
+
+def search_sections(search: dict[str, Any]) -> list[str]:
+    """Show what each choice would have cost, and which were taken."""
+    parts = [
+        "<h2>What was cut, and why</h2>",
+        "<p class='muted'>Sensitivity is how far the answers move, in nats an image, when half of "
+        "a group of channels, or a whole block, is taken away by itself and the batch norms are "
+        "measured anew. Of all choices those with the least loss for the latency that the table "
+        "says they save were taken.</p>",
+    ]
+    for step in search["steps"]:
+        taken = {g["name"]: g for g in step["groups"]}
+        half = {}
+        for name, group in taken.items():
+            known = {abs(int(w) - group["width"] / 2): v for w, v in group["losses"].items()}
+            if known:
+                half[name] = known[min(known)]
+        losses = {**half, **step["blocks"]}
+        cut = {n for n, g in taken.items() if g["kept"] < g["width"]} | set(step["removed_blocks"])
+        labels = [
+            f"{name} (block)" if name in step["blocks"] else
+            f"{name} ({taken[name]['width']} → {taken[name]['kept']})"
+            for name in losses
+        ]  # fmt: skip
+        figure = go.Figure(
+            go.Bar(
+                x=labels,
+                y=list(losses.values()),
+                marker_color=[RED if name in cut else GREY for name in losses],
+                hovertemplate="%{x}<br>%{y:.4f} nats<extra></extra>",
+            )
+        )
+        figure.update_xaxes(type="category", tickangle=-45)
+        figure.update_yaxes(title="nats an image")
+        figure.update_layout(title={"text": "red: cut", "font": {"size": 13}})
+        parts.append(
+            f"<p>Step {step['step']}, by the table of {step['target']}: "
+            f"{time_text(step['before']['latency'])} → {time_text(step['after']['latency'])} "
+            f"(parent in float: {time_text(search['parent']['latency'])}).</p>"
+        )
+        parts.append(panel(plot(figure, 380)))
+    return parts
+
+
+def curves(content: dict[str, Any]) -> str:
+    """Return a plot of recovery."""
+    r = content["recovery"]
+    epochs = list(range(len(r["choose_accuracy"]) + 1))
+    figure = go.Figure()
+    figure.add_trace(
+        go.Scatter(
+            x=epochs,
+            y=[r["start_accuracy"], *r["choose_accuracy"]],
+            mode="lines+markers",
+            name="accuracy on the choosing images",
+            line={"color": GREEN},
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=epochs[1:],
+            y=r["loss"],
+            mode="lines+markers",
+            name="training loss (right axis)",
+            line={"color": GREY, "dash": "dot"},
+            yaxis="y2",
+        )
+    )
+    figure.update_layout(
+        yaxis={"title": "accuracy", "tickformat": ".1%"},
+        yaxis2={
+            "title": "loss",
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "rangemode": "tozero",
+        },
+        legend={"orientation": "h", "y": 1.15},
+    )
+    figure.update_xaxes(title="epoch", dtick=max(1, len(epochs) // 12))
+    return plot(figure, 340)
+
+
+def layer_bars(content: dict[str, Any]) -> str:
+    """Return a plot of the MACs of each layer."""
+    layers = content["layers"]
+    names = [layer["name"] for layer in layers]
+    figure = go.Figure()
+    sides = [("before", "parent", GREY), ("after", "shipped", BLUE)]
+    if content["summary"]["shipped"].startswith("parent"):
+        sides = [("after", "parent and shipped", BLUE)]
+    for key, title, color in sides:
+        figure.add_trace(
+            go.Bar(
+                x=names,
+                y=[layer[key]["macs"] if layer[key] else 0 for layer in layers],
+                name=title,
+                marker_color=color,
+            )
+        )
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12})
+    figure.update_yaxes(title="MACs")
+    figure.update_xaxes(type="category", tickangle=-45 if len(names) > 8 else 0)
+    return plot(figure, 340)
+
+
+def confusion(content: dict[str, Any], side: str, title: str) -> str:
+    """Return a map of the mistakes of one side, "parent" or "chosen"."""
+    classes, matrix = content["confusion"]["classes"], content["confusion"][side]
+    mistakes = [
+        [None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)
+    ]
+    few = len(classes) <= 20
+    figure = go.Figure(
+        go.Heatmap(
+            z=mistakes,
+            x=classes,
+            y=classes,
+            text=[
+                ["" if i == j or not value else str(value) for j, value in enumerate(row)]
+                for i, row in enumerate(matrix)
+            ],
+            texttemplate="%{text}" if few else None,
+            colorscale=[[0, "#ffffff"], [1, RED]],
+            zmin=0,
+            showscale=False,
+            hovertemplate="true %{y}, answered %{x}: %{text}<extra></extra>",
+        )
+    )
+    if few:
+        # The diagonal has no colour, so its counts are written beside the map.
+        for i, label in enumerate(classes):
+            figure.add_annotation(
+                x=label, y=label, text=str(matrix[i][i]), showarrow=False, font={"color": "#5c6875"}
+            )
+    figure.update_xaxes(type="category", title="answer", showgrid=False, dtick=1)
+    figure.update_yaxes(type="category", title="true class", autorange="reversed", showgrid=False)
+    figure.update_layout(title={"text": title, "font": {"size": 14}})
+    return plot(figure, 420)
+
+
+def agreement_text(target: dict[str, Any]) -> str:
+    """Say how the table's sum compares with the whole file."""
+    text = (
+        f"{target['target']}: the table sums to {time_text(target['summed_us'])}, the whole file "
+        f"takes {time_text(target['measured_us'])} ({target['ratio'] - 1:+.1%}"
+    )
+    text += ")" if target["agrees"] else "; more than 10 % apart: is the machine busy?)"
+    missing = [row["name"] for row in target["operations"] if row["latency_us"] is None]
+    return text + (f". Not in the sum: {', '.join(missing)}" if missing else "")
+
+
+def latency_bars(targets: list[dict[str, Any]], names: tuple[str, ...] = ()) -> str:
+    """Return a plot of the latency of each operator, a colour for each target."""
+    figure = go.Figure()
+    for index, (target, color) in enumerate(zip(targets, (GREY, BLUE), strict=False)):
+        figure.add_trace(
+            go.Bar(
+                x=[row["name"] for row in target["operations"]],
+                y=[row["latency_us"] for row in target["operations"]],
+                customdata=[
+                    [row["kind"], row["in_channels"], row["out_channels"], row["output"]]
+                    for row in target["operations"]
+                ],
+                hovertemplate="%{x}<br>%{customdata[0]}, %{customdata[1]} → %{customdata[2]}, "
+                "%{customdata[3]}<br>%{y:.1f} µs<extra></extra>",
+                name=names[index] if names else target["target"],
+                marker_color=color,
+            )
+        )
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12})
+    figure.update_yaxes(title="µs")
+    figure.update_xaxes(type="category", tickangle=-45)
+    return plot(figure, 380)
