@@ -13,7 +13,13 @@ from torch.nn import functional
 
 from pollard.compress.anydata import Batches, ModelRecipe, Predict, compress_model
 from pollard.compress.channel_map import load_pruned, save_pruned
-from pollard.compress.errors import DataInvalid, GateRefused, UsageInvalid, WeightsInvalid
+from pollard.compress.errors import (
+    DataInvalid,
+    GateRefused,
+    PruneFailed,
+    UsageInvalid,
+    WeightsInvalid,
+)
 from pollard.compress.prune import prune
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo import find
@@ -160,3 +166,42 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"other")
     with pytest.raises(WeightsInvalid, match="not the file"):
         load_pruned(entry.build(10), tmp_path)
+
+
+def test_a_budget_is_met_with_own_batches(trained: nn.Module, tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in trained.state_dict().items()}
+    recipe = ModelRecipe(
+        max_drop=0.2, budget=("size=0.5", "macs=0.4"), prune_steps=2, epochs=8,
+        learning_rate=4e-3, target="cpu-fp32", importance="taylor",
+    )  # fmt: skip
+    result = compress_model(
+        trained, batches(1), closeness, recipe, EXAMPLE, tmp_path / "out",
+        loss_fn=functional.mse_loss,
+    )  # fmt: skip
+    assert result.chosen.size_bytes <= 0.5 * result.parent.size_bytes
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["macs"]["pruned"] <= 0.4 * report["macs"]["parent"]
+    assert [step["step"] for step in report["search"]["steps"]] == [1, 2]
+    for key, value in before.items():
+        assert torch.equal(trained.state_dict()[key], value)
+    inputs = batches(3)[0][0]
+    with torch.no_grad():
+        again, kept = load_pruned(build(), tmp_path / "out"), result.module.eval()
+        assert torch.equal(again(inputs), kept(inputs))
+
+
+def test_a_budget_out_of_reach_is_refused_before_training(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    def never(predict: Predict) -> float:
+        raise AssertionError("nothing is to be judged")
+
+    recipe = ModelRecipe(max_drop=1.0, budget=("params=0.0001",), target="cpu-fp32")
+    with pytest.raises(PruneFailed, match="cannot be met"):
+        compress_model(
+            trained, batches(1), never, recipe, EXAMPLE, tmp_path / "out",
+            loss_fn=functional.mse_loss,
+        )  # fmt: skip
+    with pytest.raises(UsageInvalid, match="latency, macs, params, size"):
+        ModelRecipe(max_drop=1.0, budget=("speed=2",))
+    assert list(tmp_path.iterdir()) == []

@@ -153,3 +153,21 @@ def test_weights_are_not_overwritten_unasked(invoke: Invoke, digits_parent: Path
     done = invoke("train", "small-cnn-28", "--data", "digits", "--out", digits_parent)
     assert done.exit_code == 2
     assert digits_parent.read_bytes() == before
+
+
+def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path
+) -> None:
+    common = ["compress", "zoo:small-cnn-28", "--data", "digits", "--weights", digits_parent]
+    plan = [*common, "--target", "cpu-fp32", "--dry-run"]
+    done = invoke(*plan, "--budget", "macs=0.3", "--budget", "size=0.5")
+    assert done.exit_code == 0, done.output
+    assert "by the table of latencies macs=0.3, size=0.5 can be met" in done.output
+    assert "conv2: 64 →" in done.output
+    assert "Faster than the parent (lower bound 1.03): can be met" in done.output
+    done = invoke(*plan, "--budget", "params=0.0001")
+    assert done.exit_code == 1
+    assert "cannot be met by narrowing and removing blocks; the least is params" in done.output
+    done = invoke(*plan, "--budget", "latency=10s")
+    assert "nothing needs to be cut for latency=10s" in done.output
+    assert list(tmp_path.iterdir()) == []

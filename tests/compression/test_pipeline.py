@@ -143,7 +143,7 @@ def test_the_same_recipe_gives_the_same_file(digits_parent: Path, tmp_path: Path
     same = recipe(digits_parent, target="cpu-fp32", epochs=1, max_train_images=256, max_drop=100.0)
     models = []
     for name in ("one", "other"):
-        compress(same, tmp_path / name)
+        compress(same, tmp_path / name, cache=tmp_path / f"{name}-stages")
         bundle = Bundle.open(tmp_path / name)
         models.append(bundle.model_path("cpu-fp32").read_bytes())
     assert models[0] == models[1]

@@ -8,12 +8,12 @@ the module's own float input, and the pruned module, which can be trained furthe
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,31 +23,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pollard.compress import bundling, export, quantize
+from pollard.compress.anydata_cuts import (
+    RECALIBRATION_BATCHES,
+    Batches,
+    Loss,
+    batch_gradients,
+    shrink_by_batches,
+)
+from pollard.compress.budget import parse_budgets
 from pollard.compress.channel_map import save_pruned
 from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, UsageInvalid
 from pollard.compress.macs import count_parameters, example_input, total_macs
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
-from pollard.compress.recipe import TARGETS, Target
+from pollard.compress.recipe import IMPORTANCES, TARGETS, Importance, Target
 from pollard.compress.shortcuts import rewrite_shortcuts
-from pollard.compress.training import one_cycle, seed_everything
+from pollard.compress.shrink import ShrinkConfig
+from pollard.compress.training import one_cycle, recalibrate_by, seed_everything
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.bundle import write_durably
 from pollard.runtime.machine import Machine
 from pollard.runtime.measure import Ratio, interleaved, ratio
 from pollard.runtime.sessions import Session, open_session
 
-Batches = Iterable[tuple[Tensor, Any]]
-"""Inputs, float32 [batch, …], with what the loss compares the outputs with. It is
-gone through several times: a list or a data loader, not a generator."""
-
 Predict = Callable[[Tensor], Tensor]
 """From a batch of inputs to outputs: a module, or an ONNX file as it is served."""
 
 Evaluate = Callable[[Predict], float]
 """From a model to its metric, of which more is better."""
-
-Loss = Callable[[Tensor, Any], Tensor]
 
 _PARITY = 1e-3
 
@@ -66,7 +69,16 @@ class ModelRecipe:
     target: Target = "cpu-int8"
     """"cpu-int8" lets float files compete, too; "cpu-fp32" means float only."""
     prune: float = 0.5
-    """Share of the MACs to remove; 0 does not prune."""
+    """Share of the MACs to remove; 0 does not prune. Not used with ``budget``."""
+    budget: tuple[str, ...] = ()
+    """What the shipped file may take, such as "latency=0.4" or "size=300kB"; shares are of
+    the parent's float file. Widths and residual blocks are chosen by measured latency."""
+    importance: Importance = "l2"
+    """How channels are ranked: "l1", "l2", "bn" or "taylor"."""
+    prune_steps: int = 2
+    """Cuts on the way to a budget, with recovery between them."""
+    remove_blocks: bool = True
+    """Whether whole residual blocks may go for a budget."""
     epochs: int = 2
     """Passes over the training data after pruning."""
     learning_rate: float = 1e-3
@@ -83,18 +95,29 @@ class ModelRecipe:
         for good, message in (
             (self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}"),
             (0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1"),
+            (
+                self.importance in IMPORTANCES,
+                f"importance {self.importance!r} is not one of {', '.join(IMPORTANCES)}",
+            ),
+            (1 <= self.prune_steps <= 20, f"prune_steps is {self.prune_steps}; it is 1 to 20"),
             (self.max_drop >= 0, f"max_drop is {self.max_drop}; it must not be negative"),
             (self.epochs >= 0, f"epochs is {self.epochs}"),
             (self.learning_rate > 0, f"learning_rate is {self.learning_rate}"),
             (0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}"),
             (self.calibration_batches > 0, f"calibration_batches is {self.calibration_batches}"),
             (
-                self.target == "cpu-int8" or self.prune > 0,
+                self.target == "cpu-int8" or self.prunes,
                 "target cpu-fp32 with prune 0 leaves nothing to do",
             ),
         ):
             if not good:
                 raise UsageInvalid(message)
+        parse_budgets(self.budget)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is to be cut."""
+        return bool(self.budget) or self.prune > 0
 
 
 @dataclass(frozen=True)
@@ -164,11 +187,31 @@ def compress_model(
     parent = copy.deepcopy(model).eval()
     with bundling.staging(Path(out)) as stage:
         modules = {"parent": parent}
-        pruned = None
-        if recipe.prune:
+        pruned: Pruned | None = None
+
+        def recover(module: nn.Module, epochs: int) -> None:
+            _recover(
+                module, parent, train_data, eval_fn, loss_fn, replace(recipe, epochs=epochs),
+                reporter,
+            )  # fmt: skip
+
+        if recipe.budget:
+            pruned = shrink_by_batches(
+                parent, train_data, loss_fn, example_input, _shrink_config(recipe), recipe.epochs,
+                recover, reporter,
+            )  # fmt: skip
+        elif recipe.prune:
             with reporter.step("Pruning", 1):
-                pruned = prune(parent, example_input, recipe.prune, keep_whole=recipe.keep_whole)
-            _recover(pruned.module, parent, train_data, eval_fn, loss_fn, recipe, reporter)
+                pruned = prune(
+                    parent,
+                    example_input,
+                    recipe.prune,
+                    keep_whole=recipe.keep_whole,
+                    importance=recipe.importance,
+                    gradients=batch_gradients(train_data, loss_fn),
+                )
+            recover(pruned.module, recipe.epochs)
+        if pruned is not None:
             modules["pruned"] = pruned.module
         files: dict[str, bytes] = {}
         with reporter.step("Exporting and quantizing", len(modules)) as step:
@@ -201,11 +244,25 @@ def compress_model(
             "macs": {name: total_macs(m, example_input) for name, m in modules.items()},
             "parameters": {name: count_parameters(m) for name, m in modules.items()},
             "left_whole": pruned.left_whole if pruned else {},
+            "removed_blocks": pruned.blocks if pruned else [],
+            "search": pruned.search if pruned else None,
             "processor": Machine.detect().processor,
             "tool_versions": bundling.tool_versions(),
         }
         write_durably(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return CompressedModel(Path(out), chosen.name, parent_row, chosen_row, rows, shipped, narrowed)
+
+
+def _shrink_config(recipe: ModelRecipe) -> ShrinkConfig:
+    targets = ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
+    return ShrinkConfig(
+        parse_budgets(recipe.budget),
+        targets,
+        recipe.prune_steps,
+        recipe.importance,
+        recipe.keep_whole,
+        recipe.remove_blocks,
+    )
 
 
 def _first(train_data: Batches, example: Tensor) -> Tensor:
@@ -239,6 +296,8 @@ def _recover(
     steps = sum(1 for _ in data)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * recipe.epochs))
+    # Those of the parent describe channels that are gone.
+    recalibrate_by(module, (batch[0] for batch in itertools.islice(data, RECALIBRATION_BATCHES)))
     best, state = _score(eval_fn, module), copy.deepcopy(module.state_dict())
     with reporter.step("Recovering", steps * recipe.epochs) as step:
         for _ in range(recipe.epochs):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,13 +171,28 @@ def compress(
     sign: _Sign = None,
     json_file: _Json = None,
     force: _Force = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            help="Where finished stages and tables of latencies are kept; default POLLARD_CACHE, "
+            "or ~/.cache/pollard.",
+            show_default=False,
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Make every stage anew, whatever is kept.")
+    ] = False,
 ) -> None:
     """Prune, recover, quantize and verify a trained model; write the fastest bundle that holds.
 
     Ends with exit code 3 and no bundle when nothing holds --max-drop and is
-    faster than the parent.
+    faster than the parent. Stopped at any moment, it goes on when the same
+    command is given again: finished stages are kept, recovery to the step.
     """
-    with errors(json_file) as console:
+    if cache is not None:
+        os.environ["POLLARD_CACHE"] = str(cache.absolute())
+    with errors(json_file, resumable=True) as console:
         from pollard.compress import recipe_file
         from pollard.compress.errors import UsageInvalid
 
@@ -240,12 +257,25 @@ def compress(
         if out is None:
             return
         make_signature = _signer(sign)
-        result = pipeline.compress(recipe, out, force=force, reporter=make_reporter(console))
-        signed = make_signature(out) if make_signature is not None else ""
+        result = pipeline.compress(
+            recipe,
+            out,
+            force=force,
+            fresh=fresh,
+            sign=make_signature,
+            reporter=make_reporter(console),
+        )
         write_json(json_file, result.report)
         _print_comparison(console, result.report)
         console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
-        _say_signed(console, signed)
+        _say_signed(console, result.signed_by)
+        reused = sum(done.reused for done in result.stages.done)
+        console.print(
+            f"Stages: {reused} of {len(result.stages.done)} were finished before; all that are "
+            f"kept take {result.stages.size_bytes / 1e6:,.1f} MB in {result.stages.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 # Parameters of the command that are called otherwise in recipes.
@@ -398,9 +428,35 @@ def make_reporter(console: Console) -> Reporter:
     return ConsoleReporter(console)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
 @contextmanager
-def errors(json_file: Path | None) -> Iterator[Console]:
-    """Turn errors into a line for people and the proper exit code."""
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that it is cleared up behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def errors(json_file: Path | None, *, resumable: bool = False) -> Iterator[Console]:
+    """Turn errors, Ctrl-C and SIGTERM into a line for people and the proper exit code.
+
+    Args:
+        json_file: Where a refusal's figures go.
+        resumable: Whether the work goes on where it was when it is begun again.
+    """
     # Before PyTorch is imported: threads that spin while they wait for each other make
     # training several times slower on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -412,7 +468,18 @@ def errors(json_file: Path | None) -> Iterator[Console]:
 
     console, problems = Console(), Console(stderr=True)
     try:
-        yield console
+        with _terminable():
+            yield console
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
+        kept = (
+            "; finished stages are kept, and the same command goes on from there"
+            if resumable
+            else "; nothing was written"
+        )
+        problems.print(f"Stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{kept}.", soft_wrap=True)
+        # As a shell tells of a process that the signal has ended.
+        raise typer.Exit(143 if terminated else 130) from error
     except GateRefused as error:
         write_json(json_file, {"refused": str(error), **error.figures})
         problems.print(f"Refused: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,8 @@
     CompressionError             exit code 1
     ├── UsageInvalid               exit code 2: the command asks for something impossible
     │   ├── ModelUnknown             no such zoo model, module or factory
-    │   └── OutputExists             the output holds something already
+    │   ├── OutputExists             the output holds something already
+    │   └── CacheUnusable            finished stages cannot be kept where they should be
     ├── WeightsInvalid             the weights are unreadable or do not fit the model
     ├── DataInvalid                the data cannot be used
     │   ├── DataDamaged              too many files cannot be decoded
@@ -14,6 +15,7 @@
     ├── PruneFailed                the model cannot be pruned as asked
     ├── ExportFailed               the ONNX file is not the PyTorch model
     ├── QuantizeFailed             the model cannot be quantized
+    ├── DiskFull                   there is no space for the next stage
     └── GateRefused              exit code 3: nothing that may be shipped was found
 
 ``exit_code`` is what the commands end with.
@@ -43,6 +45,10 @@ class ModelUnknown(UsageInvalid):
 
 class OutputExists(UsageInvalid):
     """The output holds something already and overwriting was not asked for."""
+
+
+class CacheUnusable(UsageInvalid):
+    """Finished stages cannot be kept where they should be."""
 
 
 class WeightsInvalid(CompressionError):
@@ -75,6 +81,10 @@ class ExportFailed(CompressionError):
 
 class QuantizeFailed(CompressionError):
     """onnxruntime's quantizer refuses the model."""
+
+
+class DiskFull(CompressionError):
+    """There is no space for the next stage; those that are finished are kept."""
 
 
 class GateRefused(CompressionError):

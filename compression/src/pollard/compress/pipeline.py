@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +15,15 @@ import torch
 from torch import nn
 
 from pollard.compress import bundling, report, verify
-from pollard.compress.budget import parse_budgets
-from pollard.compress.candidates import Candidate, build
+from pollard.compress.candidates import build
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import GateRefused, UsageInvalid
-from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import layer_costs
 from pollard.compress.models import LoadedModel, Source, load_model, resolve
-from pollard.compress.profile import TargetProfile, profile_file
 from pollard.compress.progress import Reporter
-from pollard.compress.prune import Pruned, prune
-from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
-from pollard.compress.recover import recover
-from pollard.compress.shrink import ShrinkConfig, loss_gradients, shrink
-from pollard.compress.training import FitConfig, History
+from pollard.compress.run_stages import Run, open_stages
+from pollard.compress.stages import Stages
 from pollard.compress.verify import Measured
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.machine import Machine
@@ -54,6 +48,10 @@ class CompressionResult:
     """Content of report.json."""
     module: nn.Module = field(repr=False)
     """The shipped model in PyTorch, float and still trainable."""
+    stages: Stages = field(repr=False)
+    """What was made for it, and what was there already."""
+    signed_by: str = ""
+    """Fingerprint of the key; empty when it is not signed."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,23 @@ def compress(
     out: Path | str,
     *,
     force: bool = False,
+    cache: Path | None = None,
+    fresh: bool = False,
+    sign: Callable[[Path], str] | None = None,
     reporter: Reporter | None = None,
 ) -> CompressionResult:
     """Compress a trained parent and write the fastest bundle that holds the gate.
+
+    Every stage is kept by what it was made from: a run that was stopped at any moment is
+    gone on with by calling this again with the same arguments.
 
     Args:
         recipe: What to do.
         out: Directory of the bundle; it appears complete or not at all.
         force: Replace a bundle that is there.
+        cache: Where finished stages are kept; in the user's cache when None.
+        fresh: Make every stage anew, whatever is kept.
+        sign: Signs the bundle before it appears, and returns the key's fingerprint.
         reporter: Told of progress.
 
     Raises:
@@ -108,18 +115,14 @@ def compress(
     recipe = _fill_in(recipe, source, machine)
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
-        pruned, history = _prune_and_recover(recipe, parent, data, reporter)
-        built = _build_all(recipe, parent, pruned, data, stage, reporter)
-        with reporter.step("Measuring candidates", 1):
-            measured = verify.measure(built, data.choose, data, rounds=_ROUNDS_CHOOSE)
-        picked = verify.select(measured, recipe.max_drop)
-        with reporter.step("Confirming the choice", 1):
-            final = verify.measure(
-                [built[0], picked.candidate], data.held_out, data, rounds=_ROUNDS_CONFIRM
-            )
-        parent_final, chosen = final
-        verify.confirm(parent_final, chosen, recipe.max_drop)
-        profiles = _profiles([parent_final, chosen], machine, reporter)
+        stages = open_stages(recipe, parent, data, machine, cache, fresh=fresh, reporter=reporter)
+        run = Run(recipe, parent, data, machine, stages, reporter)
+        pruned, history = run.prune_and_recover()
+        built = run.build(pruned)
+        measured, picked = run.choose(built, _ROUNDS_CHOOSE)
+        parent_final, chosen = run.confirm(built[0], picked.candidate, _ROUNDS_CONFIRM)
+        profiles = {c.name: run.profile(c) for c in (built[0], picked.candidate)}
+        earlier = sum(done.seconds for done in stages.done if done.reused)
         content = report.describe_compression(
             report.Compression(
                 recipe=recipe.public(),
@@ -140,11 +143,14 @@ def compress(
                 layers_before=layer_costs(parent.module, source.spec),
                 layers_after=layer_costs(chosen.candidate.module, source.spec),
                 profiles=profiles,
-                seconds=time.monotonic() - started,
+                stages=stages.done,
+                seconds=time.monotonic() - started + earlier,
             )
         )
         bundle = _write(stage, chosen, parent_final, recipe, source, data, parent, content, machine)
-    module = copy.deepcopy(chosen.candidate.module).requires_grad_(True)
+        signed = sign(stage / bundling.BUNDLE) if sign is not None else ""
+        module = copy.deepcopy(chosen.candidate.module).requires_grad_(True)
+    stages.trim()
     return CompressionResult(
         Bundle(out, (out / "manifest.json").read_bytes()),
         parent_final,
@@ -152,6 +158,8 @@ def compress(
         measured,
         {**content, "bundle": str(out), "digest": bundle.digest},
         module,
+        stages,
+        signed,
     )
 
 
@@ -247,91 +255,6 @@ def _load(recipe: Recipe, source: Source, reporter: Reporter) -> tuple[Dataset, 
         recipe.data, source.spec, max_train_images=recipe.max_train_images, reporter=reporter
     )
     return data, load_model(source, recipe.weights, classes=len(data.classes))
-
-
-def _prune_and_recover(
-    recipe: Recipe, parent: LoadedModel, data: Dataset, reporter: Reporter
-) -> tuple[Pruned | None, History | None]:
-    if not recipe.prunes:
-        return None, None
-    spec, defaults = parent.spec, parent.source.training
-    config = FitConfig(
-        epochs=recipe.epochs or 0,
-        batch_size=recipe.batch_size or defaults.batch_size,
-        learning_rate=recipe.learning_rate or defaults.recover_learning_rate,
-        weight_decay=defaults.weight_decay,
-        optimizer=defaults.optimizer,
-        seed=recipe.seed,
-        distill_weight=recipe.distill_weight,
-        distill_temperature=recipe.distill_temperature,
-    )
-    if recipe.budget:
-        found = shrink(parent.module, data, spec, shrink_config(recipe), config, reporter=reporter)
-        if found[0] is None:
-            reporter.say(f"Nothing needs to be cut for {', '.join(recipe.budget)}")
-        return found
-    with reporter.step("Pruning", 1):
-        pruned = prune(
-            parent.module,
-            spec,
-            recipe.prune,
-            keep_whole=recipe.keep_whole,
-            importance=recipe.importance,
-            gradients=loss_gradients(data, spec),
-        )
-    return pruned, recover(pruned.module, parent.module, data, spec, config, reporter=reporter)
-
-
-def shrink_config(recipe: Recipe) -> ShrinkConfig:
-    """Return how a recipe wants its budget met."""
-    # With 8 bits allowed float files compete, too.
-    targets = ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
-    return ShrinkConfig(
-        parse_budgets(recipe.budget),
-        targets,
-        recipe.prune_steps,
-        recipe.importance,
-        recipe.keep_whole,
-        recipe.remove_blocks,
-    )
-
-
-def _build_all(
-    recipe: Recipe,
-    parent: LoadedModel,
-    pruned: Pruned | None,
-    data: Dataset,
-    stage: Path,
-    reporter: Reporter,
-) -> list[Candidate]:
-    config = None
-    if recipe.target == "cpu-int8":
-        config = QuantizeConfig(recipe.calibration_images, reduce_range=not recipe.vnni)
-    modules = {"parent": parent.module}
-    if pruned is not None:
-        modules["pruned"] = pruned.module
-    if config is None and pruned is None:
-        raise UsageInvalid("target cpu-fp32 with prune 0 leaves nothing to do; use pollard bundle")
-    built: list[Candidate] = []
-    with reporter.step("Exporting and quantizing", len(modules)) as step:
-        for kind, module in modules.items():
-            built += build(kind, module, parent.spec, _work_folder(stage), data.train, config)
-            step.advance()
-    return built
-
-
-def _profiles(
-    measured: list[Measured], machine: Machine, reporter: Reporter
-) -> dict[str, TargetProfile]:
-    """Say where the time of these files goes, by name of the candidate."""
-    found = {}
-    for each in measured:
-        candidate = each.candidate
-        table = LatencyTable(candidate.target, machine=machine)
-        found[candidate.name] = profile_file(
-            candidate.module, candidate.spec, candidate.path, table, reporter=reporter
-        )
-    return found
 
 
 def _work_folder(stage: Path) -> Path:

@@ -20,11 +20,11 @@ from pollard.compress.errors import DataInvalid
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
 from pollard.compress.models import LoadedModel, load_model, resolve
-from pollard.compress.pipeline import require_weights, shrink_config, torch_threads
+from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
-from pollard.compress.shrink import plan_shrink
+from pollard.compress.shrink import plan_shrink, shrink_config
 from pollard.compress.sources import open_source
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.machine import Machine

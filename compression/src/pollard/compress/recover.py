@@ -42,8 +42,6 @@ def recover(
         TrainingDiverged: see :func:`pollard.compress.training.fit`.
     """
     recalibrate_batch_norm(pruned, data.train, spec)
-    for parameter in parent.parameters():
-        parameter.requires_grad_(False)
     history = fit(
         pruned,
         data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from pollard.compress.macs import LayerCost
 from pollard.compress.profile import TargetProfile
 from pollard.compress.prune import Pruned
 from pollard.compress.report_page import render_page
+from pollard.compress.stages import Done
 from pollard.compress.training import History
 from pollard.compress.verify import MIN_SPEEDUP, Measured
 from pollard.runtime.machine import Machine
@@ -62,6 +64,8 @@ class Compression:
     layers_after: list[LayerCost]
     profiles: dict[str, TargetProfile]
     """Name of a candidate → where its time goes."""
+    stages: Sequence[Done[Any]]
+    """What the result was made in."""
     seconds: float
 
 
@@ -117,6 +121,15 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "recovery": None if run.history is None else asdict(run.history),
         "layers": _layers(run.layers_before, run.layers_after),
         "profiles": {name: profile.to_json() for name, profile in run.profiles.items()},
+        "stages": [
+            {
+                "name": done.name,
+                "key": done.key,
+                "seconds": round(done.seconds, 2),
+                "reused": done.reused,
+            }
+            for done in run.stages
+        ],
         "confusion": {
             "classes": run.data.classes,
             "parent": parent.confusion.tolist(),

@@ -59,20 +59,46 @@ def measure_sensitivities(
         images: How many of each are used.
         reporter: Told of progress.
     """
-    reporter = reporter or Reporter()
     probe = spec.normalize(data.choose.images[:images])
     wanted = _log_answers(teacher, probe)
+    return measure_losses(
+        prunable,
+        blocks,
+        lambda module: _divergence(wanted, _log_answers(module, probe)),
+        lambda module: recalibrate_batch_norm(module, data.train, spec, images),
+        reporter=reporter,
+    )
+
+
+def measure_losses(
+    prunable: Prunable,
+    blocks: Sequence[str],
+    distance: Callable[[nn.Module], float],
+    recalibrate: Callable[[nn.Module], None],
+    *,
+    reporter: Reporter | None = None,
+) -> Sensitivities:
+    """Measure what losing half of each group, and each block, does.
+
+    Args:
+        prunable: As for :func:`measure_sensitivities`.
+        blocks: Likewise.
+        distance: How far a module's answers are from the right ones.
+        recalibrate: Measures a module's batch norms anew, in place.
+        reporter: Told of progress.
+    """
+    reporter = reporter or Reporter()
     work = prunable.module
     state = copy.deepcopy(work.state_dict())
-    recalibrate_batch_norm(work, data.train, spec, images)
+    recalibrate(work)
     # What measuring the batch norms on few images does by itself is no group's fault.
-    floor = _divergence(wanted, _log_answers(work, probe))
+    floor = distance(work)
 
     def measured(change: Callable[[], None]) -> float:
         work.load_state_dict(state)
         change()
-        recalibrate_batch_norm(work, data.train, spec, images)
-        return max(0.0, _divergence(wanted, _log_answers(work, probe)) - floor)
+        recalibrate(work)
+        return max(0.0, distance(work) - floor)
 
     groups: dict[str, dict[int, float]] = {}
     singles: dict[str, float] = {}
@@ -91,8 +117,8 @@ def measure_sensitivities(
             work.load_state_dict(state)
             setattr(holder, attribute, nn.Identity())
             try:
-                recalibrate_batch_norm(work, data.train, spec, images)
-                singles[block] = max(0.0, _divergence(wanted, _log_answers(work, probe)) - floor)
+                recalibrate(work)
+                singles[block] = max(0.0, distance(work) - floor)
             finally:
                 setattr(holder, attribute, original)
             step.advance(note=block)

@@ -8,35 +8,38 @@ smaller loss decides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pollard.compress.blocks import find_blocks, without
-from pollard.compress.budget import Budget
+from pollard.compress.budget import Budget, parse_budgets
+from pollard.compress.cut_files import Recovered, load_cut, recover_stage, save_cut
 from pollard.compress.data import Dataset
 from pollard.compress.errors import PruneFailed
 from pollard.compress.groups import Gradients, Prunable, analyse, compose
+from pollard.compress.kernels import Kernel
 from pollard.compress.knapsack import Choice, CostModel, Picked, choose
 from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import total_macs
 from pollard.compress.operations import list_operations
-from pollard.compress.profile import pixels, trace
+from pollard.compress.profile import pixels
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import GroupPlan, Pruned
-from pollard.compress.recipe import Importance
-from pollard.compress.recover import recover
+from pollard.compress.recipe import Importance, Recipe
 from pollard.compress.sensitivity import (
     Sensitivities,
     guessed_sensitivities,
     measure_sensitivities,
 )
 from pollard.compress.spec import InputSpec
+from pollard.compress.stages import Stages, temporary_stages
 from pollard.compress.training import FitConfig, History
 
 # Bytes of a weight, and what the file holds for each operator besides.
@@ -57,12 +60,39 @@ class ShrinkConfig:
     remove_blocks: bool = True
 
 
-def parent_costs(module: nn.Module, spec: InputSpec, reporter: Reporter) -> dict[str, float]:
+@dataclass(frozen=True)
+class Around:
+    """What a model is cut by: what it takes, and its data as functions."""
+
+    takes: InputSpec | Tensor
+    gradients: Gradients
+    """For the importance "taylor"."""
+    losses: Callable[[Prunable, Sequence[str]], Sensitivities]
+    """What narrowing each group, and leaving out each block, would cost."""
+
+
+def shrink_config(recipe: Recipe) -> ShrinkConfig:
+    """Return how a recipe wants its budget met."""
+    # With 8 bits allowed float files compete, too.
+    targets = ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
+    return ShrinkConfig(
+        parse_budgets(recipe.budget),
+        targets,
+        recipe.prune_steps,
+        recipe.importance,
+        recipe.keep_whole,
+        recipe.remove_blocks,
+    )
+
+
+def parent_costs(
+    module: nn.Module, takes: InputSpec | Tensor, reporter: Reporter
+) -> dict[str, float]:
     """Return what the parent's float file takes, from the table."""
-    operations, _ = trace(module, spec, "cpu-fp32")
+    operations = list_operations(module, takes)
     table = LatencyTable("cpu-fp32")
     weight, besides = _BYTES["cpu-fp32"]
-    model = CostModel(operations, (), table, (pixels(spec, "cpu-fp32"),), weight, besides)
+    model = CostModel(operations, (), table, _fixed(takes, "cpu-fp32"), weight, besides)
     model.prepare(reporter)
     return model.costs(model.whole())
 
@@ -75,6 +105,7 @@ def shrink(
     fit: FitConfig,
     *,
     reporter: Reporter | None = None,
+    stages: Stages | None = None,
 ) -> tuple[Pruned | None, History | None]:
     """Return a smaller model that meets the budgets, recovered, and how that went.
 
@@ -85,6 +116,7 @@ def shrink(
         config: What to meet, and how.
         fit: Recovery; its epochs are shared out among the steps.
         reporter: Told of progress.
+        stages: Where every cut and every recovery is kept; nothing is when None.
 
     Returns:
         None twice where the parent meets the budgets in one of the targets as it is.
@@ -93,51 +125,117 @@ def shrink(
         PruneFailed: they cannot be met.
     """
     reporter = reporter or Reporter()
+    if stages is None:
+        with temporary_stages(reporter) as stages:
+            return shrink(parent, data, spec, config, fit, reporter=reporter, stages=stages)
     reference = parent_costs(parent, spec, reporter)
-    module = parent
-    result: Pruned | None = None
-    history: History | None = None
-    told: list[dict[str, Any]] = []
-    between = 0 if config.steps < 2 else max(1, round(0.3 * fit.epochs / (config.steps - 1)))
-    between = min(between, fit.epochs // config.steps)
+    result: Recovered | None = None
+    between = epochs_between(fit.epochs, config.steps)
+    around = Around(
+        spec,
+        loss_gradients(data, spec),
+        lambda prunable, blocks: measure_sensitivities(
+            prunable, blocks, data, spec, parent, reporter=reporter
+        ),
+    )
+    left, before, source = fit.epochs, "", Path()
     for step in range(1, config.steps + 1):
-        prunable = analyse(
-            module, spec, keep_whole=config.keep_whole, importance=config.importance,
-            gradients=loss_gradients(data, spec),
-        )  # fmt: skip
-        blocks = find_blocks(prunable.module, spec) if config.remove_blocks else []
-        losses: Sensitivities | None = None
-        if not meets(prunable, spec, config, reference, reporter):
-            losses = measure_sensitivities(prunable, blocks, data, spec, parent, reporter=reporter)
-        elif step == 1:
-            return None, None
-        if losses is None:
-            break
-        toward = 1.0 / (config.steps - step + 1)
-        target, picked = pick(prunable, losses, spec, config, reference, toward, reporter)
-        cut = apply(prunable, picked)
-        told.append(_told(step, target, picked, losses, prunable))
-        macs = total_macs(cut.module, spec)
-        result = _joined(parent, spec, result, cut, macs)
-        module = cut.module
-        last = step == config.steps
-        epochs = fit.epochs - between * (config.steps - 1) if last else between
-        history = recover(
-            module, parent, data, spec, dataclasses.replace(fit, epochs=epochs), reporter=reporter
+        cut = stages.run(
+            "prune",
+            {"budget": config, "reference": reference, "step": step, "after": before},
+            lambda folder, step=step, result=result: save_cut(  # type: ignore[misc]
+                cut_step(
+                    step,
+                    None if result is None else result.pruned,
+                    parent,
+                    around,
+                    config,
+                    reference,
+                    reporter,
+                ),
+                folder,
+            ),
+            lambda folder: load_cut(parent, folder),
         )
+        if cut.value is None and result is None:
+            return None, None
+        # A step with nothing left to cut is the last, and gets all epochs that are left.
+        last = cut.value is None or step == config.steps
+        source = source if cut.value is None else cut.folder
+        epochs = left if last else between
+        left -= epochs
+        given = dataclasses.replace(fit, epochs=epochs)
+        inputs = {"of": cut.key, "after": before}
+        start = result.pruned.module if cut.value is None and result is not None else None
+        done = recover_stage(
+            stages, source, inputs, parent, data, spec, given, reporter, start=start
+        )
+        result, before = done.value, done.key
+        if last:
+            break
     assert result is not None  # noqa: S101 - the first step cuts or returns
+    return result.pruned, result.history
+
+
+def epochs_between(epochs: int, steps: int) -> int:
+    """Return how many of the epochs go to each recovery but the last."""
+    between = 0 if steps < 2 else max(1, round(0.3 * epochs / (steps - 1)))
+    return min(between, epochs // steps)
+
+
+def cut_step(
+    step: int,
+    earlier: Pruned | None,
+    parent: nn.Module,
+    around: Around,
+    config: ShrinkConfig,
+    reference: dict[str, float],
+    reporter: Reporter,
+) -> Pruned | None:
+    """Take one step toward the budgets; None where they are met as it is.
+
+    Args:
+        step: From 1.
+        earlier: What the step before left, recovered.
+        parent: Of all steps.
+        around: What to cut by.
+        config: What to meet, and how.
+        reference: From :func:`parent_costs`.
+        reporter: Told of progress.
+
+    Raises:
+        PruneFailed: the budgets cannot be met.
+    """
+    spec = around.takes
+    prunable = analyse(
+        parent if earlier is None else earlier.module,
+        spec,
+        keep_whole=config.keep_whole,
+        importance=config.importance,
+        gradients=around.gradients,
+    )
+    if meets(prunable, spec, config, reference, reporter):
+        return None
+    blocks = find_blocks(prunable.module, spec) if config.remove_blocks else []
+    losses = around.losses(prunable, blocks)
+    toward = 1.0 / (config.steps - step + 1)
+    target, picked = pick(prunable, losses, spec, config, reference, toward, reporter)
+    cut = apply(prunable, picked)
+    told = _told(step, target, picked, losses, prunable)
+    joined = _joined(parent, spec, earlier, cut, total_macs(cut.module, spec))
+    so_far = [] if earlier is None or earlier.search is None else earlier.search["steps"]
     search = {
         "budgets": [budget.text for budget in config.budgets],
         "importance": config.importance,
         "parent": dict(reference),
-        "steps": told,
+        "steps": [*so_far, told],
     }
-    return dataclasses.replace(result, search=search), history
+    return dataclasses.replace(joined, search=search)
 
 
 def meets(
     prunable: Prunable,
-    spec: InputSpec,
+    spec: InputSpec | Tensor,
     config: ShrinkConfig,
     reference: dict[str, float],
     reporter: Reporter,
@@ -152,7 +250,11 @@ def meets(
 
 
 def cost_model(
-    prunable: Prunable, losses: Sensitivities, spec: InputSpec, target: str, reporter: Reporter
+    prunable: Prunable,
+    losses: Sensitivities,
+    spec: InputSpec | Tensor,
+    target: str,
+    reporter: Reporter,
 ) -> CostModel:
     """Return what a model takes in a target at any widths; its rows are measured."""
     choices = [
@@ -169,7 +271,7 @@ def cost_model(
     weight, besides = _BYTES[target]
     operations = list_operations(prunable.module, spec)
     table = LatencyTable(target)
-    model = CostModel(operations, choices, table, (pixels(spec, target),), weight, besides)
+    model = CostModel(operations, choices, table, _fixed(spec, target), weight, besides)
     model.prepare(reporter)
     return model
 
@@ -177,7 +279,7 @@ def cost_model(
 def pick(
     prunable: Prunable,
     losses: Sensitivities,
-    spec: InputSpec,
+    spec: InputSpec | Tensor,
     config: ShrinkConfig,
     reference: dict[str, float],
     toward: float,
@@ -260,8 +362,13 @@ def loss_gradients(data: Dataset, spec: InputSpec, images: int = 256) -> Gradien
     return add
 
 
+def _fixed(takes: InputSpec | Tensor, target: str) -> tuple[Kernel, ...]:
+    """Return what stands before the network: nothing where it takes tensors."""
+    return () if isinstance(takes, Tensor) else (pixels(takes, target),)
+
+
 def _joined(
-    parent: nn.Module, spec: InputSpec, earlier: Pruned | None, cut: Pruned, macs: int
+    parent: nn.Module, spec: InputSpec | Tensor, earlier: Pruned | None, cut: Pruned, macs: int
 ) -> Pruned:
     """Describe all cuts so far as one, in the parent's numbering."""
     if earlier is None:

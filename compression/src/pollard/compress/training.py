@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -185,6 +185,13 @@ def recalibrate_batch_norm(
     module: nn.Module, data: Part, spec: InputSpec, images: int = 2048, batch_size: int = 128
 ) -> None:
     """Measure the batch-norm statistics anew; weights stay as they are."""
+    starts = range(0, min(images, len(data)), batch_size)
+    pieces = (data.images[start : start + batch_size] for start in starts)
+    recalibrate_by(module, (spec.normalize(piece) for piece in pieces))
+
+
+def recalibrate_by(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure the batch-norm statistics anew on inputs, float32 [batch, …]."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
@@ -194,10 +201,9 @@ def recalibrate_batch_norm(
         norm.momentum = None  # a plain average over all batches
     module.train()
     with torch.no_grad():
-        for start in range(0, min(images, len(data)), batch_size):
-            batch = data.images[start : start + batch_size]
-            if len(batch) > 1:
-                module(spec.normalize(batch))
+        for inputs in batches:
+            if len(inputs) > 1:
+                module(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()

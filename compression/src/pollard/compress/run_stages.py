@@ -1,0 +1,287 @@
+"""The stages of one compression run: what each is made from, makes, and leaves.
+
+profile → prune → recover → export → verify; report, bundle and signature are written with
+the bundle itself, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import pollard.compress
+import pollard.runtime.bundle
+from pollard.compress import bundling, verify
+from pollard.compress.candidates import Candidate, build
+from pollard.compress.codec import decode, encode
+from pollard.compress.cut_files import load_cut, recover_stage, save_cut
+from pollard.compress.data import Dataset, Part
+from pollard.compress.errors import GateRefused, UsageInvalid
+from pollard.compress.latency import LatencyTable, default_folder
+from pollard.compress.models import LoadedModel
+from pollard.compress.profile import TargetProfile, profile_file
+from pollard.compress.progress import Reporter
+from pollard.compress.prune import Pruned, prune
+from pollard.compress.quantize import QuantizeConfig
+from pollard.compress.recipe import Recipe
+from pollard.compress.shrink import loss_gradients, shrink, shrink_config
+from pollard.compress.stages import Stages, read_json, write_json
+from pollard.compress.training import FitConfig, History
+from pollard.compress.verify import Measured
+from pollard.runtime.digests import sha256_file
+from pollard.runtime.machine import Machine
+
+_FILES = "candidates.json"
+
+
+@dataclass
+class Run:
+    """One run, in stages."""
+
+    recipe: Recipe
+    """With every default filled in."""
+    parent: LoadedModel
+    data: Dataset
+    machine: Machine
+    stages: Stages
+    reporter: Reporter
+
+    def prune_and_recover(self) -> tuple[Pruned | None, History | None]:
+        """Return the smaller model and its training; nothing where nothing is cut."""
+        recipe, parent = self.recipe, self.parent
+        if not recipe.prunes:
+            return None, None
+        fit = fit_config(recipe, parent)
+        if recipe.budget:
+            found = shrink(
+                parent.module, self.data, parent.spec, shrink_config(recipe), fit,
+                reporter=self.reporter, stages=self.stages,
+            )  # fmt: skip
+            if found[0] is None:
+                self.reporter.say(f"Nothing needs to be cut for {', '.join(recipe.budget)}")
+            return found
+        asked = {
+            "prune": recipe.prune,
+            "keep_whole": recipe.keep_whole,
+            "importance": recipe.importance,
+        }
+        cut = self.stages.run("prune", asked, self._prune, lambda f: load_cut(parent.module, f))
+        inputs = {"of": cut.key}
+        done = recover_stage(
+            self.stages, cut.folder, inputs, parent.module, self.data, parent.spec, fit,
+            self.reporter,
+        )  # fmt: skip
+        return done.value.pruned, done.value.history
+
+    def _prune(self, folder: Path) -> None:
+        recipe, parent = self.recipe, self.parent
+        with self.reporter.step("Pruning", 1):
+            cut = prune(
+                parent.module,
+                parent.spec,
+                recipe.prune,
+                keep_whole=recipe.keep_whole,
+                importance=recipe.importance,
+                gradients=loss_gradients(self.data, parent.spec),
+            )
+        save_cut(cut, folder)
+
+    def build(self, pruned: Pruned | None) -> list[Candidate]:
+        """Return the files that compete; the first is the parent's in float."""
+        config = None
+        if self.recipe.target == "cpu-int8":
+            config = QuantizeConfig(
+                self.recipe.calibration_images, reduce_range=not self.recipe.vnni
+            )
+        modules = {"parent": self.parent.module}
+        if pruned is not None:
+            modules["pruned"] = pruned.module
+        if config is None and pruned is None:
+            raise UsageInvalid(
+                "target cpu-fp32 with prune 0 leaves nothing to do; use pollard bundle"
+            )
+        built: list[Candidate] = []
+        with self.reporter.step("Exporting and quantizing", len(modules)) as step:
+            for kind, module in modules.items():
+                built += self._export(kind, module, config)
+                step.advance()
+        return built
+
+    def _export(
+        self, kind: str, module: nn.Module, config: QuantizeConfig | None
+    ) -> list[Candidate]:
+        spec = self.parent.spec
+
+        def make(folder: Path) -> None:
+            made = build(kind, module, spec, folder, self.data.train, config)
+            told = [
+                {"file": c.path.name, **encode(c, skip=("path", "module", "spec"))} for c in made
+            ]
+            write_json(folder / _FILES, told)
+
+        def load(folder: Path) -> list[Candidate]:
+            return [
+                decode(
+                    Candidate, told, path=folder / str(told.pop("file")), module=module, spec=spec
+                )
+                for told in read_json(folder / _FILES)
+            ]
+
+        inputs = {"kind": kind, "weights": module_digest(module), "quantize": config}
+        return self.stages.run("export", inputs, make, load).value
+
+    def choose(self, built: Sequence[Candidate], rounds: int) -> tuple[list[Measured], Measured]:
+        """Measure all candidates on the choosing part and return the one to ship, too.
+
+        Raises:
+            GateRefused: none may be shipped.
+        """
+        measured = self._measure("Measuring candidates", built, self.data.choose, rounds)
+        with self._measured_anew_if_refused():
+            return measured, verify.select(measured, self.recipe.max_drop)
+
+    def confirm(
+        self, parent: Candidate, picked: Candidate, rounds: int
+    ) -> tuple[Measured, Measured]:
+        """Measure parent and choice on the held-out part.
+
+        Raises:
+            GateRefused: it does not hold there.
+        """
+        files = [parent, picked]
+        found = self._measure("Confirming the choice", files, self.data.held_out, rounds)
+        with self._measured_anew_if_refused():
+            verify.confirm(found[0], found[1], self.recipe.max_drop)
+        return found[0], found[1]
+
+    def _measure(
+        self, title: str, files: Sequence[Candidate], part: Part, rounds: int
+    ) -> list[Measured]:
+        def make(folder: Path) -> None:
+            with self.reporter.step(title, 1):
+                found = verify.measure(files, part, self.data, rounds=rounds)
+            write_json(
+                folder / "measured.json", [encode(one, skip=("candidate",)) for one in found]
+            )
+
+        def load(folder: Path) -> list[Measured]:
+            told = read_json(folder / "measured.json")
+            return [decode(Measured, t, candidate=c) for t, c in zip(told, files, strict=True)]
+
+        digests = {c.name: [sha256_file(c.path), module_digest(c.module)] for c in files}
+        inputs = {"part": part.name, "files": digests, "rounds": rounds}
+        return self.stages.run("verify", inputs, make, load).value
+
+    def profile(self, candidate: Candidate) -> TargetProfile:
+        """Say where the time of a file goes."""
+
+        def make(folder: Path) -> None:
+            table = LatencyTable(candidate.target, machine=self.machine)
+            found = profile_file(
+                candidate.module, candidate.spec, candidate.path, table, reporter=self.reporter
+            )
+            write_json(folder / "profile.json", encode(found))
+
+        inputs = {"file": sha256_file(candidate.path), "weights": module_digest(candidate.module)}
+        return self.stages.run(
+            "profile", inputs, make, lambda f: decode(TargetProfile, read_json(f / "profile.json"))
+        ).value
+
+    def _measured_anew_if_refused(self) -> _Forget:
+        return _Forget(self.stages)
+
+
+class _Forget:
+    """Forgets the last stage on a refusal: the next run may find a less busy machine."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, GateRefused):
+            self._stages.forget(self._stages.done[-1])
+
+
+def stages_folder() -> Path:
+    """Return where finished stages are kept: beside the tables of latencies."""
+    return default_folder().with_name("stages")
+
+
+def open_stages(
+    recipe: Recipe,
+    parent: LoadedModel,
+    data: Dataset,
+    machine: Machine,
+    folder: Path | None,
+    *,
+    fresh: bool,
+    reporter: Reporter,
+) -> Stages:
+    """Return the stages of a run; what all of them depend on is in their keys."""
+    base = {
+        "tools": bundling.tool_versions(),
+        "pollard": _sources_digest(),
+        "processor": machine.processor,
+        "cpu_features": sorted(f for f in machine.cpu_features if f.startswith("avx")),
+        "threads": recipe.threads,
+        "data": data.digest,
+        "model": parent.source.reference,
+        "model_code": _code_digest(parent.module),
+        "weights": parent.weights_digest,
+        "takes": parent.spec,
+    }
+    return Stages(folder or stages_folder(), base, fresh, reporter)
+
+
+def fit_config(recipe: Recipe, parent: LoadedModel) -> FitConfig:
+    """Return how a recipe wants its model recovered."""
+    defaults = parent.source.training
+    return FitConfig(
+        epochs=recipe.epochs or 0,
+        batch_size=recipe.batch_size or defaults.batch_size,
+        learning_rate=recipe.learning_rate or defaults.recover_learning_rate,
+        weight_decay=defaults.weight_decay,
+        optimizer=defaults.optimizer,
+        seed=recipe.seed,
+        distill_weight=recipe.distill_weight,
+        distill_temperature=recipe.distill_temperature,
+    )
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return a digest of a module's structure and weights."""
+    found = hashlib.sha256(repr(module).encode())
+    for name, value in module.state_dict().items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _code_digest(module: nn.Module) -> str:
+    """Return a digest of the files that define a module's own classes."""
+    files: set[Path] = set()
+    for kind in {type(part) for part in module.modules()}:
+        home = sys.modules.get(kind.__module__)
+        path = inspect.getsourcefile(home) if home is not None else None
+        if path is not None and not kind.__module__.startswith("torch."):
+            files.add(Path(path))
+    return _digest_of(sorted(path for path in files if path.is_file()))
+
+
+def _sources_digest() -> str:
+    """Return a digest of Pollard's own code, so that another version makes its own stages."""
+    homes = [Path(pollard.compress.__file__).parent, Path(pollard.runtime.bundle.__file__).parent]
+    return _digest_of(sorted(path for home in homes for path in home.rglob("*.py")))
+
+
+def _digest_of(paths: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(sha256_file(path) for path in paths).encode()).hexdigest()
