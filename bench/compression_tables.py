@@ -29,8 +29,8 @@ def render(content: Mapping[str, Any]) -> str:
         "parent's float file; × is how many times faster, with the 95 % interval of the median. "
         "Points lost are paired against the parent on the same images, with their 95 % interval. "
         "Every choice was made on one half of `test/`; the figures are from the other (n = 5,000), "
-        "except for quantization alone, which chooses nothing (n = 10,000). Load averages are in "
-        "the JSON file beside this.",
+        "except for quantization alone, which chooses nothing (n = 10,000).",
+        _loads(cells),
     ]
     for name, cell in cells.items():
         if not name.startswith("equal-"):
@@ -39,6 +39,16 @@ def render(content: Mapping[str, Any]) -> str:
     if content["missing"]:
         parts.append(f"Not measured yet: {', '.join(content['missing'])}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _loads(cells: Mapping[str, Any]) -> str:
+    timed = [cell["timed"]["load_average"][0] for cell in cells.values() if "timed" in cell]
+    if not timed:
+        return "Latencies were taken while the machine did other work."
+    return (
+        "Latencies were taken by themselves, after the training; the load average was then "
+        f"{min(timed)} to {max(timed)}."
+    )
 
 
 def _cell(name: str, cell: Mapping[str, Any]) -> list[str]:

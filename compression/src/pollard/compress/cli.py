@@ -126,6 +126,16 @@ def compress(
             "chosen by measured latency.",
         ),
     ] = None,
+    search: Annotated[
+        int,
+        typer.Option(
+            "--search",
+            min=0,
+            metavar="N",
+            help="Instead of --prune and --budget: try N points between latency and accuracy and "
+            "compress to the fastest that holds --max-drop.",
+        ),
+    ] = 0,
     importance: Annotated[
         str, typer.Option("--importance", help="How channels are ranked: l1, l2, bn or taylor.")
     ] = "l2",
@@ -203,6 +213,7 @@ def compress(
             "target": target,
             "prune": prune,
             "budget": tuple(budget or ()),
+            "search": search,
             "importance": importance,
             "prune_steps": prune_steps,
             "remove_blocks": remove_blocks,
@@ -219,6 +230,8 @@ def compress(
         }
         if budget and _given(context, "prune"):
             raise UsageInvalid("--prune and --budget exclude each other; --budget macs= is a share")
+        if search and _given(context, "prune"):
+            raise UsageInvalid("--prune and --search exclude each other; a search cuts by latency")
         fields = recipe_file.read(recipe_path) if recipe_path else {}
         if fields.get("spec") is not None:
             fields["spec"] = recipe_file.make_spec(fields["spec"])

@@ -117,6 +117,14 @@ def compress(
         data, parent = _load(recipe, source, reporter)
         stages = open_stages(recipe, parent, data, machine, cache, fresh=fresh, reporter=reporter)
         run = Run(recipe, parent, data, machine, stages, reporter)
+        found = None
+        if recipe.search:
+            from pollard.compress.search_trials import search_stage
+
+            found = search_stage(run)
+            chosen_point = found.trials[found.chosen].point
+            reporter.say(f"Search: compressing to {chosen_point.latency:.0%} of the latency")
+            run.recipe = chosen_point.apply(recipe)
         pruned, history = run.prune_and_recover()
         built = run.build(pruned)
         measured, picked = run.choose(built, _ROUNDS_CHOOSE)
@@ -144,6 +152,7 @@ def compress(
                 layers_after=layer_costs(chosen.candidate.module, source.spec),
                 profiles=profiles,
                 stages=stages.done,
+                search=found,
                 seconds=time.monotonic() - started + earlier,
             )
         )

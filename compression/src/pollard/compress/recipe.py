@@ -42,6 +42,9 @@ class Recipe:
     budget: tuple[str, ...] = ()
     """What the shipped file may take, such as "latency=0.4" or "size=300kB"; shares are of
     the parent's float file. Widths and residual blocks are chosen by measured latency."""
+    search: int = 0
+    """Trials of a search for the budget of latency, the importance, and whether blocks
+    may go; 0 does not search. Not used with ``budget``."""
     importance: Importance = "l2"
     """How channels are ranked: "l1", "l2", "bn" or "taylor"."""
     prune_steps: int = 2
@@ -78,6 +81,11 @@ class Recipe:
         _check(self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}")
         _check(0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1")
         parse_budgets(self.budget)
+        _check(0 <= self.search <= 10_000, f"search is {self.search}; it is 0 to 10000 trials")
+        _check(
+            not (self.search and self.budget),
+            "search and budget exclude each other: the search chooses the budget of latency",
+        )
         _check(
             self.importance in IMPORTANCES,
             f"importance {self.importance!r} is not one of {', '.join(IMPORTANCES)}",
@@ -99,7 +107,7 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         """Whether anything is to be cut."""
-        return bool(self.budget) or self.prune > 0
+        return bool(self.budget) or self.search > 0 or self.prune > 0
 
     def public(self) -> dict[str, Any]:
         """Return the fields for bundle and report: files by name, not by path."""

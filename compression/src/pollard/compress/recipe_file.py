@@ -40,6 +40,11 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
         "params\n# and size. Shares are of the parent's float file; latency=1.5ms and size=300kB "
         "work, too.",
     ),
+    "search": (
+        _COUNT,
+        False,
+        "Instead of prune and budget: trials of a search for the budget of latency; 0: none.",
+    ),
     "importance": (_TEXT, False, "How channels are ranked: l1, l2, bn or taylor."),
     "prune_steps": (_COUNT, False, "Cuts on the way to a budget, with recovery between them."),
     "remove_blocks": (_SWITCH, False, "Whether whole residual blocks may go for a budget."),

@@ -14,6 +14,7 @@ from pollard.compress.macs import LayerCost
 from pollard.compress.profile import TargetProfile
 from pollard.compress.prune import Pruned
 from pollard.compress.report_page import render_page
+from pollard.compress.search import Found, front
 from pollard.compress.stages import Done
 from pollard.compress.training import History
 from pollard.compress.verify import MIN_SPEEDUP, Measured
@@ -66,6 +67,7 @@ class Compression:
     """Name of a candidate → where its time goes."""
     stages: Sequence[Done[Any]]
     """What the result was made in."""
+    search: Found | None
     seconds: float
 
 
@@ -121,6 +123,7 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "recovery": None if run.history is None else asdict(run.history),
         "layers": _layers(run.layers_before, run.layers_after),
         "profiles": {name: profile.to_json() for name, profile in run.profiles.items()},
+        "search": None if run.search is None else _search(run.search),
         "stages": [
             {
                 "name": done.name,
@@ -173,6 +176,10 @@ def _common(run: Packing | Compression) -> dict[str, Any]:
             "tool_versions": tool_versions(),
         },
     }
+
+
+def _search(found: Found) -> dict[str, Any]:
+    return {**asdict(found), "front": [trial.number for trial in front(found.trials)]}
 
 
 def _pruning(pruned: Pruned, requested: float) -> dict[str, Any]:

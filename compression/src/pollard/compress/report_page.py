@@ -21,6 +21,7 @@ from pollard.compress.report_plots import (
     agreement_text,
     confusion,
     curves,
+    front_plot,
     latency_bars,
     layer_bars,
     scatter,
@@ -46,6 +47,8 @@ def _sections(content: dict[str, Any]) -> list[str]:
         panel(scatter(content)),
         panel(_candidate_table(content)),
     ]
+    if content["search"]:
+        parts += _front_sections(content)
     parts += _stage_notes(content)
     if content["pruning"] and content["pruning"]["search"]:
         parts += search_sections(content["pruning"]["search"])
@@ -253,6 +256,21 @@ def _candidate_table(content: dict[str, Any]) -> str:
         )
     heads = ("", "Accuracy", "Points", "Latency", "Speed-up (lower bound)", "Size", "MACs")
     return table(heads, rows, chosen)
+
+
+def _front_sections(content: dict[str, Any]) -> list[str]:
+    search = content["search"]
+    failed = [trial for trial in search["trials"] if not trial["outcome"]]
+    chosen = next(trial for trial in search["trials"] if trial["number"] == search["chosen"])
+    missed = f" {len(failed)} could not be reached." if failed else ""
+    return [
+        "<h2>Search</h2>",
+        f"<p>{len(search['trials'])} points between latency and accuracy were tried, each with "
+        "batch norms measured anew and a recovery of less than a third of an epoch: the points "
+        f"lost are before full recovery.{missed} Compressed to was "
+        f"{chosen['point']['latency']:.0%} of the latency: {html.escape(search['why'])}.</p>",
+        panel(front_plot(search, content["gate"]["max_drop_points"])),
+    ]
 
 
 def _stage_notes(content: dict[str, Any]) -> list[str]:

@@ -64,6 +64,57 @@ def scatter(content: dict[str, Any]) -> str:
     return plot(figure, 400)
 
 
+def front_plot(search: dict[str, Any], limit: float) -> str:
+    """Return a plot of a search: every trial, the front, the gate, and what was chosen."""
+    reached = [trial for trial in search["trials"] if trial["outcome"]]
+    best = {number: index for index, number in enumerate(search["front"])}
+    line = sorted((t for t in reached if t["number"] in best), key=lambda t: best[t["number"]])
+    figure = go.Figure()
+    for trials, name, mode, color in (
+        ([t for t in reached if t["number"] not in best], "other trials", "markers", GREY),
+        (line, "front", "lines+markers", BLUE),
+        ([t for t in reached if t["number"] == search["chosen"]], "chosen", "markers", GREEN),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=[trial["outcome"]["latency"] for trial in trials],
+                y=[-trial["outcome"]["drop_points"] for trial in trials],
+                customdata=[
+                    [
+                        trial["number"],
+                        trial["outcome"]["file"],
+                        trial["point"]["importance"],
+                        "blocks may go" if trial["point"]["remove_blocks"] else "all blocks stay",
+                        trial["point"]["latency"],
+                    ]
+                    for trial in trials
+                ],
+                hovertemplate="trial %{customdata[0]}, %{customdata[1]}<br>%{x:.0%} of the latency "
+                "(%{customdata[4]:.0%} asked for)<br>%{y:+.2f} points<br>%{customdata[2]}, "
+                "%{customdata[3]}<extra></extra>",
+                mode=mode,
+                name=name,
+                marker={
+                    "color": color,
+                    "size": 15 if name == "chosen" else 9,
+                    "symbol": "star" if name == "chosen" else "circle",
+                },
+            )
+        )
+    figure.add_hline(
+        y=-limit,
+        line={"color": RED, "dash": "dash"},
+        annotation_text=f"gate: at most {points(limit)} lost",
+        annotation_position="bottom right",
+    )
+    figure.update_xaxes(
+        title="measured latency, share of the parent's float file", tickformat=".0%"
+    )
+    figure.update_yaxes(title="accuracy against the parent, points")
+    figure.update_layout(legend={"orientation": "h", "y": 1.12})
+    return plot(figure, 400)
+
+
 def search_sections(search: dict[str, Any]) -> list[str]:
     """Show what each choice would have cost, and which were taken."""
     parts = [
