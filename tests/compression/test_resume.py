@@ -131,7 +131,11 @@ def test_a_stopped_command_says_so_and_leaves_nothing_half_made(
         "compress", "zoo:small-cnn-28", "--data", "digits", "--weights", str(digits_parent),
         "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--epochs", "10000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A test run in the background may have been started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     stages = tmp_path / "cache" / "stages"
     while not list(stages.glob("recover-*.partial")):
         assert process.poll() is None, process.communicate()

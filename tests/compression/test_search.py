@@ -56,7 +56,7 @@ def test_the_fastest_that_holds_the_gate_is_chosen_or_else_the_most_accurate() -
     assert choose(TRIALS, 0.4)[0] == 0
     number, why = choose(TRIALS, 0.1)
     assert number == 0
-    assert "loses 0.40" in why
+    assert "loses 0.40 points" in why
     with pytest.raises(PruneFailed, match="none of its 1 points: too far"):
         choose([TRIALS[4]], 1.0)
 

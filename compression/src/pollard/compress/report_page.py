@@ -42,13 +42,12 @@ def _sections(content: dict[str, Any]) -> list[str]:
         "<h2>Before and after</h2>",
         f"<p class='muted'>{_held_out_note(content)}</p>",
         panel(_before_after(content)),
+        *(_front_sections(content) if content["search"] else []),
         "<h2>Candidates</h2>",
         _candidate_text(content),
         panel(scatter(content)),
         panel(_candidate_table(content)),
     ]
-    if content["search"]:
-        parts += _front_sections(content)
     parts += _stage_notes(content)
     if content["pruning"] and content["pruning"]["search"]:
         parts += search_sections(content["pruning"]["search"])
@@ -67,7 +66,21 @@ def _sections(content: dict[str, Any]) -> list[str]:
         f"<div class='two'>{panel(confusion(content, 'parent', 'Parent'))}"
         f"{panel(confusion(content, 'chosen', 'Shipped'))}</div>",
     ]
-    return [*parts, *_provenance(content)]
+    return [*parts, *_provenance(content), *_stages(content)]
+
+
+def _stages(content: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            stage["name"],
+            f"{stage['seconds']:.1f} s",
+            "taken from an earlier run" if stage["reused"] else "made in this run",
+            stage["key"][:16],
+        )
+        for stage in content["stages"]
+    ]
+    heads = ("Stage", "Time", "", "Digest of what went in")
+    return [f"<details><summary>Stages</summary>{panel(table(heads, rows))}</details>"]
 
 
 def _parent_sections(content: dict[str, Any]) -> list[str]:
@@ -370,7 +383,8 @@ def _layer_table(content: dict[str, Any]) -> str:
 def _time_sections(content: dict[str, Any]) -> list[str]:
     profiles = content["profiles"]
     notes = "".join(
-        f"<li>{name}: {html.escape(agreement_text(found))}</li>" for name, found in profiles.items()
+        f"<li>{name}: {html.escape(agreement_text(found).partition(': ')[2])}</li>"
+        for name, found in profiles.items()
     )
     return [
         "<h2>Where the time goes</h2>",

@@ -190,6 +190,8 @@ def curves(content: dict[str, Any]) -> str:
             "side": "right",
             "showgrid": False,
             "rangemode": "tozero",
+            # By itself it would be marked where the left axis is, at odd values.
+            "tickmode": "auto",
         },
         legend={"orientation": "h", "y": 1.15},
     )

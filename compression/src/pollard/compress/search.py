@@ -249,10 +249,10 @@ def choose(trials: Sequence[Trial], max_drop: float) -> tuple[int, str]:
         raise PruneFailed(f"the search reached none of its {len(trials)} points: {told}")
     holding = [trial for trial in best if _drop(trial) <= max_drop + 1e-9]
     if holding:
-        return holding[0].number, f"the fastest that holds {max_drop:g} points already"
+        return holding[0].number, "the fastest that holds the gate already"
     return best[-1].number, (
-        f"none holds {max_drop:g} points after so short a recovery; the most accurate, which "
-        f"loses {_drop(best[-1]):.2f}"
+        "none holds the gate after so short a recovery; the most accurate, which loses "
+        f"{_drop(best[-1]):.2f} points"
     )
 
 
