@@ -137,11 +137,14 @@ def test_a_stopped_command_says_so_and_leaves_nothing_half_made(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     stages = tmp_path / "cache" / "stages"
-    while not list(stages.glob("recover-*.partial")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    try:
+        while not list(stages.glob("recover-*.partial")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == code, told
     assert f"Stopped by {words}; finished stages are kept" in told
     assert os.listdir(tmp_path) == ["cache"]
