@@ -93,7 +93,9 @@ def _setting(run: Run, folder: Path) -> Setting:
         name = part.name.rpartition("/")[2]
         np.save(folder / f"{name}-images.npy", part.images[:count])
         np.save(folder / f"{name}-labels.npy", part.labels[:count])
-    return Setting(run.recipe, data.classes, folder, data.digest)
+    # A copy: what a specification has worked out for itself does not go to other processes.
+    spec = replace(run.parent.spec)
+    return Setting(replace(run.recipe, spec=spec), data.classes, folder, data.digest)
 
 
 def prepare(setting: Setting) -> None:
