@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -106,6 +106,7 @@ def test_recalibration_measures_the_statistics_of_the_images(data: Dataset) -> N
     assert net[1].momentum == 0.1
 
 
+@settings(deadline=None)  # how long it takes says more of the machine than of this
 @given(st.sampled_from(["none", "shift", "crop-flip"]), st.integers(0, 100))
 def test_augmentation_moves_pixels_and_invents_none(kind: str, seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -121,6 +122,7 @@ def test_augmentation_moves_pixels_and_invents_none(kind: str, seed: int) -> Non
         }
 
 
+@settings(deadline=None)  # how long it takes says more of the machine than of this
 @given(st.integers(0, 400))
 def test_the_learning_rate_rises_to_its_peak_and_falls(total: int) -> None:
     shares = [one_cycle(total)(step) for step in range(total + 1)]
