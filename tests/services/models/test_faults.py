@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import random
 import shutil
@@ -413,6 +414,120 @@ async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
         (small_disk / "more").unlink()
         await suite.client.models.UpdateModel(update)
         assert (await suite.client.push(large)).revision.revision == 2
+
+
+COLLECTING = """
+import sys
+from pathlib import Path
+from pollard.services.models.blobs_local import LocalBlobs
+from pollard.services.models.collector import Collector, release_dead
+from pollard.services.models.store import Store
+store = Store(Path(sys.argv[1]))
+store.open()
+store.write_now(lambda session: release_dead(session, store.manager_id))
+Collector(store, LocalBlobs(store.blobs)).collect()
+"""
+
+
+async def test_kills_while_collecting_lose_nothing_that_is_needed(
+    manager: Manager, bundles: Any, helpers: Any
+) -> None:
+    """Killed after some of the deletions, it collects the rest, and what was pushed is whole."""
+    chance = random.Random(21)
+    tar = bundles.tar(9)
+    orphans = manager.store / "blobs" / "sha256" / "00"
+    orphans.mkdir(exist_ok=True)
+    wanted = helpers.graph(9, 4)
+    needed_again = hashlib.sha256(wanted).hexdigest()
+    for number in range(1200):
+        (orphans / f"00{number:062x}").write_bytes(b"nobody's")
+    home = manager.store / "blobs" / "sha256" / needed_again[:2]
+    home.mkdir(exist_ok=True)
+    (home / needed_again).write_bytes(wanted)
+
+    def left() -> int:
+        return sum(1 for path in orphans.iterdir() if path.name.startswith("0" * 50))
+
+    for most in (1199, chance.randrange(300, 900), 1):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", COLLECTING, str(manager.store), stderr=subprocess.PIPE
+        )
+        while left() > most:
+            assert process.returncode is None
+            await asyncio.sleep(0.002)
+        process.kill()
+        await process.communicate()
+    await manager.start()
+    assert left() == 0
+    assert (await manager.client.push(tar)).revision.revision == 4
+    for number in range(1, 5):
+        got = await manager.client.download(name=f"models/m/revisions/{number}")
+        assert got["cpu-fp32/model.onnx"]
+    assert got["cpu-fp32/model.onnx"] == wanted
+    with sqlite3.connect(manager.store / DATABASE) as database:
+        assert database.execute("SELECT count(*) FROM blob_holds").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("folder", ["uploads", "blobs"])
+async def test_a_disk_that_becomes_read_only_refuses_pushes_and_is_read(
+    suite_with: Callable[..., Any],
+    small_disk: Path,
+    tmp_path: Path,
+    bundles: Any,
+    helpers: Any,
+    folder: str,
+) -> None:
+    (tmp_path / "store").mkdir()
+    (small_disk / folder).mkdir()
+    (tmp_path / "store" / folder).symlink_to(small_disk / folder)
+    async with suite_with() as suite:
+        await suite.client.push(bundles.tar(1))
+        tar = bundles.tar(2)
+        header = suite.client.header(tar)
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        try:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await suite.client.send(header, tar)
+            assert caught.value.code() == CODE.FAILED_PRECONDITION, caught.value.details()
+            assert helpers.info_of(caught.value).reason == "STORE_READ_ONLY"
+            assert await suite.client.download(name="models/m/revisions/1")
+        finally:
+            subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        # What had come before is here still.
+        header.write_offset = len(tar) if folder == "blobs" else 0
+        assert (await suite.client.send(header, tar)).revision.revision == 2
+
+
+async def test_a_client_that_stops_reading_a_download_holds_up_nothing(
+    suite: Any, bundles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 40_000_000
+    await suite.client.push(bundles.tar(1, **{"ballast.bin": bytes(size)}))
+    read = 0
+    pieces = suite.service.blobs.pieces
+
+    def counted(sha256: str) -> Iterator[bytes]:
+        nonlocal read
+        for piece in pieces(sha256):
+            read += len(piece)
+            yield piece
+
+    monkeypatch.setattr(suite.service.blobs, "pieces", counted)
+    call = suite.client.models.DownloadBundle(pb.DownloadBundleRequest(name="models/m/revisions/1"))
+    async for piece in call:
+        if piece.path == "ballast.bin":
+            break
+    before = -1
+    while before != read:
+        before = read
+        await asyncio.sleep(0.3)
+    # What the connection takes is on its way, and no more is read.
+    assert read < size / 2
+    other = type(suite.client)(suite.service.address)
+    assert (await other.push(bundles.tar(2))).revision.revision == 2
+    assert len((await other.download(name="models/m/revisions/1"))["ballast.bin"]) == size
+    await other.close()
+    call.cancel()
 
 
 async def test_a_rollout_survives_kills_at_any_moment(manager: Manager) -> None:

@@ -195,6 +195,26 @@ async def test_pushing_a_stored_bundle_again_signs_it(
         assert (await client.download(bundle_sha256=bundle.digest))[SIGNATURE] == files[SIGNATURE]
 
 
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"], indirect=True)
+async def test_of_a_signed_and_an_unsigned_push_at_once_the_signature_stays(
+    suite_with: Any, bundles: Any, helpers: Any, keys: dict[str, KeyPair], trusted: Path
+) -> None:
+    async with suite_with(trusted_keys=trusted) as suite:
+        for seed in range(2):
+            bundle = bundles.make(seed)
+            unsigned = helpers.packed(bundle)
+            sign_bundle(bundle.path, keys["team"].private)
+            tars = [unsigned, helpers.packed(bundle), unsigned]
+            answers = await asyncio.gather(*(suite.client.push(tar) for tar in tars))
+            assert {answer.revision.revision for answer in answers} == {seed + 1}
+            assert sorted(answer.existed for answer in answers) == [False, True, True]
+            found = await revision(suite.client, seed + 1)
+            assert found.signature.state == Signature.STATE_TRUSTED
+            files = await suite.client.download(bundle_sha256=bundle.digest)
+            assert files[SIGNATURE] == (bundle.path / SIGNATURE).read_bytes()
+            assert suite.service.collector.collect() == []
+
+
 async def test_a_trusted_signature_replaces_one_of_an_unknown_key(
     suite_with: Any, bundles: Any, helpers: Any, keys: dict[str, KeyPair], trusted: Path
 ) -> None:

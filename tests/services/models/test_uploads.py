@@ -253,6 +253,24 @@ async def test_hostile_tars_are_refused_and_leave_nothing(
     assert not (suite.settings.store.parent / "escaped").exists()
 
 
+async def test_a_manifest_of_50_mb_is_refused_before_it_has_come(suite: Any, refused: Any) -> None:
+    tar = tar_of(("manifest.json", b" " * (50 << 20)))
+    header = suite.client.header(tar)
+
+    async def messages() -> AsyncIterator[pb.UploadBundleRequest]:
+        yield pb.UploadBundleRequest(header=header)
+        for start in range(0, 8 << 20, 1 << 20):
+            yield pb.UploadBundleRequest(data=tar[start : start + (1 << 20)])
+        await asyncio.Event().wait()
+
+    reason, words = await refused(
+        suite.client.models.UploadBundle(messages()), CODE.INVALID_ARGUMENT
+    )
+    assert reason == "ARCHIVE_INVALID"
+    assert "52428800 bytes" in words
+    await nothing_was_stored(suite)
+
+
 async def test_bundles_that_lie_are_refused_with_the_reason(
     suite: Any, bundles: Any, refused: Any, helpers: Any
 ) -> None:
