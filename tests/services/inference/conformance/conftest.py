@@ -185,7 +185,7 @@ def serving(repository: Path, **settings: object) -> Iterator[str]:
     address, seen = "", []
     try:
         while True:
-            line = lines.get(timeout=60)
+            line = lines.get(timeout=150)
             seen.append(line)
             assert line, "the server ended: " + "".join(seen)
             if "listening" in line:

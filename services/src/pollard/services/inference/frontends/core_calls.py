@@ -143,15 +143,15 @@ class InferCall:
             revision.finish(None)
             self._fail(error)
             return
-        if revision.runs_inline(work):
-            self._front.gather(revision, work)
-            return
-        if revision.wait_seconds() > _WATCH_FROM_SECONDS:
-            self._watched = True
-            self._call.start_server_batch(
-                (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
-            )
         try:
+            if revision.runs_inline(work):
+                self._front.gather(revision, work)
+                return
+            if revision.wait_seconds() > _WATCH_FROM_SECONDS:
+                self._watched = True
+                self._call.start_server_batch(
+                    (cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._on_close
+                )
             revision.submit(work)
         except Exception as error:
             self.settle(work, error)

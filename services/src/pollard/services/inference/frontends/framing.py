@@ -91,7 +91,9 @@ class Messages:
         """
         while not self._ended:
             await self._more()
-        body = b"".join(self._parts)
+            if self._size > _PREFIX + self._max_bytes:
+                raise self._too_large(self._size - _PREFIX)
+        body = b"".join(self._take())
         if len(body) < _PREFIX or len(body) != _PREFIX + int.from_bytes(body[1:_PREFIX], "big"):
             raise RequestInvalid("the call has not exactly one whole message")
         return self._content(body[0], body[_PREFIX:])
@@ -104,23 +106,26 @@ class Messages:
             MessageTooLarge: one is too large.
             CallerGone: the client closed the call.
         """
+        body, start = b"", 0
         while True:
             needed = _PREFIX
-            if self._size >= _PREFIX:
-                body = b"".join(self._parts)
-                needed += int.from_bytes(body[1:_PREFIX], "big")
-                self._parts = [body]
-            if self._size >= needed > _PREFIX or (self._size >= _PREFIX == needed):
-                self._parts, self._size = [body[needed:]], self._size - needed
-                yield self._content(body[0], body[_PREFIX:needed])
-            elif not self._ended:
-                # All that the next message lacks, so that a large one is joined only once.
-                while self._size < needed and not self._ended:
-                    await self._more()
-            elif self._size:
-                raise RequestInvalid("the stream ends within a message")
-            else:
+            if len(body) - start >= _PREFIX:
+                length = int.from_bytes(body[start + 1 : start + _PREFIX], "big")
+                if length > self._max_bytes:
+                    raise self._too_large(length)
+                needed += length
+                if len(body) - start >= needed:
+                    yield self._content(body[start], body[start + _PREFIX : start + needed])
+                    start += needed
+                    continue
+            if self._ended:
+                if len(body) > start:
+                    raise RequestInvalid("the stream ends within a message")
                 return
+            # All that the next message lacks, so that a large one is joined only once.
+            while len(body) - start + self._size < needed and not self._ended:
+                await self._more()
+            body, start = b"".join((body[start:], *self._take())), 0
 
     async def _more(self) -> None:
         event = await self._receive()
@@ -132,8 +137,10 @@ class Messages:
         self._size += len(part)
         if not event.get("more_body", False):
             self._ended = True
-        if self._size > 2 * self._max_bytes + _PREFIX:
-            raise self._too_large(self._size)
+
+    def _take(self) -> list[bytes]:
+        parts, self._parts, self._size = self._parts, [], 0
+        return parts
 
     def _content(self, compressed: int, message: bytes) -> bytes:
         if not compressed:
