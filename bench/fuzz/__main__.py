@@ -27,7 +27,7 @@ _MEMORY_MB = 2048
 
 def main(
     target: Annotated[
-        str, typer.Argument(help="images, manifest, archive, graph, config or framing.")
+        str, typer.Argument(help="images, manifest, archive, upload, graph, config or framing.")
     ],
     seconds: Annotated[int, typer.Option(min=0, help="Stop after so long; 0: no limit.")] = 60,
     runs: Annotated[int, typer.Option(min=-1, help="Stop after so many inputs; -1: none.")] = -1,

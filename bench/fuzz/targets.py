@@ -32,9 +32,10 @@ from pollard.runtime.transforms import (
     resize,
     rotate,
 )
-from pollard.services.common.errors import ServiceError
+from pollard.services.common.errors import InvalidRequest, ServiceError
 from pollard.services.inference import config
 from pollard.services.inference.frontends import framing
+from pollard.services.models.part import Part, committed_bytes
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,28 @@ def _archive(data: bytes) -> None:
             assert not (root / "in" / "b").exists()
         outside = [path for path in root.iterdir() if path.name != "in"]
         assert not outside, outside
+
+
+def _upload(data: bytes) -> None:
+    """A tar that arrives in two halves, with a death of the manager in between."""
+    half = len(data) // 2
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as folder:
+        root = Path(folder)
+        try:
+            for start, end in ((0, half), (half, len(data))):
+                part = Part(root / "in", max_files=100, max_total_bytes=1 << 24, hash_tar=True)
+                try:
+                    part.open()
+                    assert part.size == start
+                    part.append([data[start:end]])
+                    assert committed_bytes(part.directory) == end
+                finally:
+                    part.close()
+        except InvalidRequest:
+            pass
+        outside = [path for path in root.iterdir() if path.name != "in"]
+        assert not outside, outside
+        assert not [path for path in root.rglob("*") if path.is_symlink()]
 
 
 def _graph(data: bytes) -> None:
@@ -265,6 +288,7 @@ TARGETS = {
     "images": Target(_image, _image_seeds),
     "manifest": Target(_manifest, _manifest_seeds),
     "archive": Target(_archive, lambda: [_bundle_tar()]),
+    "upload": Target(_upload, lambda: [_bundle_tar()]),
     "graph": Target(_graph, _graph_seeds),
     "config": Target(_config, _config_seeds),
     "framing": Target(_framing, _framing_seeds),

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import io
 import os
+import random
+import sys
 import tarfile
 import time
 import uuid
@@ -384,6 +386,47 @@ async def test_a_large_upload_that_breaks_leaves_only_what_it_goes_on_from(
     assert header.write_offset == 3 << 20
     sent = await suite.client.send(header, tar, chunk=1 << 20)
     assert sent.revision.revision == 1
+
+
+PUSHING = """
+import sys, time
+from pollard.client import ModelsClient
+with ModelsClient(sys.argv[1]) as models:
+    models.push(sys.argv[2], "m", upload_id=sys.argv[3], progress=lambda _: time.sleep(0.02))
+"""
+
+
+async def test_an_upload_survives_kills_of_the_client(suite: Any, large: Any, helpers: Any) -> None:
+    """Each new client begins where the last one died."""
+    chance = random.Random(17)
+    upload_id = str(uuid.uuid4())
+    told = (suite.service.address, str(large.path), upload_id)
+    asking = pb.GetUploadRequest(parent="models/m", upload_id=upload_id)
+    seen = 0
+
+    def arrived() -> int:
+        return sum(path.stat().st_size for path in (suite.settings.store / "uploads").rglob("bal*"))
+
+    for most in sorted(chance.randrange(1, 18_000_000) for _ in range(3)):
+        client = await asyncio.create_subprocess_exec(sys.executable, "-c", PUSHING, *told)
+        while arrived() < most:
+            assert client.returncode is None
+            await asyncio.sleep(0.002)
+        client.kill()
+        await client.wait()
+
+        async def running() -> bool:
+            return bool(suite.service.uploads._running)
+
+        await helpers.eventually(running, lambda found: not found)
+        committed = (await suite.client.models.GetUpload(asking)).committed_bytes
+        assert committed >= max(seen, most)
+        seen = committed
+    client = await asyncio.create_subprocess_exec(sys.executable, "-c", PUSHING, *told)
+    assert await client.wait() == 0
+    got = await suite.client.download(name="models/m/revisions/1")
+    assert got == {p: (large.path / p).read_bytes() for p in files_below(large.path)}
+    assert list((suite.settings.store / "uploads").iterdir()) == []
 
 
 async def test_a_large_bundle_that_is_refused_leaves_nothing(
