@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import DataLoss, StartupError
@@ -137,6 +138,46 @@ async def test_a_backup_beside_uploads_switches_and_collecting_is_of_one_moment(
     service = build_server(ModelsSettings(store=tmp_path / "new", port=0))
     await service.start()
     await service.stop(0)
+
+
+async def test_a_rollout_goes_on_at_the_step_of_the_backup(
+    suite_with: Any, tmp_path: Path, helpers: Any
+) -> None:
+    async def rollout(client: Any) -> pb.Rollout:
+        request = pb.GetRolloutRequest(name="models/m/rollouts/1")
+        return (await client.models.GetRollout(request)).rollout
+
+    async with suite_with(stocked=True) as suite:
+        server = await suite.join("i1")
+        await suite.client.models.CreateRollout(
+            pb.CreateRolloutRequest(
+                parent="models/m",
+                rollout=pb.Rollout(
+                    revision=2,
+                    steps=[25, 100],
+                    hold=Duration(seconds=3600),
+                    gates=pb.RolloutGates(min_requests=1000),
+                ),
+            )
+        )
+        canary = pb.Rollout.STATE_CANARY
+        before = await helpers.eventually(
+            lambda: rollout(suite.client), lambda r: r.state == canary
+        )
+        await asyncio.to_thread(back_up_suite, suite, tmp_path / "backup")
+        await suite.client.models.AbortRollout(pb.AbortRolloutRequest(name=before.name))
+        await server.close()
+    await asyncio.to_thread(restore_to, tmp_path / "new", tmp_path / "backup")
+    settings = suite.settings.model_copy(update={"store": tmp_path / "new"})
+    async with AsyncExitStack() as stack:
+        other = type(suite)(settings, stack)
+        await other.start()
+        stack.push_async_callback(other.stop)
+        after = await rollout(other.client)
+        assert (after.state, after.step, after.revision) == (canary, before.step, 2)
+        # The server, which has gone further meanwhile, is told to run both again.
+        server = await other.join("i1", applied_version=server.states[-1].version)
+        await server.state_when(lambda state: helpers.revisions_of(state) == [1, 2])
 
 
 async def test_a_damaged_blob_is_named_and_the_rest_is_kept(

@@ -25,10 +25,13 @@ from werkzeug.serving import make_server
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import FailedPrecondition, StartupError, Unavailable
+from pollard.services.models.backup import back_up, restore
 from pollard.services.models.blobs import open_blobs
 from pollard.services.models.blobs_s3 import S3Blobs
+from pollard.services.models.database import make_database
 from pollard.services.models.main import build_server
 from pollard.services.models.settings import ModelsSettings
+from pollard.services.models.store import DATABASE
 
 CODE = grpc.StatusCode
 LARGE = random.Random(8).randbytes(20_000_000)
@@ -315,6 +318,33 @@ async def test_a_manager_with_its_blobs_in_s3_keeps_checks_and_collects_them(
         await asyncio.to_thread(suite.service.uploads.clean)
         assert "0" * 64 not in list(suite.service.blobs)
         assert len(list(suite.service.blobs)) == before + 2
+
+
+async def test_a_backup_of_s3_is_restored_to_a_prefix_that_nobody_has(
+    suite_with: Any, s3: S3, how: dict[str, Any], bundles: Any, tmp_path: Path
+) -> None:
+    async with suite_with(**how) as suite:
+        await suite.client.push(bundles.tar(1))
+        before = await suite.client.download(name="models/m/revisions/1")
+        database = make_database("", suite.settings.store, DATABASE)
+        blobs = S3Blobs(how["blobs"], s3.url)
+        info = await asyncio.to_thread(back_up, database, blobs, tmp_path / "backup")
+        assert info.blobs == 2
+
+    def restored(where: str) -> None:
+        restore(
+            tmp_path / "backup",
+            tmp_path / "new",
+            lambda made: make_database("", made, DATABASE),
+            lambda made: S3Blobs(where, s3.url),
+        )
+
+    with pytest.raises(StartupError, match="belong to an installation of Pollard already"):
+        await asyncio.to_thread(restored, how["blobs"])
+    await asyncio.to_thread(restored, "s3://bucket/again")
+    more = {"store": tmp_path / "new", "blobs": "s3://bucket/again"}
+    async with suite_with(**(how | more)) as suite:
+        assert await suite.client.download(name="models/m/revisions/1") == before
 
 
 async def test_s3_that_is_away_stops_uploads_and_nothing_is_lost(
