@@ -347,6 +347,9 @@ def rollout(message: model_service_pb2.Rollout) -> types.Rollout:
         end_time=_time(message, "end_time"),
         etag=message.etag,
         evidence=_evidence(message.evidence) if message.HasField("evidence") else None,
+        failures=tuple(
+            server_failure(failure.server_id, failure.status) for failure in message.failures
+        ),
     )
 
 

@@ -624,6 +624,8 @@ class Rollout:
     """Changes with every change."""
     evidence: RolloutEvidence | None = None
     """What the present step, or the last one, has seen; None before the first, and in lists."""
+    failures: tuple[ServerFailure, ...] = ()
+    """Inference servers that refuse the revision and are excused by the quorum."""
 
 
 @dataclass(frozen=True)

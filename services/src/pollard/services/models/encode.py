@@ -85,13 +85,7 @@ def alias(row: Alias) -> pb.Alias:
         previous_revision=row.previous_revision,
         state=pb.Alias.State.ValueType(row.state),
         error=status_pb2.Status.FromString(row.error) if row.error else None,
-        failures=[
-            pb.ServerFailure(
-                server_id=failure["server_id"],
-                status=status_pb2.Status.FromString(bytes.fromhex(failure["status"])),
-            )
-            for failure in row.failures
-        ],
+        failures=_failures(row.failures),
         quorum=None if quorum is None else quorum.encode(),
         update_time=timestamp(row.update_time),
         etag=etag(row.etag),
@@ -121,6 +115,7 @@ def rollout(row: Rollout) -> pb.Rollout:
     """Return a rollout."""
     hold = Duration()
     hold.FromMicroseconds(row.hold_us)
+    quorum = Quorum.of(row.quorum)
     return pb.Rollout(
         name=rollout_name(row.model, row.number),
         alias=row.alias,
@@ -141,7 +136,19 @@ def rollout(row: Rollout) -> pb.Rollout:
         create_time=timestamp(row.create_time),
         end_time=None if row.end_time is None else timestamp(row.end_time),
         etag=etag(row.etag),
+        quorum=None if quorum is None else quorum.encode(),
+        failures=_failures(row.failures),
     )
+
+
+def _failures(stored: list[dict[str, str]]) -> list[pb.ServerFailure]:
+    return [
+        pb.ServerFailure(
+            server_id=failure["server_id"],
+            status=status_pb2.Status.FromString(bytes.fromhex(failure["status"])),
+        )
+        for failure in stored
+    ]
 
 
 def event(row: Event) -> pb.Event:

@@ -17,6 +17,7 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models.events import MANAGER, record
 from pollard.services.models.fleet_view import FleetView, Key
+from pollard.services.models.rollout_rows import running
 from pollard.services.models.schema import Alias, Revision
 from pollard.services.models.store import now_us
 
@@ -38,6 +39,10 @@ class Refusals:
     def excuses(self, server_id: str, key: Key) -> bool:
         """Tell whether nobody waits for a server to load a revision."""
         return server_id in self._found.get(key, {})
+
+    def of_revision(self, key: Key) -> Mapping[str, status_pb2.Status]:
+        """Return which servers refuse a revision, with their reasons."""
+        return dict(self._found.get(key, {}))
 
     def observe(self, session: Session, view: FleetView, routed: Iterable[Key]) -> None:
         """Take in what the servers say of the revisions that routes lead to."""
@@ -85,6 +90,9 @@ class Refusals:
             if alias.failures:
                 self._shown.add((alias.model, alias.name))
                 self.add((alias.model, alias.revision), _decoded(alias.failures))
+        for rollout in running(session):
+            if rollout.loaded:
+                self.add((rollout.model, rollout.revision), _decoded(rollout.failures))
 
     def _show(self, session: Session) -> None:
         """Bring what the aliases show to what is the case."""

@@ -2,12 +2,12 @@
 
 ::
 
-    every expected server     this step was held,           the last share below 100 %
-    has loaded the revision   seen and judged               has passed
+    every expected server,    this step was held,           the last share below 100 %
+    or the quorum, has it     seen and judged               has passed
         │                         │                           │
     loading ──► SHADOW ──► CANARY 5 % ──► 25 % ──► 50 % ──► the alias switches: PROMOTED,
         │      (if wanted)           │                        and the base revision drains
-        └── a server refuses ────────┴── a gate fails ──► ROLLED_BACK; the routes go back at once
+        └── too many refuse ─────────┴── a gate fails ──► ROLLED_BACK; the routes go back at once
 
 Which step a rollout is at, and what was seen in it, are on disk (`rollout_evidence`): a manager
 that was killed in the middle of a step goes on with it.
@@ -18,16 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from google.rpc import code_pb2, status_pb2
+from google.rpc import status_pb2
 from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.errors import DeadlineExceeded
 from pollard.services.common.status import to_proto
 from pollard.services.models import rollout_evidence
 from pollard.services.models.aliases import change_route
 from pollard.services.models.events import MANAGER
 from pollard.services.models.fleet_view import FleetView, Key, loading_of
+from pollard.services.models.quorum import Quorum, Verdict, judge, refused, too_late
+from pollard.services.models.refusals import Refusals, encoded
 from pollard.services.models.rollout_gates import Judge
 from pollard.services.models.rollout_rows import change, end, moving_state, running, share_of
 from pollard.services.models.schema import Alias, Revision, Rollout, RolloutEvidence
@@ -55,14 +56,21 @@ class RolloutSteps:
     Args:
         load_timeout_seconds: Longest time for all servers to load a revision.
         settled: Whether every expected server has the routes of a state.
+        refusals: Which servers refuse what routes lead to.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self, *, load_timeout_seconds: float, settled: Settled, clock: Callable[[], float]
+        self,
+        *,
+        load_timeout_seconds: float,
+        settled: Settled,
+        refusals: Refusals,
+        clock: Callable[[], float],
     ) -> None:
         self._load_timeout_seconds = load_timeout_seconds
         self._settled = settled
+        self._refusals = refusals
         self._clock = clock
         self._watches: dict[Key, _Watch] = {}
 
@@ -111,20 +119,38 @@ class RolloutSteps:
         loading = loading_of(
             view, (row.model, row.revision), row.pending_version or 0, revision.removed_version
         )
-        if loading.refusals:
-            first = next(iter(loading.refusals))
-            error = status_pb2.Status(
-                code=code_pb2.FAILED_PRECONDITION,
-                message=f"revision {row.revision} was refused by {', '.join(loading.refusals)}: "
-                f"{loading.refusals[first].message}",
-            )
-            _roll_back(session, row, error)
+        quorum = Quorum.of(row.quorum)
+        verdict, refusals = judge(loading, quorum)
+        error = None
+        waited = self._clock() - watch.loading_since
+        if not row.loaded and verdict is Verdict.WAIT and waited >= self._load_timeout_seconds:
+            error = too_late(row.revision, loading, self._load_timeout_seconds)
+            verdict, refusals = judge(loading, quorum, late=error)
+        if verdict is Verdict.REFUSED:
+            _roll_back(session, row, error or refused(row.revision, loading, quorum, refusals))
             return True
+        key = (row.model, row.revision)
         if not row.loaded:
-            return self._advance_loading(session, row, watch, list(loading.waiting))
+            if verdict is Verdict.WAIT or row.state == pb.Rollout.STATE_PAUSED:
+                return False
+            self._refusals.add(key, refusals)
+            row.failures = encoded(refusals)
+            row.loaded = True
+            row.routes_version = None
+            _say_step(session, row)
+            return True
+        if (now := encoded(self._refusals.of_revision(key))) != row.failures:
+            row.failures = now
         if row.step >= 0 and row.steps[row.step] >= 100:
             alias = session.get_one(Alias, (row.model, row.alias))
-            change_route(session, alias, row.revision, actor=MANAGER)
+            alias.quorum = dict(row.quorum)
+            change_route(
+                session,
+                alias,
+                row.revision,
+                actor=MANAGER,
+                refusals=self._refusals.of_revision(key),
+            )
             detail = f"all requests go to revision {row.revision}"
             state = pb.Rollout.STATE_PROMOTED
             end(session, row, state, actor=MANAGER, action="ROLLOUT_PROMOTED", detail=detail)
@@ -150,41 +176,16 @@ class RolloutSteps:
         left = (row.hold_us - evidence.held_us) / 1e6
         watch.hold_ends = now + min(left, _LOOK_SECONDS) if left > 0 else None
 
-    def _advance_loading(
-        self, session: Session, row: Rollout, watch: _Watch, waiting: list[str]
-    ) -> bool:
-        if not waiting:
-            if row.state == pb.Rollout.STATE_PAUSED:
-                return False
-            row.loaded = True
-            row.routes_version = None
-            _say_step(session, row)
-            return True
-        if self._clock() - watch.loading_since < self._load_timeout_seconds:
-            return False
-        error = to_proto(
-            DeadlineExceeded(
-                f"revision {row.revision} was not ready on {', '.join(waiting)} within "
-                f"{self._load_timeout_seconds:g} s",
-                reason="LOAD_TIMEOUT",
-                revision=row.revision,
-                servers=",".join(waiting),
-                timeout_seconds=f"{self._load_timeout_seconds:g}",
-            )
-        )
-        _roll_back(session, row, error)
-        return True
-
     def _judge(self, session: Session, row: Rollout, evidence: RolloutEvidence) -> bool:
-        judge = rollout_evidence.judge_of(row, evidence)
-        failed = judge.verdict()
-        evidence.seen = judge.to_json()  # a look at the latencies is spent
+        gates = rollout_evidence.judge_of(row, evidence)
+        failed = gates.verdict()
+        evidence.seen = gates.to_json()  # a look at the latencies is spent
         if failed is not None:
             _roll_back(session, row, to_proto(failed))
             return True
         if row.state == pb.Rollout.STATE_PAUSED or evidence.held_us < row.hold_us:
             return False
-        if seen_in_step(row, judge) < row.min_requests:
+        if seen_in_step(row, gates) < row.min_requests:
             return False
         row.step += 1
         row.state = moving_state(row)

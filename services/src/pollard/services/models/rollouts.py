@@ -18,6 +18,7 @@ from pollard.services.common.errors import (
 )
 from pollard.services.models import aliases, names, registry
 from pollard.services.models.events import check_etag
+from pollard.services.models.quorum import Quorum
 from pollard.services.models.rollout_rows import (
     change,
     end,
@@ -58,6 +59,8 @@ class Plan:
     """Share of the base revision's requests that are copied."""
     min_agreement: float | None = None
     """Smallest share of items that agree; None takes the measured one, 0 does not judge it."""
+    quorum: Quorum | None = None
+    """How many inference servers are enough; None for all."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done.
@@ -195,6 +198,8 @@ def create(
         loaded=False,
         step=0 if shadow is None else -1,
         error=b"",
+        quorum={} if plan.quorum is None else plan.quorum.stored(),
+        failures=[],
         creator=actor,
         create_time=now_us(),
         etag=0,
@@ -206,6 +211,8 @@ def create(
     )
     if shadow is not None:
         detail += f", {plan.shadow_percent:g} % as shadows"
+    if plan.quorum is not None:
+        detail += f", as soon as {plan.quorum} of the inference servers have it"
     change(session, row, actor=actor, action="ROLLOUT_CREATED", detail=detail)
     return row
 

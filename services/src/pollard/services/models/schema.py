@@ -185,6 +185,10 @@ class Rollout(Base):
     """First desired state that holds the revision; None until it is made."""
     routes_version: Mapped[int | None] = mapped_column(BigInteger)
     """First desired state with the weights of this step; None until it is made."""
+    quorum: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
+    """How many inference servers are enough, as :class:`.quorum.Quorum` stores it."""
+    failures: Mapped[list[dict[str, str]]] = mapped_column(JSON, default=list)
+    """Servers that refuse the revision and are excused, as :func:`.refusals.encoded` keeps them."""
     error: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     """Serialised ``google.rpc.Status``; empty for none."""
     creator: Mapped[str] = mapped_column(String(255))

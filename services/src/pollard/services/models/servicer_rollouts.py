@@ -23,6 +23,7 @@ from pollard.services.models import (
     rollouts,
 )
 from pollard.services.models.fleet import Fleet
+from pollard.services.models.quorum import Quorum
 from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store
 
@@ -194,4 +195,5 @@ def _decode_plan(message: pb.Rollout) -> rollouts.Plan:
         max_p99_ratio=gates.max_p99_ratio or rollouts.DEFAULT_MAX_P99_RATIO,
         shadow_percent=message.shadow_percent,
         min_agreement=gates.min_agreement if gates.HasField("min_agreement") else None,
+        quorum=Quorum.decode(message.quorum) if message.HasField("quorum") else None,
     )

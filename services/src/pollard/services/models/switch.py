@@ -80,7 +80,10 @@ class Switch:
         self._draining_since: dict[tuple[str, int, int], float] = {}
         self._refusals = Refusals()
         self._rollouts = RolloutSteps(
-            load_timeout_seconds=load_timeout_seconds, settled=self._settled, clock=clock
+            load_timeout_seconds=load_timeout_seconds,
+            settled=self._settled,
+            refusals=self._refusals,
+            clock=clock,
         )
 
     def begin_anew(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pollard.client import _convert
 from pollard.client._names import checked_alias, model_name, revision_name, rollout_name
+from pollard.client._quorum import Quorum, quorum_of
 from pollard.client._sync._manager import PAGE, SERVICE, ManagerClient
 from pollard.client.types import Rollout
 from pollard.models.v1 import model_service_pb2
@@ -29,6 +30,7 @@ class RolloutMethods(ManagerClient):
         max_p99_ratio: float = 0.0,
         shadow_percent: float = 0.0,
         min_agreement: float | None = None,
+        quorum: Quorum | None = None,
     ) -> Rollout:
         """Move an alias to a revision in steps; the manager takes it back when it is worse.
 
@@ -44,6 +46,8 @@ class RolloutMethods(ManagerClient):
             shadow_percent: Share of requests also sent as shadows; 0 for none.
             min_agreement: Smallest share of the shadows' items whose first answer agrees, 0 to 1;
                 0 judges none, None takes what the bundle says, less 0.02.
+            quorum: How many inference servers are enough, where some refuse the revision, as for
+                `set_alias`; None for all. Those that refuse it are in the rollout's `failures`.
 
         Raises:
             InvalidArgument: A value is out of its range.
@@ -57,6 +61,7 @@ class RolloutMethods(ManagerClient):
             revision=revision,
             steps=steps,
             shadow_percent=shadow_percent,
+            quorum=quorum_of(quorum),
             gates=model_service_pb2.RolloutGates(
                 min_requests=min_requests,
                 max_error_rate=max_error_rate,

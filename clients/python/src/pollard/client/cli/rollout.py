@@ -15,6 +15,7 @@ from pollard.client.cli._common import (
     JsonOption,
     ModelArgument,
     ModelsServerOption,
+    QuorumOption,
     TimeoutOption,
     ago,
     fail,
@@ -96,6 +97,7 @@ def rollout(
             "less 2 points.",
         ),
     ] = "auto",
+    quorum: QuorumOption = None,
     pause: Annotated[bool, typer.Option("--pause", help="Keep it at its step.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Go to 100 % now.")] = False,
@@ -128,6 +130,7 @@ def rollout(
                 max_p99_ratio=max_p99_ratio,
                 shadow_percent=percent(shadow),
                 min_agreement=None if min_agreement == "auto" else rate(min_agreement),
+                quorum=quorum,
             )
         else:
             known = [item for item in client.rollouts(model) if alias in (None, item.alias)]

@@ -50,6 +50,8 @@ def picture(item: Rollout) -> RenderableType:
             parts.append(Text(f"The next step waits for {waiting}." if waiting else "Going on."))
     elif item.end_time is None:
         parts.append(Text("Every server loads the revision and its routes before the first step."))
+    for failure in item.failures:
+        parts.append(Text(f"not on {failure.server_id}, which refused it: {failure.message}"))
     if item.error:
         parts.append(Text(item.error))
     return Group(*parts)

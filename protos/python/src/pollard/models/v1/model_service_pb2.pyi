@@ -1877,6 +1877,8 @@ class Rollout(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "models/{model}/rollouts/{id}"."""
     alias: _builtins.str
@@ -1926,6 +1928,17 @@ class Rollout(_message.Message):
         first step, and in lists.
         """
 
+    @_builtins.property
+    def quorum(self) -> Global___Quorum:
+        """How many inference servers are enough where some refuse the revision; unset
+        for all of them. Judged while they load it and in every step; those that
+        refuse it get none of its requests.
+        """
+
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerFailure]:
+        """Inference servers that refuse the revision and are excused by the quorum."""
+
     def __init__(
         self,
         *,
@@ -1944,10 +1957,12 @@ class Rollout(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         evidence: Global___RolloutEvidence | None = ...,
+        quorum: Global___Quorum | None = ...,
+        failures: _abc.Iterable[Global___ServerFailure] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evidence", b"evidence", "gates", b"gates", "hold", b"hold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evidence", b"evidence", "gates", b"gates", "hold", b"hold", "quorum", b"quorum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "base_revision", b"base_revision", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evidence", b"evidence", "gates", b"gates", "hold", b"hold", "name", b"name", "revision", b"revision", "shadow_percent", b"shadow_percent", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "base_revision", b"base_revision", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "evidence", b"evidence", "failures", b"failures", "gates", b"gates", "hold", b"hold", "name", b"name", "quorum", b"quorum", "revision", b"revision", "shadow_percent", b"shadow_percent", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
