@@ -44,6 +44,11 @@ class Collector:
     def __init__(self, store: Store, blobs: Blobs) -> None:
         self._store = store
         self._blobs = blobs
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let a collection that is under way end soon; nothing is collected any more."""
+        self._stopped = True
 
     async def hold(self, digests: Iterable[str]) -> str:
         """Keep blobs from being deleted until :func:`release`, or for a day.
@@ -84,6 +89,8 @@ class Collector:
         deleted: list[str] = []
         batch: list[str] = []
         for digest in self._blobs if among is None else sorted(set(among)):
+            if self._stopped:
+                return deleted
             batch.append(digest)
             if len(batch) == _BATCH:
                 deleted += self._collect(batch)

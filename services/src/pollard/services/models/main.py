@@ -37,6 +37,8 @@ from pollard.services.models.watch import EventFeed, forget
 SERVICES = ("pollard.models.v1.ModelService", "pollard.models.v1.FleetService")
 
 CLEAN_EVERY_SECONDS = 3600.0
+CLEAN_STOP_SECONDS = 10.0
+"""How long a manager that stops waits for its cleaning to end."""
 
 _log = structlog.get_logger("pollard.models")
 
@@ -161,12 +163,19 @@ class ModelsService:
 
     async def _clean_now_and_then(self) -> None:
         while True:
-            await asyncio.sleep(CLEAN_EVERY_SECONDS)
+            # Also at once: a manager that was killed may have left blobs that nobody needs.
+            cleaning = asyncio.ensure_future(asyncio.to_thread(self.uploads.clean))
             try:
-                await asyncio.to_thread(self.uploads.clean)
+                await asyncio.shield(cleaning)
                 await self.forget_events()
+            except asyncio.CancelledError:
+                # Its thread would go on, and the store is about to be closed.
+                self.collector.stop()
+                await asyncio.wait({cleaning}, timeout=CLEAN_STOP_SECONDS)
+                raise
             except Exception:
                 _log.exception("cleaning failed; it is tried again later")
+            await asyncio.sleep(CLEAN_EVERY_SECONDS)
 
 
 def build_server(settings: ModelsSettings) -> ModelsService:

@@ -402,7 +402,8 @@ class Uploads:
 
         Args:
             starting: No upload can be running, because the store was only just locked; then
-                what is being stored belongs to nobody, however young.
+                what is being stored belongs to nobody, however young. Blobs are left alone: to
+                list them takes seconds where there are many, and nobody waits for it.
         """
         day_ago = time.time() - _DAY_SECONDS
         for part in self._store.uploads.iterdir():
@@ -423,7 +424,8 @@ class Uploads:
         # Where others may be writing too, only age tells what was abandoned.
         alone = starting and not self._blobs.shared
         self._blobs.remove_leftovers(math.inf if alone else day_ago)
-        self._collector.collect()
+        if not starting:
+            self._collector.collect()
 
 
 class _Writer:
