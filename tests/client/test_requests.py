@@ -12,6 +12,7 @@ import pytest
 
 from pollard.client import (
     AsyncVisionClient,
+    Cancelled,
     RetryPolicy,
     TuningPoint,
     Unavailable,
@@ -284,3 +285,21 @@ def test_a_closed_client_says_so() -> None:
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.predict(b"x", "m")
+
+
+def test_what_a_stopping_server_cancelled_is_sent_again(
+    runner: Any, address: str, scripted: Any, abort_with: Callable[..., None]
+) -> None:
+    def answer(request: Any, context: grpc.ServicerContext) -> Any:
+        if len(scripted.calls) < 3:
+            abort_with(context, grpc.StatusCode.CANCELLED, "stopping")
+        return model_service_pb2.GetModelResponse()
+
+    scripted.on("GetModel", answer)
+    runner.call("models", address, "model", "digits")
+    assert len(scripted.calls) == 3
+    scripted.calls.clear()
+    none = {"retry": RetryPolicy.none()}
+    with pytest.raises(Cancelled):
+        runner.call("models", address, "model", "digits", client=none)
+    assert len(scripted.calls) == 1
