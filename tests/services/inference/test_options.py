@@ -62,6 +62,9 @@ OPTIONS = EngineOptions(workers=5, intra_op_threads=6, joined_batch=7)
             EngineOptions(),
             Given(joined_batch=4),
         ),
+        # With nothing to join there is nothing to decide.
+        ("max_batch_size: 1", EngineOptions(), Given()),
+        ("max_batch_size: 0", EngineOptions(), Given()),
         # The configuration has been written, and without dynamic batching nothing is joined.
         ("max_batch_size: 8", EngineOptions(), Given(joined_batch=1)),
     ],

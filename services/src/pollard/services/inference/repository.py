@@ -239,9 +239,10 @@ class RepositoryModel:
             outputs=tensors_of(config, session.outputs, inputs=False),
             max_batch_size=config.max_batch_size,
             joined_batch=joined_batch_of(config),
-            # What is only filled in says what may be joined, not that it pays.
+            # What is only filled in says what may be joined, not that it pays. A configuration of a
+            # model that batches, and that does not ask for joining, has decided against it.
             joining_settled=entry.config.HasField("dynamic_batching")
-            or not config.HasField("dynamic_batching"),
+            or (config.max_batch_size > 1 and not config.HasField("dynamic_batching")),
             scheduling=scheduling_of(config, self._limits.max_queue),
             labels=self._labels(config),
             config=config,
