@@ -175,6 +175,7 @@ class StandaloneServer:
 
     async def _become_ready(self) -> None:
         await self.models.start()
+        freeze_heap()
         await self.grpc.set_serving(True)
         _log.info("ready", models=sorted(self.engine.table.models))
 
