@@ -124,10 +124,13 @@ class _Bench:
     def quantization(self) -> QuantizeConfig:
         return QuantizeConfig(512, reduce_range=not Machine.detect().has_vnni)
 
-    def files(self, name: str, kind: str, module: nn.Module, spec: Any) -> list[Candidate]:
+    def files(
+        self, name: str, kind: str, module: nn.Module, spec: Any, *, eight_bits: bool = True
+    ) -> list[Candidate]:
         folder = self.work / "files" / name
         folder.mkdir(parents=True, exist_ok=True)
-        return build(kind, module, spec, folder, self.data.train, self.quantization)
+        config = self.quantization if eight_bits else None
+        return build(kind, module, spec, folder, self.data.train, config)
 
     # Quantization by itself.
 
@@ -152,7 +155,8 @@ class _Bench:
     def equal(self, method: str, seed: int) -> dict[str, Any]:
         name = f"equal-resnet20-{method}"
         cut = self._cut(name, lambda: self._equally_fast(method))
-        return self._recovered(name, cut, seed)
+        # Compared in float, and with nothing left to choose.
+        return self._recovered(name, cut, seed, eight_bits=False)
 
     def _equally_fast(self, method: str) -> Pruned:
         parent = self.parent("resnet20")
@@ -205,7 +209,9 @@ class _Bench:
             _write(folder / "cut.json", told)
         return {"folder": folder, **json.loads((folder / "cut.json").read_text())}
 
-    def _recovered(self, name: str, cut: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def _recovered(
+        self, name: str, cut: Mapping[str, Any], seed: int, *, eight_bits: bool = True
+    ) -> dict[str, Any]:
         net = next(part for part in name.split("-") if part.startswith("resnet"))
         parent = self.parent(net)
         module = load_pruned(self.parent(net).module, cut["folder"])
@@ -228,10 +234,11 @@ class _Bench:
         checkpoint.remove()
         save_pruned(module, self.work / "recovered" / f"{name}-{seed}")
         built = [
-            *self.files(f"{name}-{seed}", "parent", parent.module, parent.spec),
-            *self.files(f"{name}-{seed}", "pruned", module, parent.spec),
+            file
+            for kind, one in (("parent", parent.module), ("pruned", module))
+            for file in self.files(f"{name}-{seed}", kind, one, parent.spec, eight_bits=eight_bits)
         ]
-        chosen = measure(built, self.data.choose, self.data, rounds=30)
+        chosen = measure(built, self.data.choose, self.data, rounds=30) if eight_bits else []
         found = measure(built, self.data.held_out, self.data, rounds=_ROUNDS)
         return {
             "seed": seed,
