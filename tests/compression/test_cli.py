@@ -170,4 +170,7 @@ def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
     assert "cannot be met by narrowing and removing blocks; the least is params" in done.output
     done = invoke(*plan, "--budget", "latency=10s")
     assert "nothing needs to be cut for latency=10s" in done.output
+    done = invoke(*plan, "--search", 4)
+    assert "Search: 4 trials, about" in done.output
+    assert "by the table of latencies latency=0.5000 can be met" in done.output
     assert list(tmp_path.iterdir()) == []

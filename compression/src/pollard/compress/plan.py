@@ -24,6 +24,7 @@ from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
+from pollard.compress.search import TRIAL_SHARE, Point
 from pollard.compress.shrink import plan_shrink, shrink_config
 from pollard.compress.sources import open_source
 from pollard.compress.verify import MIN_SPEEDUP
@@ -47,6 +48,8 @@ class Plan:
     recovery_seconds: float
     other_seconds: float
     """Everything but recovery, roughly: export, quantization and measuring."""
+    search_seconds: float = 0.0
+    """All trials of a search, before that."""
 
     @property
     def speed_is_met(self) -> bool:
@@ -55,18 +58,24 @@ class Plan:
 
     def lines(self, recipe: Recipe) -> list[str]:
         """Return the plan in words."""
+        planned = _planned(recipe)
         told = [
             f"Model {recipe.model}, {self.macs:,} MACs, {self.classes} classes; images: "
             + ", ".join(f"{count} {name}" for name, count in self.images.items())
         ]
+        if recipe.search:
+            told.append(
+                f"Search: {recipe.search} trials, about {_duration(self.search_seconds)}; planned "
+                "below is one of its points, half of the latency"
+            )
         if self.pruned is None:
-            met = f"nothing needs to be cut for {', '.join(recipe.budget)}"
-            told.append(f"Pruning: {met if recipe.budget else 'none asked for'}")
+            met = f"nothing needs to be cut for {', '.join(planned.budget)}"
+            told.append(f"Pruning: {met if planned.budget else 'none asked for'}")
         else:
             gone = f"{self.pruned.removed:.1%}"
-            if recipe.budget:
+            if planned.budget:
                 told.append(
-                    f"Pruning: by the table of latencies {', '.join(recipe.budget)} can be met, "
+                    f"Pruning: by the table of latencies {', '.join(planned.budget)} can be met, "
                     f"roughly like this ({gone} of the MACs go):"
                 )
             else:
@@ -94,7 +103,7 @@ class Plan:
         told.append(
             f"Accuracy within {recipe.max_drop:g} points: known only after recovery and measuring"
         )
-        total = self.recovery_seconds + self.other_seconds
+        total = self.search_seconds + self.recovery_seconds + self.other_seconds
         told.append(
             f"Time: about {_duration(total)}, of which recovery {_duration(self.recovery_seconds)}"
         )
@@ -108,6 +117,7 @@ def make_plan(recipe: Recipe) -> Plan:
         PruneFailed: the share of the MACs cannot be removed; the message says how much can.
         CompressionError: see :mod:`pollard.compress.errors`.
     """
+    trials, recipe = recipe.search, _planned(recipe)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
     items = open_source(recipe.data).items
@@ -136,7 +146,19 @@ def make_plan(recipe: Recipe) -> Plan:
         speedups = _speedups(recipe, parent, pruned)
         other = 3 * (time.monotonic() - started)
     macs = total_macs(parent.module, source.spec)
-    return Plan(images, len(labels), epochs, macs, pruned, speedups, recovery, other)
+    # A trial has three tenths of an epoch on one thread, and measures less.
+    trial = TRIAL_SHARE * recovery / max(1, epochs) * (recipe.threads or 1) + other / 2
+    rounds = -(-trials // max(1, min(trials, Machine.detect().cores)))
+    return Plan(
+        images, len(labels), epochs, macs, pruned, speedups, recovery, other, rounds * trial
+    )
+
+
+def _planned(recipe: Recipe) -> Recipe:
+    """Return what is planned: of a search the point of half the latency."""
+    if not recipe.search:
+        return recipe
+    return Point(0.5, recipe.importance, recipe.remove_blocks).apply(recipe)
 
 
 def _step_seconds(parent: LoadedModel, pruned: Pruned, batch: int) -> float:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _FIRST = (0.5, 0.3, 0.7, 0.2)
 _LEAST, _MOST = 0.08, 0.9
 
+# Of the training images, what a trial is recovered on, once.
+TRIAL_SHARE = 0.3
+
 _STUDY = "search"
 
 

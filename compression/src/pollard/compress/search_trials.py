@@ -20,12 +20,9 @@ from pollard.compress.models import LoadedModel, load_model, resolve
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
 from pollard.compress.run_stages import Run, fit_config
-from pollard.compress.search import Found, Outcome, Point, search
+from pollard.compress.search import TRIAL_SHARE, Found, Outcome, Point, search
 from pollard.compress.shrink import shrink, shrink_config
 from pollard.compress.stages import read_json, scratch, write_json
-
-# Of the training images, for the recovery of a trial.
-_SHARE = 0.3
 
 # Images that trials are judged by.
 _JUDGED = 2000
@@ -87,7 +84,7 @@ def search_stage(run: Run) -> Found:
 
 def _setting(run: Run, folder: Path) -> Setting:
     data = run.data
-    short = max(2 * (run.recipe.batch_size or 2), round(_SHARE * len(data.train)))
+    short = max(2 * (run.recipe.batch_size or 2), round(TRIAL_SHARE * len(data.train)))
     # The parts are shuffled: their beginnings are samples of them.
     for part, count in ((data.train, short), (data.choose, _JUDGED)):
         name = part.name.rpartition("/")[2]
