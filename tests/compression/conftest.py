@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import io
 import os
@@ -13,10 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
+
+from pollard.compress.export import export_core
+from pollard.compress.spec import InputSpec
 
 # As the commands do: tests share the machine, and spinning threads starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,3 +109,72 @@ def architectures() -> dict[str, Callable[[], nn.Module]]:
     spec.loader.exec_module(module)
     made: dict[str, Callable[[], nn.Module]] = module.ARCHITECTURES
     return made
+
+
+@pytest.fixture(scope="session")
+def depthwise_net() -> Callable[..., nn.Module]:
+    """Return a function that builds an untrained MobileNetV2 of a few channels.
+
+    Its batch norms have uneven factors, as trained ones do: that is what makes depthwise
+    networks hard to quantize.
+    """
+
+    def make(activation: type[nn.Module] = nn.ReLU6, classes: int = 5) -> nn.Module:
+        torch.manual_seed(0)
+
+        def unit(ins: int, outs: int, size: int, groups: int, last: bool = False) -> nn.Module:
+            layers = [nn.Conv2d(ins, outs, size, padding=size // 2, groups=groups, bias=False)]
+            norm: list[nn.Module] = [nn.BatchNorm2d(outs)]
+            return nn.Sequential(*layers, *norm, *([] if last else [activation()]))
+
+        class Inverted(nn.Module):
+            def __init__(self, ins: int, outs: int) -> None:
+                super().__init__()
+                wide = 3 * ins
+                self.inner = nn.Sequential(
+                    unit(ins, wide, 1, 1), unit(wide, wide, 3, wide), unit(wide, outs, 1, 1, True)
+                )
+                self.adds = ins == outs
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                made: torch.Tensor = self.inner(x)
+                return x + made if self.adds else made
+
+        net = nn.Sequential(
+            unit(3, 16, 3, 1), Inverted(16, 16), Inverted(16, 24), nn.AvgPool2d(16), nn.Flatten(),
+            nn.Linear(24, classes),
+        )  # fmt: skip
+        net.train()
+        with torch.no_grad():
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.copy_(torch.exp(1.2 * torch.randn_like(module.weight)))
+                    module.bias.normal_(0, 0.3)
+            for _ in range(20):
+                net(torch.randn(16, 3, 16, 16))
+        return net.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def depthwise_core(
+    depthwise_net: Callable[..., nn.Module],
+) -> Callable[..., tuple[nn.Module, onnx.ModelProto, InputSpec]]:
+    """Return a function that gives the network of `depthwise_net` exported, and what it takes.
+
+    Exporting takes seconds: it is done once for each activation.
+    """
+    spec = InputSpec(16, 16, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    made: dict[type[nn.Module], tuple[nn.Module, onnx.ModelProto]] = {}
+
+    def make(
+        activation: type[nn.Module] = nn.ReLU6,
+    ) -> tuple[nn.Module, onnx.ModelProto, InputSpec]:
+        if activation not in made:
+            net = depthwise_net(activation)
+            made[activation] = (net, export_core(net, spec))
+        net, core = made[activation]
+        return copy.deepcopy(net), core, spec
+
+    return make

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from pollard.compress import export, quantize
 from pollard.compress.data import Part
+from pollard.compress.eight_bits import ImageJudge, Train, layer_costs_of, search
 from pollard.compress.macs import count_parameters, example_input, total_macs
+from pollard.compress.progress import Reporter
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.spec import InputSpec
 from pollard.runtime.bundle import write_durably
@@ -37,6 +42,9 @@ class Candidate:
     parity: float | None = None
     """Largest difference from the PyTorch model, relative to the logits' range;
     None for 8 bits, where it is not meant to be equal."""
+    quantization: dict[str, Any] | None = None
+    """How the 8-bit file came about: ranges, what was tried, which layers stayed float and
+    why. None for float, and where nothing was chosen."""
 
     @property
     def pruned(self) -> bool:
@@ -49,6 +57,20 @@ class Candidate:
         return self.path.stat().st_size
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What 8-bit files are chosen by."""
+
+    choose: Part
+    """The choosing part."""
+    parent_right: NDArray[np.bool_] = field(repr=False)
+    """Which of its images the parent answers right, bool [n]."""
+    max_drop: float
+    """Most points that may be lost."""
+    train: Train | None = None
+    """Trains in 8 bits where nothing else holds the gate; not tried when None."""
+
+
 def build(
     kind: str,
     module: nn.Module,
@@ -56,6 +78,8 @@ def build(
     folder: Path,
     calibration: Part | None = None,
     config: quantize.QuantizeConfig | None = None,
+    tuning: Tuning | None = None,
+    reporter: Reporter | None = None,
 ) -> list[Candidate]:
     """Export a module, check the files, and write them.
 
@@ -66,6 +90,8 @@ def build(
         folder: Where to write.
         calibration: Images for 8-bit ranges.
         config: How to quantize; float only when None.
+        tuning: What the 8-bit file is chosen by; one plain way is taken when None.
+        reporter: Told of progress.
 
     Returns:
         The float candidate, and the 8-bit one if ``config`` is given.
@@ -89,13 +115,24 @@ def build(
     work = copy.deepcopy(module)
     if rewrite_shortcuts(work, example_input(spec)):
         core = export.export_core(work, spec)
-    model = quantize.quantize(core, spec, calibration, config)
+    prepared = quantize.prepare(core, spec, calibration, config)
+    del core
+    told = None
+    if tuning is None:
+        model = prepared.build(prepared.collect().ranges(config.plain_method))
+        quantized = export.serialize(model)
+    else:
+        judge = ImageJudge(raw, tuning.choose, tuning.parent_right, tuning.max_drop)
+        costs = layer_costs_of(work, spec)
+        found = search(prepared, judge, train=tuning.train, costs=costs, reporter=reporter)
+        quantized, told = found.raw, found.told
     path = folder / f"{kind}-int8.onnx"
-    write_durably(path, export.serialize(model))
+    write_durably(path, quantized)
     features = tuple(quantize.requirements(config))
     built.append(
         Candidate(
-            f"{kind}-int8", "cpu-int8", path, module, spec, macs, parameters, cpu_features=features
+            f"{kind}-int8", "cpu-int8", path, module, spec, macs, parameters,
+            cpu_features=features, quantization=told,
         )
-    )
+    )  # fmt: skip
     return built

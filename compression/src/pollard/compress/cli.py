@@ -163,6 +163,43 @@ def compress(
     calibration_images: Annotated[
         int, typer.Option("--calibration-images", min=1, help="For 8-bit ranges.")
     ] = 512,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            help="How 8-bit ranges are chosen: min-max, mse, percentile-99.999, percentile-99.99, "
+            "percentile-99.9; auto compares them.",
+        ),
+    ] = "auto",
+    equalize: Annotated[
+        bool,
+        typer.Option(
+            "--equalize/--no-equalize", help="Whether channels may be balanced for 8 bits."
+        ),
+    ] = True,
+    correct_biases: Annotated[
+        bool,
+        typer.Option(
+            "--correct-biases/--no-correct-biases",
+            help="Whether biases may make up for what rounding moves.",
+        ),
+    ] = True,
+    float_layers: Annotated[
+        bool,
+        typer.Option(
+            "--float-layers/--no-float-layers",
+            help="Whether layers may stay float where 8 bits miss the gate.",
+        ),
+    ] = True,
+    qat_epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--qat-epochs",
+            min=0,
+            help="Epochs of training in 8 bits where nothing else holds the gate; 0: never; "
+            "default by model.",
+        ),
+    ] = None,
     vnni: Annotated[
         bool | None,
         typer.Option(
@@ -222,6 +259,11 @@ def compress(
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "calibration_images": calibration_images,
+            "calibration": calibration,
+            "equalize": equalize,
+            "correct_biases": correct_biases,
+            "float_layers": float_layers,
+            "qat_epochs": qat_epochs,
             "vnni": vnni,
             "max_train_images": train_images,
             "keep_whole": tuple(keep_whole or ()),

@@ -253,6 +253,11 @@ def _fill_in(recipe: Recipe, source: Source, machine: Machine) -> Recipe:
         epochs=defaults.recover_epochs if recipe.epochs is None else recipe.epochs,
         batch_size=recipe.batch_size or defaults.batch_size,
         learning_rate=recipe.learning_rate or defaults.recover_learning_rate,
+        qat_epochs=(
+            max(1, round(defaults.recover_epochs / 4))
+            if recipe.qat_epochs is None
+            else recipe.qat_epochs
+        ),
         vnni=machine.has_vnni if recipe.vnni is None else recipe.vnni,
         threads=recipe.threads or torch.get_num_threads(),
         spec=source.spec,

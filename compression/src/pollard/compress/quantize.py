@@ -10,18 +10,26 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from pollard.compress.calibration import (
+    Method,
+    Range,
+    Reader,
+    Statistics,
+    collect,
+    fused_outputs,
+)
 from pollard.compress.data import Part
-from pollard.compress.errors import QuantizeFailed
+from pollard.compress.errors import QuantizeFailed, UsageInvalid
 from pollard.compress.export import (
     CORE_INPUT,
     first_convolutions,
@@ -30,21 +38,48 @@ from pollard.compress.export import (
     strip_metadata,
     to_channels_first,
 )
+from pollard.compress.recipe import CALIBRATIONS
 from pollard.compress.spec import InputSpec
 
-# Images of one calibration run; with min-max ranges only two numbers per tensor
-# and run are kept, so memory does not grow with the number of images.
-_CALIBRATION_BYTES = 4 * 1024**2
+# Bytes of the images of one calibration batch; what the network makes of them is some
+# ten to a hundred times as much.
+_CALIBRATION_BYTES = 1024**2
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to quantize."""
+    """How to quantize.
+
+    Raises:
+        UsageInvalid: a value means nothing.
+    """
 
     calibration_images: int = 512
     reduce_range: bool = False
     """Weights of 7 bits, for processors without VNNI, whose 16-bit sums would
-    saturate."""
+    saturate. Depthwise weights keep 8: their kernel adds up in 32 bits."""
+    method: Method | Literal["auto"] = "auto"
+    """How ranges come from what was seen; see :data:`pollard.compress.calibration.METHODS`.
+    "auto" compares all of them where there is something to choose by, and is "min-max"
+    where there is not."""
+    equalize: bool = True
+    """Whether channels may be balanced between two layers, where there is something to
+    choose by."""
+    correct_biases: bool = True
+    """Whether biases may make up for rounding; likewise."""
+    float_layers: bool = True
+    """Whether layers may stay in float for the gate; likewise."""
+
+    def __post_init__(self) -> None:
+        if self.method not in CALIBRATIONS:
+            raise UsageInvalid(
+                f"calibration {self.method!r} is not one of {', '.join(CALIBRATIONS)}"
+            )
+
+    @property
+    def plain_method(self) -> Method:
+        """The method where nothing is compared."""
+        return "min-max" if self.method == "auto" else self.method
 
 
 def requirements(config: QuantizeConfig) -> list[str]:
@@ -83,10 +118,68 @@ def pixels_are_quantized(spec: InputSpec) -> bool:
     return _pixel_map(spec).uniform
 
 
-def quantize(
+@dataclass
+class Prepared:
+    """A float model made ready for the quantizer, which can then be built many times."""
+
+    core: onnx.ModelProto
+    """From float CORE_INPUT to float logits, optimized, with the types of its tensors."""
+    config: QuantizeConfig
+    read: Callable[[], Reader]
+    """Returns the calibration inputs, from the first one on."""
+    finish: Callable[[onnx.ModelProto], None]
+    """Lets a quantized model take what is served, in place."""
+    overrides: dict[str, object] = field(default_factory=dict)
+    shift: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    """What the network's input is smaller by than the PyTorch model's, per channel; the
+    biases of the first convolutions make up for it."""
+
+    def collect(self, channels_of: Collection[str] = ()) -> Statistics:
+        """Run the calibration inputs.
+
+        Raises:
+            QuantizeFailed: there are none, or the network gives something not finite.
+        """
+        return collect(self.core, self.read(), channels_of)
+
+    def build(
+        self,
+        ranges: Mapping[str, Range],
+        *,
+        float_nodes: Collection[str] = (),
+        core: onnx.ModelProto | None = None,
+    ) -> onnx.ModelProto:
+        """Return a quantized model as it is served.
+
+        Args:
+            ranges: Of every tensor, as from :meth:`Statistics.ranges`.
+            float_nodes: Nodes that stay in float.
+            core: The same graph with other weights, instead of `core`.
+
+        Raises:
+            QuantizeFailed: onnxruntime's quantizer refuses the model.
+        """
+        model = self.build_core(ranges, float_nodes=float_nodes, core=core)
+        self.finish(model)
+        return model
+
+    def build_core(
+        self,
+        ranges: Mapping[str, Range],
+        *,
+        float_nodes: Collection[str] = (),
+        core: onnx.ModelProto | None = None,
+    ) -> onnx.ModelProto:
+        """Return a quantized model that keeps the network's own float input; as :meth:`build`."""
+        core = self.core if core is None else core
+        overrides = {**depthwise_overrides(core, self.config), **self.overrides}
+        return _quantize_static(core, ranges, self.config, set(float_nodes), overrides)
+
+
+def prepare(
     core: onnx.ModelProto, spec: InputSpec, calibration: Part, config: QuantizeConfig
-) -> onnx.ModelProto:
-    """Quantize a float model and let it take pixels.
+) -> Prepared:
+    """Make a float model ready for 8 bits and for pixels.
 
     Where one scale serves all channels, the pixels are the quantized input and
     nothing is computed on them at all. Otherwise one DequantizeLinear per
@@ -99,6 +192,70 @@ def quantize(
         calibration: Images that the ranges are measured on.
         config: How.
 
+    Raises:
+        QuantizeFailed: onnxruntime's preprocessing refuses the model.
+    """
+    pixels = _pixel_map(spec)
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    rest = pixels.rest
+    shift = np.zeros_like(rest)
+    if np.any(rest) and (first := first_convolutions(model)):
+        shift_first(model, first, rest)
+        rest, shift = shift, rest
+
+    def feed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        centred = images.astype(np.float32) - pixels.zero.astype(np.float32)
+        made = centred * pixels.scale + rest.astype(np.float32)
+        return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
+
+    def finish(quantized: onnx.ModelProto) -> None:
+        if not (pixels.uniform and _feed_pixels_directly(quantized, spec)):
+            _dequantize_pixels(quantized, spec, pixels, rest)
+
+    overrides: dict[str, object] = {}
+    given = [model]
+    del model  # large networks need not lie in memory while they are optimized
+    if pixels.uniform:
+        overrides[CORE_INPUT] = [
+            {"scale": np.array(pixels.scale[0]), "zero_point": np.array(pixels.zero[0])}
+        ]
+    return Prepared(
+        _pre_process(given),
+        config,
+        lambda: _Images(calibration, config, feed),
+        finish,
+        overrides,
+        shift,
+    )
+
+
+def prepare_core(
+    core: onnx.ModelProto, read: Callable[[], Reader], config: QuantizeConfig
+) -> Prepared:
+    """Make a float model that keeps its float input ready for 8 bits.
+
+    Args:
+        core: From :func:`pollard.compress.export.export_core`; it is not changed.
+        read: Returns inputs like those in use, from the first one on.
+        config: How.
+
+    Raises:
+        QuantizeFailed: onnxruntime's preprocessing refuses the model.
+    """
+    return Prepared(_pre_process([core]), config, read, lambda _: None)
+
+
+def quantize(
+    core: onnx.ModelProto, spec: InputSpec, calibration: Part, config: QuantizeConfig
+) -> onnx.ModelProto:
+    """Quantize a float model by one method and let it take pixels.
+
+    :func:`pollard.compress.eight_bits.search` looks for the best one.
+
+    Args:
+        core, spec, calibration, config: As for :func:`prepare`.
+
     Returns:
         A model from uint8 [batch, height, width, channels] to float32
         [batch, classes].
@@ -106,39 +263,12 @@ def quantize(
     Raises:
         QuantizeFailed: onnxruntime's quantizer refuses the model.
     """
-    pixels = _pixel_map(spec)
-    model = onnx.ModelProto()
-    model.CopyFrom(core)
-    rest = pixels.rest
-    if np.any(rest) and (first := first_convolutions(model)):
-        shift_first(model, first, rest)
-        rest = np.zeros_like(rest)
-
-    def feed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        centred = images.astype(np.float32) - pixels.zero.astype(np.float32)
-        made = centred * pixels.scale + rest.astype(np.float32)
-        return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-
-    overrides = {}
-    if pixels.uniform:
-        overrides[CORE_INPUT] = [
-            {"scale": np.array(pixels.scale[0]), "zero_point": np.array(pixels.zero[0])}
-        ]
-    quantized = _quantize_static(model, _Reader(calibration, config, feed), config, overrides)
-    if not (pixels.uniform and _feed_pixels_directly(quantized, spec)):
-        _dequantize_pixels(quantized, spec, pixels, rest)
-    return quantized
-
-
-class Reader(Protocol):
-    """Feeds a calibration run."""
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the next batch by input name, or None at the end."""
+    prepared = prepare(core, spec, calibration, config)
+    return prepared.build(prepared.collect().ranges(config.plain_method))
 
 
 def quantize_core(core: onnx.ModelProto, reader: Reader, config: QuantizeConfig) -> onnx.ModelProto:
-    """Quantize a float model that keeps its float input.
+    """Quantize a float model that keeps its float input, by one method.
 
     Args:
         core: From :func:`pollard.compress.export.export_core`; it is not changed.
@@ -148,10 +278,11 @@ def quantize_core(core: onnx.ModelProto, reader: Reader, config: QuantizeConfig)
     Raises:
         QuantizeFailed: onnxruntime's quantizer refuses the model.
     """
-    return _quantize_static(core, reader, config, {})
+    prepared = prepare_core(core, lambda: reader, config)
+    return prepared.build(prepared.collect().ranges(config.plain_method))
 
 
-class _Reader:
+class _Images:
     """Feeds calibration images in small batches."""
 
     def __init__(
@@ -162,9 +293,8 @@ class _Reader:
     ) -> None:
         self._images = part.images[: config.calibration_images]
         self._feed = feed
-        self._size = max(
-            1, min(32, _CALIBRATION_BYTES // (4 * int(np.prod(part.images.shape[1:]))))
-        )
+        size = 4 * int(np.prod(part.images.shape[1:]))
+        self._size = max(1, min(32, _CALIBRATION_BYTES // size))
         self._start = 0
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
@@ -176,8 +306,54 @@ class _Reader:
         return {CORE_INPUT: self._feed(batch)}
 
 
+def depthwise_overrides(model: onnx.ModelProto, config: QuantizeConfig) -> dict[str, object]:
+    """Return the quantizer's overrides that leave depthwise weights their 8 bits.
+
+    onnxruntime adds products of a depthwise convolution up in 32 bits on every processor,
+    where other convolutions saturate without VNNI; it does so only where a channel in
+    gives one channel out.
+    """
+    if not config.reduce_range:
+        return {}
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    found: dict[str, object] = {}
+    for node in model.graph.node:
+        if node.op_type != "Conv" or node.input[1] not in shapes:
+            continue
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        shape = shapes[node.input[1]]
+        if group > 1 and len(shape) == 4 and shape[:2] == [group, 1]:
+            found[node.input[1]] = [{"axis": 0, "reduce_range": False}]
+    return found
+
+
+def _pre_process(given: list[onnx.ModelProto]) -> onnx.ModelProto:
+    """Fold constants and infer types, as onnxruntime's quant_pre_process does.
+
+    From file to file, which takes half the memory; ``given`` is emptied. Its symbolic
+    inference is for transformers: it gives up on resizing with a free batch.
+    """
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(prefix="pollard-quantize-") as folder, _quiet(), _told():
+        plain, optimized, inferred = (str(Path(folder) / name) for name in ("p", "o", "i"))
+        onnx.save(given.pop(), plain)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = optimized
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+        onnx.shape_inference.infer_shapes_path(optimized, inferred)
+        return onnx.load(inferred)
+
+
 def _quantize_static(
-    model: onnx.ModelProto, reader: Reader, config: QuantizeConfig, overrides: Mapping[str, object]
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    config: QuantizeConfig,
+    float_nodes: set[str],
+    overrides: Mapping[str, object],
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import (
         CalibrationMethod,
@@ -185,42 +361,58 @@ def _quantize_static(
         QuantType,
         quantize_static,
     )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.calibrate import TensorsData, save_tensors_data
 
+    # What a rectifier reads has the range of what it gives: only that is ever quantized.
+    known = {**ranges, **{name: ranges[to] for name, to in _known_fusions(model, ranges).items()}}
+    data = {name: (np.float32(low), np.float32(high)) for name, (low, high) in known.items()}
     with tempfile.TemporaryDirectory(prefix="pollard-quantize-") as folder, _quiet():
-        plain, prepared, written = (
-            Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantized")
-        )
-        try:
-            # Symbolic inference is for transformers: it gives up on resizing with a free
-            # batch and then leaves files in the current directory.
+        plain, cache, written = (Path(folder) / name for name in ("p.onnx", "c.json", "q.onnx"))
+        with _told():
             onnx.save(model, plain)
-            quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+            save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
             quantize_static(
-                prepared,
+                plain,
                 written,
-                reader,
+                None,
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=config.reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                nodes_to_exclude=_float_nodes(onnx.load(prepared)),
+                calibration_cache_path=cache,
+                nodes_to_exclude=sorted(float_nodes | set(unsupported_nodes(model))),
                 extra_options={"TensorQuantOverrides": dict(overrides)} if overrides else {},
             )
             quantized = onnx.load(written)
-        except Exception as error:  # the quantizer raises bare exceptions of every kind
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise QuantizeFailed(f"onnxruntime cannot quantize the model: {first}") from error
     strip_metadata(quantized)
     return quantized
 
 
-def _float_nodes(model: onnx.ModelProto) -> list[str]:
+def _known_fusions(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[str, str]:
+    found = fused_outputs(model)
+    for name, to in found.items():
+        while to not in ranges and to in found:  # a rectifier behind another one
+            to = found[to]
+        found[name] = to
+    return {name: to for name, to in found.items() if to in ranges}
+
+
+def unsupported_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the nodes that stay float whatever is asked for."""
     # onnxruntime has no 8-bit kernel for it on processors, and its quantizer takes the
     # wrong axis of a grouped one's weights.
     return [node.name for node in model.graph.node if node.op_type == "ConvTranspose"]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the quantizer raises bare exceptions of every kind
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise QuantizeFailed(f"onnxruntime cannot quantize the model: {first}") from error
 
 
 @contextlib.contextmanager

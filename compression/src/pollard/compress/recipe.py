@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pollard.compress.budget import parse_budgets
 from pollard.compress.errors import UsageInvalid
@@ -15,6 +15,10 @@ from pollard.compress.spec import InputSpec
 
 Target = Literal["cpu-int8", "cpu-fp32"]
 TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
+
+Method = Literal["min-max", "mse", "percentile-99.999", "percentile-99.99", "percentile-99.9"]
+METHODS: tuple[Method, ...] = get_args(Method)
+CALIBRATIONS: tuple[Method | Literal["auto"], ...] = ("auto", *METHODS)
 
 Importance = Literal["l1", "l2", "bn", "taylor"]
 IMPORTANCES: tuple[Importance, ...] = ("l1", "l2", "bn", "taylor")
@@ -64,6 +68,18 @@ class Recipe:
     distill_temperature: float = 4.0
     calibration_images: int = 512
     """Images that 8-bit ranges are measured on."""
+    calibration: Method | Literal["auto"] = "auto"
+    """How 8-bit ranges come from what was seen: "min-max", "mse", "percentile-99.999",
+    "percentile-99.99" or "percentile-99.9"; "auto" compares them on the choosing part."""
+    equalize: bool = True
+    """Whether channels may be balanced between layers before they become 8 bits."""
+    correct_biases: bool = True
+    """Whether biases may make up for what rounding moves."""
+    float_layers: bool = True
+    """Whether layers may stay in float where 8 bits miss the gate."""
+    qat_epochs: int | None = None
+    """Epochs of training in 8 bits, where nothing else holds the gate or too much would
+    stay in float; 0 never trains so; by the model's own default when None."""
     vnni: bool | None = None
     """Whether the machines that will serve have VNNI; this one decides when None."""
     max_train_images: int | None = None
@@ -101,6 +117,11 @@ class Recipe:
         _check(0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}")
         _check(self.distill_temperature > 0, f"distill_temperature is {self.distill_temperature}")
         _check(self.calibration_images > 0, f"calibration_images is {self.calibration_images}")
+        _check(
+            self.calibration in CALIBRATIONS,
+            f"calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}",
+        )
+        _check(self.qat_epochs is None or self.qat_epochs >= 0, f"qat_epochs is {self.qat_epochs}")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}")
         _check(self.threads is None or self.threads > 0, f"threads is {self.threads}")
 

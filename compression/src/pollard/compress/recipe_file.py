@@ -55,6 +55,20 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
     "distill_weight": (_NUMBER, False, "Share of the loss that follows the parent's answers."),
     "distill_temperature": (_NUMBER, False, "Softens those answers."),
     "calibration_images": (_COUNT, False, "Images that 8-bit ranges are measured on."),
+    "calibration": (
+        _TEXT,
+        False,
+        "How those ranges are chosen: min-max, mse, percentile-99.999, percentile-99.99,\n"
+        "# percentile-99.9; auto compares them.",
+    ),
+    "equalize": (_SWITCH, False, "Whether channels may be balanced between layers for 8 bits."),
+    "correct_biases": (_SWITCH, False, "Whether biases may make up for what rounding moves."),
+    "float_layers": (_SWITCH, False, "Whether layers may stay float where 8 bits miss the gate."),
+    "qat_epochs": (
+        _COUNT,
+        True,
+        "Epochs of training in 8 bits where nothing else holds the gate; 0: never; null: by model.",
+    ),
     "vnni": (_SWITCH, True, "Whether the serving machines have VNNI; null: as here."),
     "max_train_images": (_COUNT, True, "Use only so many training images; null: all."),
     "keep_whole": (_LIST, False, "Layers that are not pruned, by name."),

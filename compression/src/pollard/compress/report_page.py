@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from pollard.compress import report_eight_bits
 from pollard.compress.report_parts import (
     bytes_text,
     card,
@@ -51,6 +52,7 @@ def _sections(content: dict[str, Any]) -> list[str]:
     parts += _stage_notes(content)
     if content["pruning"] and content["pruning"]["search"]:
         parts += search_sections(content["pruning"]["search"])
+    parts += report_eight_bits.sections(content)
     if content["recovery"]:
         parts += ["<h2>Recovery</h2>", _recovery_text(content), panel(curves(content))]
     parts += [

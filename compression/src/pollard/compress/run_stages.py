@@ -18,7 +18,7 @@ from torch import nn
 import pollard.compress
 import pollard.runtime.bundle
 from pollard.compress import bundling, verify
-from pollard.compress.candidates import Candidate, build
+from pollard.compress.candidates import Candidate, Tuning, build
 from pollard.compress.codec import decode, encode
 from pollard.compress.cut_files import load_cut, recover_stage, save_cut
 from pollard.compress.data import Dataset, Part
@@ -33,6 +33,7 @@ from pollard.compress.recipe import Recipe
 from pollard.compress.shrink import loss_gradients, shrink, shrink_config
 from pollard.compress.stages import Stages, read_json, write_json
 from pollard.compress.training import FitConfig, History
+from pollard.compress.tuning import chosen_by, make_tuning, quantize_config
 from pollard.compress.verify import Measured
 from pollard.runtime.digests import sha256_file
 from pollard.runtime.machine import Machine
@@ -94,11 +95,7 @@ class Run:
 
     def build(self, pruned: Pruned | None) -> list[Candidate]:
         """Return the files that compete; the first is the parent's in float."""
-        config = None
-        if self.recipe.target == "cpu-int8":
-            config = QuantizeConfig(
-                self.recipe.calibration_images, reduce_range=not self.recipe.vnni
-            )
+        config = quantize_config(self.recipe)
         modules = {"parent": self.parent.module}
         if pruned is not None:
             modules["pruned"] = pruned.module
@@ -107,10 +104,8 @@ class Run:
                 "target cpu-fp32 with prune 0 leaves nothing to do; use pollard bundle"
             )
         built: list[Candidate] = []
-        with self.reporter.step("Exporting and quantizing", len(modules)) as step:
-            for kind, module in modules.items():
-                built += self._export(kind, module, config)
-                step.advance()
+        for kind, module in modules.items():
+            built += self._export(kind, module, config)
         return built
 
     def _export(
@@ -119,7 +114,10 @@ class Run:
         spec = self.parent.spec
 
         def make(folder: Path) -> None:
-            made = build(kind, module, spec, folder, self.data.train, config)
+            made = build(
+                kind, module, spec, folder, self.data.train, config, self._tuning(config),
+                self.reporter,
+            )  # fmt: skip
             told = [
                 {"file": c.path.name, **encode(c, skip=("path", "module", "spec"))} for c in made
             ]
@@ -133,8 +131,16 @@ class Run:
                 for told in read_json(folder / _FILES)
             ]
 
-        inputs = {"kind": kind, "weights": module_digest(module), "quantize": config}
+        inputs: dict[str, object] = {"kind": kind, "weights": module_digest(module)}
+        if config is not None:
+            # What files are chosen by goes in, the gate, too: layers stay float for it.
+            inputs |= {"quantize": config, **chosen_by(self.recipe)}
         return self.stages.run("export", inputs, make, load).value
+
+    def _tuning(self, config: QuantizeConfig | None) -> Tuning | None:
+        if config is None:
+            return None
+        return make_tuning(self.recipe, self.parent, self.data, self.reporter)
 
     def choose(self, built: Sequence[Candidate], rounds: int) -> tuple[list[Measured], Measured]:
         """Measure all candidates on the choosing part and return the one to ship, too.

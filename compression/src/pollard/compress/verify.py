@@ -84,6 +84,7 @@ class Measured:
             "latency": [vars(timing) for timing in self.timings],
             "speedup": _interval(self.speedup.estimate, self.speedup.lower, self.speedup.upper),
             "parity": self.candidate.parity,
+            "quantization": self.candidate.quantization,
             "agreement_with_torch": self.agreement,
             "agreement_with_parent": self.parent_agreement.to_json(),
         }
