@@ -114,11 +114,11 @@ def test_training_is_tried_where_layers_in_float_are_dear(
     def train(
         prepared: Prepared, core: onnx.ModelProto, quantized: onnx.ModelProto
     ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-        asked.append(quantized.graph.node[0].op_type)
+        asked.append("QuantizeLinear" in {node.op_type for node in quantized.graph.node})
         return core, {"epochs": 0}
 
     found = search(prepared, Gate(net, core, 1e-9), train=train)
-    assert asked == ["QuantizeLinear"]
+    assert asked == [True]
     assert any("trained in 8 bits" in row["name"] for row in found.told["trials"])
 
 

@@ -114,7 +114,7 @@ class Histogram:
             rounded = weights[np.abs(middles) > step / 2].sum() / total
             return float((weights @ beyond**2) / total + rounded * step * step / 12)
 
-        shares = np.geomspace(1.0, 0.05, 40)
+        shares = np.geomspace(1.0, 0.05, 100)
         best = (low, high)
         for _ in range(2):  # both ends in turn, then once more
             best = min(((low * share, best[1]) for share in shares), key=error)
