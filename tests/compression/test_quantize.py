@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,19 @@ def test_without_vnni_weights_keep_to_seven_bits_and_nothing_is_required() -> No
     assert all(np.abs(weight.astype(int)).max() <= 64 for weight in weights)
     assert quantize.requirements(config) == []
     assert quantize.requirements(QuantizeConfig()) == ["avx512_vnni"]
+
+
+def test_depthwise_weights_keep_eight_bits_because_their_sums_do_not_saturate(
+    depthwise_core: Callable[..., tuple[nn.Module, onnx.ModelProto, InputSpec]],
+) -> None:
+    _, core, spec = depthwise_core()
+    model = quantize.quantize(core, spec, _part(spec), QuantizeConfig(reduce_range=True))
+    most = {
+        tensor.dims[1] == 1: int(np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max())
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+    }
+    assert most == {True: 127, False: 64}
 
 
 def test_weights_are_quantized_per_channel() -> None:
