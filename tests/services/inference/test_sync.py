@@ -14,8 +14,9 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.runtime.sessions import open_session
 from pollard.services.common.errors import StartupError
-from pollard.services.inference import idle_tuning
+from pollard.services.inference import idle_tuning, loader
 
 
 def answer_of(response: pb.ModelInferResponse) -> float:
@@ -316,6 +317,38 @@ async def test_the_stream_is_opened_again_and_serving_goes_on(
     await manager.start()
     await eventually(lambda: len(manager.hellos) >= 2, 15)
     assert (await manager.answer()).HasField("ack")
+
+
+async def test_a_server_that_was_cut_off_for_long_loads_only_what_is_new(
+    manager, server, stub, make_bundle, tensor_request, monkeypatch
+) -> None:
+    first = next(iter(manager.bundles.values()))
+    opened: list[str] = []
+
+    def counted(path, *args, **more):
+        opened.append(str(path))
+        return open_session(path, *args, **more)
+
+    monkeypatch.setattr(loader, "open_session", counted)
+    await manager.stop()
+    # Meanwhile the world went on by many versions: one model is new, the other as it was.
+    manager.version += 40
+    second = make_bundle(2.0)
+    manager.want("other", {7: second}, {"production": {7: 1}})
+    downloads = len(manager.downloads)
+    await manager.start()
+    await eventually(lambda: len(manager.hellos) >= 2, 15)
+    assert (await manager.answer()).HasField("ack")
+    request = tensor_request()
+    request.model_name = "other"
+    response = await stub.ModelInfer(request, timeout=10)
+    assert (response.model_version, answer_of(response)) == ("7", 2.0)
+    response = await stub.ModelInfer(tensor_request(), timeout=10)
+    assert (response.model_version, answer_of(response)) == ("1", 1.0)
+    assert len(manager.downloads) == downloads + 1
+    assert opened
+    assert all(second.digest in path for path in opened)
+    assert not any(first.digest in path for path in opened)
 
 
 async def test_reports_carry_counters(manager, server, stub, tensor_request) -> None:
