@@ -8,10 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
+import numpy as np
+import onnxruntime
+
 from bench.models import BuiltModel
 from bench.peers.fetch import BUILD, Tools, with_libraries
 from bench.process import ServerProcess, free_port
+from pollard.inference import grpc_service_pb2 as pb
+from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 
+# The backend was built for NumPy 1: under NumPy 2 its `as_numpy` gives the first element everywhere
+# and its `Tensor` is empty, without a word. DLPack is right under both.
 # One session an instance with one thread that does not spin; the requests that the dynamic batcher
 # hands over are run as one batch.
 _MODEL = """\
@@ -39,7 +47,7 @@ class TritonPythonModel:
 
     def execute(self, requests):
         arrays = [
-            pb_utils.get_input_tensor_by_name(request, self.input).as_numpy()
+            np.from_dlpack(pb_utils.get_input_tensor_by_name(request, self.input))
             for request in requests
         ]
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -47,7 +55,7 @@ class TritonPythonModel:
         responses, start = [], 0
         for array in arrays:
             end = start + len(array)
-            tensor = pb_utils.Tensor(self.output, result[start:end])
+            tensor = pb_utils.Tensor.from_dlpack(self.output, result[start:end])
             responses.append(pb_utils.InferenceResponse([tensor]))
             start = end
         return responses
@@ -103,6 +111,33 @@ def start_triton(tools: Tools, models: Sequence[BuiltModel]) -> ServerProcess:
         f"--grpc-port={port}",
         "--backend-config=python,shm-default-byte-size=16777216",
     ]
-    return ServerProcess.start(
+    server = ServerProcess.start(
         "Triton, Python backend", command, port, Path(BUILD / "triton.log"), environment
     )
+    try:
+        for model in models:
+            _check(server, model)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _check(server: ServerProcess, model: BuiltModel) -> None:
+    """Check that Triton answers what the file answers.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    values = np.random.default_rng(0).normal(size=(2, *model.input_shape)).astype(np.float32)
+    session = onnxruntime.InferenceSession(model.onnx, providers=["CPUExecutionProvider"])
+    wanted = session.run([model.output], {model.input: values})[0]
+    request = pb.ModelInferRequest(model_name=model.name)
+    request.inputs.add(name=model.input, datatype="FP32", shape=values.shape)
+    request.raw_input_contents.append(values.tobytes())
+    options = [("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(server.address, options) as channel:
+        answer = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
+    given = np.frombuffer(answer.raw_output_contents[0], np.float32)
+    if given.size != wanted.size or not np.allclose(given, wanted.reshape(-1), 1e-3, 1e-3):
+        raise RuntimeError(f"Triton does not answer what {model.name} answers; nothing is measured")
