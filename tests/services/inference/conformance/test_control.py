@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
@@ -255,6 +256,29 @@ def test_warm_up_requests_are_run_before_the_version_is_ready(explicit, ask, zoo
     (folder / "warmup/data").write_bytes(bytes(16))
     explicit.load_model("adder")
     assert ask(explicit) == 1
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    explicit, ask, zoo, tmp_path
+) -> None:
+    explicit.load_model("adder")
+    # A file with a hole in it: more than this machine's memory, and nothing on its disk.
+    huge = tmp_path / "adder/2/model.onnx"
+    huge.parent.mkdir()
+    with huge.open("wb") as file:
+        file.truncate(psutil.virtual_memory().total)
+    status, words = refused(explicit.load_model, "adder")
+    assert status == "INVALID_ARGUMENT"
+    assert "loading it beside what runs takes" in words
+    assert "unload a revision" in words
+    # What runs serves on, and what fits is loaded.
+    assert ask(explicit) == 1
+    assert states(explicit, "adder")["1"][0] == "READY"
+    state, reason = states(explicit, "adder")["2"]
+    assert (state, "beside what runs" in reason) == ("UNAVAILABLE", True)
+    zoo["put"](tmp_path, "adder", {2: zoo["adder"](2)})
+    explicit.load_model("adder")
+    assert ask(explicit) == 2
 
 
 @contextlib.contextmanager
