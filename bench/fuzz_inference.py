@@ -337,8 +337,10 @@ async def _fuzz(server: ServerProcess, key: str, requests: int, seed: int) -> in
 def main(
     requests: Annotated[int, typer.Option(min=1600, help="Damaged requests to send.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Another seed damages otherwise.")] = 0,
+    frontend: Annotated[str, typer.Option(help="Front end: grpcio, core or envoy.")] = "grpcio",
 ) -> None:
     """Send damaged requests to an inference server and see whether it minds."""
+    print(f"front end {frontend}, seed {seed}, {requests} damaged requests")
     folder = Path(tempfile.mkdtemp(prefix="pollard-fuzz-"))
     region = Path("/dev/shm") / f"pollard-fuzz-{uuid.uuid4().hex}"  # noqa: S108 - they are there
     region.write_bytes(b"\1\0\0\0a" * (_REGION_BYTES // 5) + b"\0")
@@ -346,7 +348,13 @@ def main(
         _repository(folder / "models")
         port = free_port()
         command = [*pollard_command(), "serve", "inference", "--port", str(port)]
-        command += ["--repository", str(folder / "models"), "--shared-memory"]
+        command += [
+            "--repository",
+            str(folder / "models"),
+            "--shared-memory",
+            "--frontend",
+            frontend,
+        ]
         with ServerProcess.start("pollard", command, port, folder / "log") as server:
             code = asyncio.run(_fuzz(server, region.name, requests, seed))
             if server.process.poll() is not None:

@@ -31,9 +31,8 @@ SETTINGS = settings(
 names = st.sampled_from(["x", "a", "b", "y", "sum", "", "z", "x\0", "ü" * 300]) | st.text(
     st.characters(exclude_categories=["Cs"]), max_size=20
 )
-models = st.sampled_from(
-    ["adder", "pair", "flat", "free", "broken", "echo_bytes", "echo_bool", "echo_bf16", "nobody"]
-)
+MODELS = ["adder", "pair", "flat", "free", "broken", "echo_bytes", "echo_bool", "echo_bf16"]
+models = st.sampled_from([*MODELS, "nobody"])
 datatypes = st.sampled_from(
     ["FP32", "INT32", "BYTES", "BOOL", "BF16", "FP16", "UINT64", "", "fp32", "FP128"]
 )
@@ -103,6 +102,20 @@ def requests(draw: st.DrawFn) -> pb.ModelInferRequest:
         request.parameters[name].CopyFrom(value)
     request.raw_input_contents.extend(draw(st.lists(raws, max_size=4)))
     return request
+
+
+@pytest.fixture(scope="module", params=["default", "core", "envoy"])
+def address(request, address, repository, serve) -> Iterator[str]:
+    """Address of a server; besides the front end of all these tests, by each of the others."""
+    if request.param == "default":
+        yield address
+        return
+    if request.param == "envoy":
+        pytest.importorskip("pyvoy", reason="the extra [envoy] is not installed")
+    # Not the slow ones, whose warm-up takes long.
+    settings = {"model_control": "explicit", "load_model": MODELS, "shared_memory": True}
+    with serve(repository, frontend=request.param, **settings) as other:
+        yield other
 
 
 @pytest.fixture(scope="module")
