@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -275,13 +275,31 @@ def _time_again(work: Path, names: list[str]) -> None:
             for session in sessions.values()
         ]
         turns = interleaved(calls, rounds=_ROUNDS)
+        used = _processor_time(calls)
         told = {
-            kind: {"p50_us": float(np.median(times)), "speedup": asdict(ratio(turns[0], times))}
-            for kind, times in zip(sessions, turns, strict=True)
+            kind: {
+                "p50_us": float(np.median(times)),
+                "speedup": asdict(ratio(turns[0], times)),
+                "processor_us": float(np.median(cpu)),
+                "processor_speedup": asdict(ratio(used[0], cpu)),
+            }
+            for kind, times, cpu in zip(sessions, turns, used, strict=True)
         }
         where = environment()
         _write(work / "timings" / f"{name}.json", {"files": told, "environment": where})
         typer.echo(f"{name}: { ({k: round(t['p50_us'], 1) for k, t in told.items()}) }")
+
+
+def _processor_time(calls: Sequence[Callable[[], object]]) -> list[np.ndarray]:
+    """Return what each call takes of its thread, interleaved; others do not count."""
+    found: list[list[float]] = [[] for _ in calls]
+    for turn in range(_ROUNDS):
+        for index in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
+            started = time.thread_time_ns()
+            for _ in range(4):
+                calls[index]()
+            found[index].append((time.thread_time_ns() - started) / 4000)
+    return [np.array(times) for times in found]
 
 
 def _with_seed(name: str) -> str:
@@ -299,6 +317,8 @@ def _read_cell(work: Path, name: str) -> dict[str, Any]:
             found = again["files"][file["name"]]
             file["latency"][0]["p50_us"] = found["p50_us"]
             file["speedup"] = found["speedup"]
+            file["processor_us"] = found["processor_us"]
+            file["processor_speedup"] = found["processor_speedup"]
     return cell
 
 
