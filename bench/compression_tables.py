@@ -142,7 +142,7 @@ def _equal(cells: Mapping[str, Any]) -> list[str]:
     return [
         "## Three ways to one latency (ResNet-20, float)",
         f"Each is cut so that the table of latencies says half of the parent's time, and recovered "
-        f"alike: {first['epochs']} epoch(s) over {first['train_images']:,} training images. Mean and "
+        f"alike: {first['epochs']} epoch(s), {first['train_images']:,} training images. Mean and "
         f"standard deviation over seeds, on {first['files'][0]['accuracy']['samples']:,} held-out "
         "images. To reach: by latency is more accurate than the other two.",
         _table(
