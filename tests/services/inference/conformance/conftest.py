@@ -164,6 +164,8 @@ def serving(repository: Path, **settings: object) -> Iterator[str]:
         "repository": str(repository),
         "memory_headroom_bytes": 0,
         "measure": False,
+        # On a busy machine several requests of the slow models take more than the usual 30 s.
+        "max_request_seconds": 120,
         **settings,
     }
     process = subprocess.Popen(
