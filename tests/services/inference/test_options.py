@@ -86,13 +86,13 @@ def test_what_was_measured_goes_before_the_defaults(described) -> None:
     _, description = described()
     options = EngineOptions(inline_seconds=100e-6)
     tuning = Tuning(4, 1, 4, 40e-6)
-    assert running(options, 4, Given(), description, None, 60e-6) == Running(4, 1, 8, 1)
-    assert running(options, 4, Given(), description, tuning, 60e-6) == Running(1, 4, 4, 2)
+    assert running(options, 4, Given(), description, None, 60e-6) == Running(4, 1, 8, 1, 100e-6)
+    assert running(options, 4, Given(), description, tuning, 60e-6) == Running(1, 4, 4, 2, 100e-6)
     by_hand = Given(workers=3, threads=4, joined_batch=2)
-    assert running(options, 4, by_hand, description, tuning, 60e-6) == Running(3, 4, 2, 2)
+    assert running(options, 4, by_hand, description, tuning, 60e-6) == Running(3, 4, 2, 2, 100e-6)
     # However many rows a batch that was measured had, no more than the model takes.
     larger = Tuning(1, 4, 64, 1.0)
-    assert running(options, 4, Given(), description, larger, 60e-6) == Running(4, 1, 8, 0)
+    assert running(options, 4, Given(), description, larger, 60e-6) == Running(4, 1, 8, 0, 100e-6)
 
 
 def test_requests_that_wait_for_others_are_not_run_where_they_are(described) -> None:

@@ -121,6 +121,38 @@ async def test_requests_of_few_rows_may_run_where_they_are(watched) -> None:
     await revision.retire()
 
 
+async def test_a_model_that_takes_far_longer_than_expected_goes_back_to_its_workers(
+    watched,
+) -> None:
+    worked, session = watched
+    revision = LoadedRevision(
+        worked.info,
+        session,
+        workers=1,
+        joined_batch=1,
+        max_queue=1,
+        inline_rows=2,
+        inline_seconds=2e-3,
+    )
+    started: list[int] = []
+    run = session.run
+
+    def busy(feeds, outputs=None):
+        started.append(threading.get_ident())
+        # Much to do for some values, which a warm-up with zeros does not show.
+        until = time.thread_time() + (0.1 if feeds["x"].max() > 5 else 0.0)
+        while time.thread_time() < until:
+            pass
+        return run(feeds, outputs)
+
+    session.run = busy
+    for value in (1, 9, 1, 9):
+        assert (await ask(revision, value) == value + 1).all()
+    here = threading.get_ident()
+    assert [thread == here for thread in started] == [True, True, False, False]
+    await revision.retire()
+
+
 async def test_requests_that_came_together_are_joined_where_they_are(watched) -> None:
     worked, session = watched
     revision = LoadedRevision(

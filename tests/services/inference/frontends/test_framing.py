@@ -12,6 +12,7 @@ from pollard.services.inference.frontends.framing import (
     Messages,
     MessageTooLarge,
     frame,
+    seconds_of,
 )
 
 LIMIT = 100
@@ -84,3 +85,18 @@ async def test_a_client_that_goes_is_gone() -> None:
         [each async for each in messages(frame(b"a"), gone=True).each()]
     with pytest.raises(CallerGone):
         await messages(frame(b"a"), gone=True).only()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds"),
+    [(b"1S", 1), (b"100m", 0.1), (b"2H", 7200), (b"00000005M", 300), (b"99999999n", 0.099999999)],
+)
+def test_timeouts_in_every_unit(timeout, seconds) -> None:
+    assert seconds_of(timeout) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "timeout", [b"", b"S", b"1", b"-1S", b"1.5S", b"1s", b"123456789S", b"9" * 400 + b"H"]
+)
+def test_malformed_timeouts_are_none(timeout) -> None:
+    assert seconds_of(timeout) is None

@@ -208,6 +208,7 @@ class Loader:
             joined_batch=how.joined_batch,
             max_queue=scheduling.policy.max_size if scheduling else self._options.max_queue,
             inline_rows=how.inline_rows,
+            inline_seconds=how.inline_seconds,
             scheduling=scheduling,
         )
         self._measure_later(loaded, source, prepared)

@@ -69,6 +69,8 @@ class Running:
     """Largest batch made of several requests; 1 joins none."""
     inline_rows: int
     """Requests of up to so many rows are run without a worker."""
+    inline_seconds: float = 0.0
+    """As long as each of them may take."""
 
 
 def given_by(
@@ -131,7 +133,13 @@ def running(
     if scheduling is not None and (scheduling.delay_seconds or not scheduling.plain):
         # What is run where it is neither waits for others nor lets others go first.
         inline_rows = 0
-    return Running(workers, threads, min(joined, largest_batch(description)), inline_rows)
+    return Running(
+        workers,
+        threads,
+        min(joined, largest_batch(description)),
+        inline_rows,
+        options.inline_seconds or 0.0,
+    )
 
 
 def counts(options: EngineOptions, cores: int, given: Given) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import structlog
+
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
@@ -22,6 +24,11 @@ from pollard.services.inference.statistics import RevisionStatistics
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.tuning import Tuning
 from pollard.services.inference.workers import Caller, LoopCaller, Outputs, Work, Workers
+
+_log = structlog.get_logger("pollard.inference.revision")
+
+_INLINE_PATIENCE = 8
+"""How many times as long as it may a request on its caller's thread takes before that ends."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class LoadedRevision:
         joined_batch: int,
         max_queue: int,
         inline_rows: int = 0,
+        inline_seconds: float = math.inf,
         scheduling: Scheduling | None = None,
     ) -> None:
         """Start the workers; the session must be checked and warm.
@@ -91,6 +99,8 @@ class LoadedRevision:
             inline_rows: Requests of up to so many rows are run on the event loop's thread, joined
                 with those that came with them: handing them to a worker and back would take longer
                 than they do.
+            inline_seconds: As long as such a request may take. Once they take much longer, none is
+                run so any more.
             scheduling: Priorities, queue limits and how long a batch may form; without it there
                 are no priorities and the only limit is `max_queue`.
         """
@@ -109,6 +119,7 @@ class LoadedRevision:
         self.joined_batch = joined_batch if info.batches else 1
         """Largest batch made of several requests."""
         self._inline_rows = inline_rows
+        self._inline_seconds = inline_seconds
         self._gathered: list[Work] = []
         self._in_turn = False
         self._come_alone = False
@@ -218,8 +229,23 @@ class LoadedRevision:
         return work.batch <= self._inline_rows
 
     def run_here(self, works: Sequence[Work]) -> None:
-        """Run requests on the calling thread, joined where that is possible."""
+        """Run requests on the calling thread, joined where that is possible.
+
+        How long a model takes was seen with zeros; where it takes much longer with other values, it
+        would keep this thread from everybody else's requests, and is left to the workers from then
+        on. Processor time is what counts: a busy machine is not the model's doing.
+        """
+        begin = time.thread_time()
         self._workers.run_here(works)
+        took = time.thread_time() - begin
+        if took > _INLINE_PATIENCE * len(works) * self._inline_seconds and self._inline_rows:
+            self._inline_rows = 0
+            _log.warning(
+                "requests take longer than expected and are left to the workers from now on",
+                model=self.info.model,
+                revision=self.info.revision,
+                seconds=round(took / len(works), 4),
+            )
 
     def wait_seconds(self) -> float:
         """Return about how long a request that comes now is here; infinite if that is unknown."""
@@ -298,7 +324,7 @@ class LoadedRevision:
         self._in_turn = True
         self._loop.call_soon(self._end_turn)
         if self._come_alone:
-            self._workers.run_here((work,))
+            self.run_here((work,))
         else:
             self._gathered.append(work)
 
@@ -307,7 +333,7 @@ class LoadedRevision:
         gathered, self._gathered = self._gathered, []
         self._come_alone = len(gathered) <= (0 if self._come_alone else 1)
         if gathered:
-            self._workers.run_here(gathered)
+            self.run_here(gathered)
 
     @property
     def retiring(self) -> bool:
@@ -337,6 +363,7 @@ class LoadedRevision:
         self.joined_batch = how.joined_batch if self.info.batches else 1
         self._workers.joined_batch = self.joined_batch
         self._inline_rows = how.inline_rows
+        self._inline_seconds = how.inline_seconds
         with self._lock:
             self._backlog.workers = how.workers
         return self._workers.change(session=session, count=how.workers)

@@ -221,12 +221,6 @@ class CoreFront:
         self._gathered.clear()
         for revision, works in by_revision.items():
             try:
-                import os
-
-                if os.environ.get("HYBRID") and sum(w.batch for w in works) > revision._inline_rows:
-                    for work in works:
-                        revision.submit(work)
-                    continue
                 revision.run_here(works)
             except Exception as error:
                 # This thread must live on, and nobody may wait for ever.
