@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle, write_bundle
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As in a shell's background job. What tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def linear_model(*, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0) -> bytes:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ["images", "manifest", "archive", "graph", "config", "framing"]
+TARGETS = ["images", "manifest", "archive", "upload", "graph", "config", "framing"]
 
 
 def test_nothing_that_is_read_does_more_than_fail() -> None:

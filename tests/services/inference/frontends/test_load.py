@@ -6,6 +6,7 @@ import asyncio
 import collections
 import threading
 import time
+from collections.abc import Iterator
 
 import grpc
 import numpy as np
@@ -142,7 +143,7 @@ def test_answers_are_not_kept_for_a_client_that_goes(running, ask, sent) -> None
         for _ in range(10):
             taken: list[int] = []
 
-            def requests(taken: list[int] = taken) -> list[pb.ModelInferRequest]:
+            def requests(taken: list[int] = taken) -> Iterator[pb.ModelInferRequest]:
                 for number in range(1000):
                     request = ask()
                     request.id = "a" * 100_000
@@ -154,4 +155,43 @@ def test_answers_are_not_kept_for_a_client_that_goes(running, ask, sent) -> None
             sent(taken, 1000)
             answers.cancel()
         stub.ModelInfer(ask(), timeout=60)
+        assert memory_of(process) - before < KEPT_BYTES[front]
+
+
+def test_a_client_that_goes_is_no_error(tmp_path, serve, ask, sent) -> None:
+    # The server's log is looked at when it has ended.
+    with (
+        serve(tmp_path, "grpcio") as (_, address),
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(6):
+            taken: list[int] = []
+
+            def requests(taken: list[int] = taken) -> Iterator[pb.ModelInferRequest]:
+                for number in range(300):
+                    request = ask()
+                    request.id = "a" * 100_000
+                    taken.append(number)
+                    yield request
+
+            answers = stub.ModelStreamInfer(requests(), timeout=60)
+            next(answers)
+            sent(taken, 300)
+            answers.cancel()
+        stub.ModelInfer(ask(), timeout=60)
+
+
+def test_requests_that_were_answered_are_not_kept(running, ask) -> None:
+    front, process, address = running
+    request = ask()
+    request.id = "a" * 500_000
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(10):
+            stub.ModelInfer(request, timeout=60)
+        before = memory_of(process)
+        # Ten times what may be kept, and too few objects for a garbage collection to come by.
+        for _ in range(10 * KEPT_BYTES["core"] // 500_000):
+            stub.ModelInfer(request, timeout=60)
         assert memory_of(process) - before < KEPT_BYTES[front]

@@ -149,9 +149,14 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     raise AssertionError("abort returned")
 
 
-def _passes_through(error: BaseException) -> bool:
-    # abort() raises AbortError, a plain Exception that grpc handles itself.
-    return isinstance(error, (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit))
+def passes_through(error: BaseException) -> bool:
+    """Whether grpc itself handles `error` when a method raises it."""
+    # abort() raises AbortError, context.write() InternalError once the client has gone: both are
+    # plain Exceptions that grpc handles itself.
+    return isinstance(
+        error,
+        (grpc.aio.AbortError, grpc.aio.InternalError, asyncio.CancelledError, GeneratorExit),
+    )
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -193,7 +198,7 @@ def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
         try:
             return await method(request, context)
         except BaseException as error:
-            if _passes_through(error):
+            if passes_through(error):
                 raise
             await abort(context, error)
 
@@ -206,7 +211,7 @@ def _guard_stream(method: Callable[..., Any]) -> Callable[..., AsyncIterator[Any
             async for response in method(request, context):
                 yield response
         except BaseException as error:
-            if _passes_through(error):
+            if passes_through(error):
                 raise
             await abort(context, error)
 

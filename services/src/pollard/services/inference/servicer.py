@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
-from pollard.services.common.status import abort, describe
+from pollard.services.common.status import abort, describe, passes_through
 from pollard.services.inference import protocol
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RequestInvalid
@@ -167,7 +167,7 @@ def _guarded(method: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., 
         try:
             return await method(request, context)
         except Exception as error:
-            if isinstance(error, grpc.aio.AbortError):
+            if passes_through(error):
                 raise
             await abort(context, error)
 

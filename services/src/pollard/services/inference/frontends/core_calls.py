@@ -99,7 +99,7 @@ class InferCall:
             # On a worker's thread, which must live on.
             _log.exception("an answer could not be sent")
         finally:
-            prepared.close()
+            self._let_go(prepared)
 
     def hand_over(self, settled: Sequence[tuple[Work, Outcome]]) -> None:
         """Send from the thread that has the answers: no other need be woken."""
@@ -166,8 +166,14 @@ class InferCall:
             self._ended = True
         assert self._prepared is not None  # noqa: S101 - else it were not watched
         assert self._revision is not None  # noqa: S101
-        self._prepared.close()
         self._revision.finish(self._work, asyncio.CancelledError())
+        self._let_go(self._prepared)
+
+    def _let_go(self, prepared: PreparedRequest) -> None:
+        """Free the request now: the work names its caller, and a circle would keep the tensors
+        until the garbage collector comes by."""
+        prepared.close()
+        self._prepared = self._work = None
 
     def _send(self, data: bytes) -> None:
         operations = [
@@ -264,28 +270,31 @@ class LoopCall:
             yield data
 
     async def _receive(self) -> bytes | None:
-        event = await self._batch(cygrpc.ReceiveMessageOperation(_NO_FLAGS))
-        data: bytes | None = event.batch_operations[0].message()
+        (received,) = await self._batch(cygrpc.ReceiveMessageOperation(_NO_FLAGS))
+        data: bytes | None = received.message()
         return data
 
-    async def _batch(self, *operations: Any) -> Any:
-        """Have the core do something, and wait until it is done.
+    async def _batch(self, *operations: Any) -> Sequence[Any]:
+        """Have the core do something, wait until it is done, and return the operations.
 
         Raises:
             CallerGone: the call is over.
         """
         loop = self._front.loop
-        done: asyncio.Future[Any] = loop.create_future()
+        done: asyncio.Future[Sequence[Any] | None] = loop.create_future()
 
         def on_done(event: Any) -> None:
-            loop.call_soon_threadsafe(_resolve, done, event)
+            # Not the event itself, which names this function: a circle would keep the messages
+            # until the garbage collector comes by.
+            outcome = event.batch_operations if event.success else None
+            loop.call_soon_threadsafe(_resolve, done, outcome)
 
         if self._call.start_server_batch(operations, on_done):
             raise CallerGone
-        event = await done
-        if not event.success:
+        outcome = await done
+        if outcome is None:
             raise CallerGone
-        return event
+        return outcome
 
 
 def status_of(error: BaseException) -> Any:
@@ -303,6 +312,6 @@ def _ending_well() -> list[Any]:
     return [cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS)]
 
 
-def _resolve(done: asyncio.Future[Any], event: Any) -> None:
+def _resolve(done: asyncio.Future[Any], outcome: Sequence[Any] | None) -> None:
     if not done.done():
-        done.set_result(event)
+        done.set_result(outcome)
