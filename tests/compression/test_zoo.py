@@ -1,19 +1,90 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pollard.compress.errors import ModelUnknown
-from pollard.compress.macs import count_parameters, example_input
+from pollard.compress.macs import count_parameters, example_input, total_macs
 from pollard.compress.zoo import ENTRIES, find
 
+# Names and shapes of the state dicts, parameters and 10^9 MACs as torchvision 0.29 has
+# them, and the first five logits that it computes from the numbers below.
+TORCHVISION: dict[str, Any] = json.loads(
+    Path(__file__).with_name("torchvision.json").read_text(encoding="utf-8")
+)
+PUBLISHED = {
+    "resnet18": (11_689_512, 1.814),
+    "resnet34": (21_797_672, 3.664),
+    "resnet50": (25_557_032, 4.089),
+}
 
-@pytest.mark.parametrize("name", sorted(ENTRIES))
+
+def _numbers(count: int, seed: int) -> Tensor:
+    return ((torch.arange(count) * 7919 + seed * 104729) % 10007).float() / 5003.0 - 1
+
+
+def _fill(module: nn.Module) -> None:
+    """Give a model weights that depend on names and shapes alone."""
+    with torch.no_grad():
+        for seed, (key, value) in enumerate(sorted(module.state_dict().items())):
+            if not value.is_floating_point():
+                continue
+            noise = _numbers(value.numel(), seed).reshape(value.shape)
+            if value.ndim > 1:
+                value.copy_(noise * (6 / value[0].numel()) ** 0.5)
+            elif key.endswith(("running_var", "weight")):
+                value.copy_(1 + 0.3 * noise)
+            else:
+                value.copy_(0.1 * noise)
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES.keys() - PUBLISHED.keys()))
 def test_models_take_their_input_and_give_one_logit_per_class(name: str) -> None:
     entry = find(name)
     with torch.no_grad():
         logits = entry.build(7).eval()(example_input(entry.spec, 2))
     assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_imagenet_models_are_those_that_checkpoints_are_published_for(name: str) -> None:
+    entry, theirs = find(name), TORCHVISION[name]
+    parameters, _ = PUBLISHED[name]
+    with torch.device("meta"):
+        module = entry.build(entry.classes)
+    assert {k: list(v.shape) for k, v in module.state_dict().items()} == theirs["state"]
+    assert count_parameters(module) == parameters
+    assert entry.classes == 1000
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_imagenet_models_compute_what_torchvision_computes(name: str) -> None:
+    # Of a side that the classifier's average sees as more than one pixel, at the least cost.
+    size = 224 if name.startswith("vgg") else 96
+    entry = find(name)
+    with torch.device("meta"):
+        module = entry.build(1000)
+    module.to_empty(device="cpu").eval()
+    _fill(module)
+    with torch.no_grad():
+        logits = module(_numbers(2 * 3 * size * size, 5).reshape(2, 3, size, size))
+    torch.testing.assert_close(
+        logits[:, :5], torch.tensor(TORCHVISION[name]["logits"]), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_imagenet_models_take_the_macs_that_are_published(name: str) -> None:
+    entry = find(name)
+    with torch.device("meta"):
+        module = entry.build(1000)
+        example = torch.zeros(1, 3, entry.spec.height, entry.spec.width)
+        assert total_macs(module, example) / 1e9 == pytest.approx(PUBLISHED[name][1], abs=6e-4)
 
 
 def test_resnet_keys_are_those_of_published_checkpoints() -> None:

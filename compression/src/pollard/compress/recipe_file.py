@@ -81,7 +81,7 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
         "# mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}; null for zoo models.",
     ),
 }
-_SPEC = ("height", "width", "channels", "mean", "std", "augmentation")
+_SPEC = ("height", "width", "channels", "mean", "std", "augmentation", "short_side")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -186,7 +186,10 @@ def make_spec(fields: Mapping[str, Any]) -> Any:
     augmentation = fields.get("augmentation", "shift")
     if augmentation not in ("none", "shift", "crop-flip"):
         raise UsageInvalid(f"spec: augmentation {augmentation!r} is not none, shift or crop-flip")
-    return InputSpec(sizes[0], sizes[1], sizes[2], mean, std, augmentation)
+    short_side = fields.get("short_side", 0)
+    if not isinstance(short_side, int) or isinstance(short_side, bool):
+        raise UsageInvalid(f"spec: short_side {short_side!r} is not a whole number of pixels")
+    return InputSpec(sizes[0], sizes[1], sizes[2], mean, std, augmentation, short_side)
 
 
 def render(values: Mapping[str, Any]) -> str:

@@ -34,6 +34,9 @@ class InputSpec:
     augmentation: Augmentation = "none"
     """What training does to its images: "shift" moves them by up to a tenth,
     "crop-flip" moves them and mirrors every other one."""
+    short_side: int = 0
+    """Pixels that the shorter side is scaled to before the centre is cut out, as is
+    usual for ImageNet; 0 scales the whole image to `height` × `width`."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -47,6 +50,11 @@ class InputSpec:
             )
         if any(value <= 0 for value in self.std):
             raise UsageInvalid(f"std {self.std} must be positive")
+        if self.short_side and self.short_side < max(self.height, self.width):
+            raise UsageInvalid(
+                f"the shorter side is scaled to {self.short_side} pixels; no "
+                f"{self.height}x{self.width} can be cut out of that"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,9 +63,14 @@ class InputSpec:
 
     def steps(self) -> list[bundle_pb2.PreprocessStep]:
         """Return the steps from an image file to uint8 pixels of `shape`."""
+        decode = transforms.decode(gray=self.channels == 1)
+        if not self.short_side:
+            return [decode, transforms.resize(self.width, self.height)]
+        mode = bundle_pb2.RESIZE_MODE_SHORT_SIDE
         return [
-            transforms.decode(gray=self.channels == 1),
-            transforms.resize(self.width, self.height),
+            decode,
+            transforms.resize(0, self.short_side, mode=mode),
+            transforms.center_crop(self.width, self.height),
         ]
 
     @cached_property

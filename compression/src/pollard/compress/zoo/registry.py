@@ -12,6 +12,7 @@ from torch import nn
 from pollard.compress.errors import ModelUnknown
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo.cifar_resnet import resnet20, resnet56
+from pollard.compress.zoo.resnet import resnet18, resnet34, resnet50
 from pollard.compress.zoo.small import SmallCnn28, SmallCnn224
 
 
@@ -44,9 +45,8 @@ class Entry:
     training: TrainDefaults = TrainDefaults()
 
 
-_CIFAR_INPUT = InputSpec(
-    32, 32, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), augmentation="crop-flip"
-)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR_INPUT = InputSpec(32, 32, 3, IMAGENET_MEAN, IMAGENET_STD, augmentation="crop-flip")
 _CIFAR_TRAINING = TrainDefaults(
     epochs=60,
     batch_size=128,
@@ -56,6 +56,23 @@ _CIFAR_TRAINING = TrainDefaults(
     recover_epochs=4,
     recover_learning_rate=0.02,
 )
+
+_IMAGENET_INPUT = InputSpec(
+    224, 224, 3, IMAGENET_MEAN, IMAGENET_STD, augmentation="crop-flip", short_side=256
+)
+_IMAGENET_TRAINING = TrainDefaults(
+    epochs=90,
+    batch_size=32,
+    learning_rate=0.0125,
+    optimizer="sgd",
+    recover_epochs=3,
+    recover_learning_rate=2e-3,
+)
+
+
+def _imagenet(name: str, summary: str, build: Callable[[int], nn.Module]) -> Entry:
+    return Entry(name, f"224×224×3: {summary}", build, _IMAGENET_INPUT, 1000, _IMAGENET_TRAINING)
+
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
@@ -95,6 +112,9 @@ ENTRIES: dict[str, Entry] = {
             _CIFAR_INPUT,
             training=_CIFAR_TRAINING,
         ),
+        _imagenet("resnet18", "ResNet-18, torchvision's keys", resnet18),
+        _imagenet("resnet34", "ResNet-34, torchvision's keys", resnet34),
+        _imagenet("resnet50", "ResNet-50, torchvision's keys", resnet50),
     )
 }
 
