@@ -157,7 +157,8 @@ class Fleet(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer): 
         seen = Latencies()
         request = pb.ModelInferRequest(model_name=model)
         for name, array in inputs.items():
-            request.inputs.add(name=name, datatype="FP32", shape=array.shape)
+            kind = {"uint8": "UINT8", "float32": "FP32"}[str(array.dtype)]
+            request.inputs.add(name=name, datatype=kind, shape=array.shape)
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
 
         async def call() -> None:
@@ -215,9 +216,16 @@ class Fleet(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer): 
 
 @contextlib.asynccontextmanager
 async def start_fleet_server(
-    cache: Path, bundles: Sequence[Bundle], *flags: str
+    cache: Path, bundles: Sequence[Bundle], *flags: str, command: Sequence[str] | None = None
 ) -> AsyncIterator[tuple[ServerProcess, Fleet]]:
-    """Start a manager here and an inference server that follows it."""
+    """Start a manager here and an inference server that follows it.
+
+    Args:
+        cache: Folder of the server.
+        bundles: What the manager can send.
+        flags: Further options of `pollard serve inference`.
+        command: The `pollard` command; that of this environment when None.
+    """
     fleet = Fleet(bundles)
     manager = grpc.aio.server()
     fleet_grpc.add_FleetServiceServicer_to_server(fleet, manager)
@@ -227,7 +235,7 @@ async def start_fleet_server(
     port = free_port()
     fleet.address = f"127.0.0.1:{port}"
     line = [
-        *pollard_command(),
+        *(command or pollard_command()),
         *("serve", "inference", "--port", str(port), "--manager", f"127.0.0.1:{manager_port}"),
         *("--cache-dir", str(cache), *flags),
     ]

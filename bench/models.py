@@ -58,7 +58,7 @@ def resnet56() -> BuiltModel:
 
 def resnet50() -> BuiltModel:
     """Return the ResNet-50 for 224×224 images, int8."""
-    return _torch_model("resnet50", "ResNet-50 224, int8", _resnet50, (3, 224, 224), (1000,))
+    return _torch_model("resnet50", "ResNet-50 224, int8", resnet50_module, (3, 224, 224), (1000,))
 
 
 MODELS: dict[str, Callable[[], BuiltModel]] = {
@@ -189,8 +189,8 @@ def _resnet56() -> Any:
     return resnet56()
 
 
-def _resnet50() -> Any:
-    """The ResNet-50 of He et al. (2016) with the stride in the 3×3 convolutions."""
+def resnet50_module() -> Any:
+    """Return the ResNet-50 of He et al. (2016) with the stride in the 3×3 convolutions."""
     import torch
     from torch import nn
 

@@ -27,8 +27,9 @@ def free_port() -> int:
 
 
 def pollard_command() -> list[str]:
-    """Return the `pollard` command of this environment."""
-    return [str(Path(sys.executable).with_name("pollard"))]
+    """Return the `pollard` command of this environment, or `bench.pollard` where there is none."""
+    installed = Path(sys.executable).with_name("pollard")
+    return [str(installed)] if installed.exists() else [sys.executable, "-m", "bench.pollard"]
 
 
 @dataclass
