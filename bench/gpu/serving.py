@@ -88,7 +88,7 @@ def flags(setup: Setup, joined_batch: int) -> list[str]:
     if "provider" in InferenceSettings.model_fields:
         told += ["--provider", setup.provider]
     elif setup.provider == "cuda":
-        told += ["--workers", "2"]
+        told += ["--workers", "4"]
     return told
 
 

@@ -45,6 +45,8 @@ def to_float16(model: onnx.ModelProto, *, keep_float: Collection[str] = ()) -> o
             )
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    # The converter infers types itself, and takes weights that are listed here for activations.
+    del copy.graph.value_info[:]
     try:
         half: onnx.ModelProto = _converter()(
             copy, keep_io_types=True, node_block_list=sorted(keep_float)
