@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = {
     "environment": 25.0,
-    "models": 75.0,
+    "models": 100.0,
     "correctness": 45.0,
     "raw": 70.0,
     "compressed": 30.0,
