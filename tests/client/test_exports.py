@@ -73,6 +73,7 @@ EXPORTED = [
     "ShadowEvidence",
     "TensorInfo",
     "Timings",
+    "Tls",
     "Transformed",
     "Tuning",
     "TuningPoint",

@@ -18,6 +18,7 @@ from pollard.client._channel import (
     DEFAULT_TIMEOUT_SECONDS,
     DEFAULT_VISION_ADDRESS,
     RetryPolicy,
+    Tls,
 )
 from pollard.client._images import ImageLike
 from pollard.client._sync.inference import InferenceClient
@@ -150,6 +151,7 @@ __all__ = [
     "ShadowEvidence",
     "TensorInfo",
     "Timings",
+    "Tls",
     "Transformed",
     "Tuning",
     "TuningPoint",

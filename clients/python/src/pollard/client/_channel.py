@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import grpc
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 """Deadline of a request when the caller gives none."""
@@ -89,6 +93,50 @@ class RetryPolicy:
     def none(cls) -> RetryPolicy:
         """Never send a request again: every failure reaches the caller."""
         return cls(max_attempts=1)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """An encrypted connection, and what the two sides show each other."""
+
+    ca_file: str | os.PathLike[str] | None = None
+    """PEM file of the authorities that a server's certificate may be signed by; None for those
+    that gRPC trusts by itself."""
+    certificate_file: str | os.PathLike[str] | None = None
+    """PEM file of this client's own certificate chain, for servers that ask for one."""
+    key_file: str | os.PathLike[str] | None = None
+    """PEM file of the key that belongs to it."""
+
+    def __post_init__(self) -> None:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file are given together or not at all")
+
+
+def channel_credentials(tls: Tls | None, token: str | None) -> grpc.ChannelCredentials | None:
+    """Return the credentials of a channel; None for a plain connection.
+
+    Raises:
+        ValueError: There is a token without TLS, which would show it to the network.
+        OSError: A file cannot be read.
+    """
+    if token is not None and (not token.isascii() or not token.isprintable() or not token.strip()):
+        raise ValueError("token must be printable ASCII and not empty")
+    if tls is None:
+        if token is not None:
+            raise ValueError("a token is sent over TLS only; give tls=Tls(…) too")
+        return None
+    made = grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.ca_file),
+        private_key=_read(tls.key_file),
+        certificate_chain=_read(tls.certificate_file),
+    )
+    if token is not None:
+        made = grpc.composite_channel_credentials(made, grpc.access_token_call_credentials(token))
+    return made
+
+
+def _read(path: str | os.PathLike[str] | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()
 
 
 def channel_options(

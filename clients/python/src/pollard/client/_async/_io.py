@@ -39,7 +39,9 @@ async def requests_of(
         failures.append(error)
 
 
-def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
+def open_channel(
+    address: str, options: list[tuple[str, Any]], credentials: grpc.ChannelCredentials | None
+) -> grpc.aio.Channel:
     """Open a channel; it connects with the first request.
 
     Raises:
@@ -52,6 +54,8 @@ def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.aio.Chann
         raise RuntimeError(
             "asyncio clients are made inside a coroutine; elsewhere use the sync ones"
         ) from None
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, options=options)
     return grpc.aio.insecure_channel(address, options=options)
 
 

@@ -20,8 +20,17 @@ class AsyncManagerClient(AsyncBaseClient):
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
         retry: _channel.RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
+        tls: _channel.Tls | None = None,
+        token: str | None = None,
     ) -> None:
         """Make a client; the arguments are those of every client (`AsyncBaseClient`)."""
-        super().__init__(address, timeout=timeout, retry=retry, max_message_bytes=max_message_bytes)
+        super().__init__(
+            address,
+            timeout=timeout,
+            retry=retry,
+            max_message_bytes=max_message_bytes,
+            tls=tls,
+            token=token,
+        )
         self._stub = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._fleet = fleet_service_pb2_grpc.FleetServiceStub(self._channel)

@@ -29,9 +29,18 @@ class AsyncVisionClient(AsyncBaseClient):
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
         retry: _channel.RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
+        tls: _channel.Tls | None = None,
+        token: str | None = None,
     ) -> None:
         """Make a client; the arguments are those of every client (`AsyncBaseClient`)."""
-        super().__init__(address, timeout=timeout, retry=retry, max_message_bytes=max_message_bytes)
+        super().__init__(
+            address,
+            timeout=timeout,
+            retry=retry,
+            max_message_bytes=max_message_bytes,
+            tls=tls,
+            token=token,
+        )
         self._vision = vision_service_pb2_grpc.VisionServiceStub(self._channel)
         self._preprocess = preprocess_service_pb2_grpc.PreprocessServiceStub(self._channel)
 

@@ -29,6 +29,8 @@ class BaseClient:
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
         retry: _channel.RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
+        tls: _channel.Tls | None = None,
+        token: str | None = None,
     ) -> None:
         """Make a client. It connects with the first request.
 
@@ -38,14 +40,19 @@ class BaseClient:
             retry: How often idempotent requests that meet UNAVAILABLE are sent again; by default
                 three times more. `RetryPolicy.none()` lets every failure through.
             max_message_bytes: Largest message in either direction.
+            tls: Encrypt the connection; None for a plain one.
+            token: Sent with every request as "authorization: Bearer …"; needs `tls`.
 
         Raises:
-            ValueError: If an argument is out of its range.
+            ValueError: If an argument is out of its range, or there is a token without `tls`.
+            OSError: If a file of `tls` cannot be read.
         """
         self.address = _channel.checked_address(address)
         self._timeout = _channel.checked_timeout(timeout, timeout)
         options = _channel.channel_options(retry or _channel.RetryPolicy(), max_message_bytes)
-        self._channel = _io.open_channel(self.address, options)
+        self._channel = _io.open_channel(
+            self.address, options, _channel.channel_credentials(tls, token)
+        )
         self._closed = False
 
     def close(self) -> None:

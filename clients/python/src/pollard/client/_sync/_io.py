@@ -35,8 +35,12 @@ def requests_of(
         failures.append(error)
 
 
-def open_channel(address: str, options: list[tuple[str, Any]]) -> grpc.Channel:
+def open_channel(
+    address: str, options: list[tuple[str, Any]], credentials: grpc.ChannelCredentials | None
+) -> grpc.Channel:
     """Open a channel; it connects with the first request."""
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials, options=options)
     return grpc.insecure_channel(address, options=options)
 
 

@@ -27,9 +27,18 @@ class InferenceClient(BaseClient):
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
         retry: _channel.RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
+        tls: _channel.Tls | None = None,
+        token: str | None = None,
     ) -> None:
         """Make a client; the arguments are those of every client (`BaseClient`)."""
-        super().__init__(address, timeout=timeout, retry=retry, max_message_bytes=max_message_bytes)
+        super().__init__(
+            address,
+            timeout=timeout,
+            retry=retry,
+            max_message_bytes=max_message_bytes,
+            tls=tls,
+            token=token,
+        )
         self._stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def infer(

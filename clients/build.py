@@ -1,0 +1,134 @@
+"""Build the clients in other languages, and say what is missing for it.
+
+    python clients/build.py                    build every language whose toolchain is there
+    python clients/build.py go java            build these; a missing toolchain is an error
+    python clients/build.py --missing go       say what is missing; exit with 1 if anything is
+    python clients/build.py --packages go      print the Debian packages of the toolchain
+
+Everything lands below `build/clients/LANGUAGE`. Only the standard library is used here, and
+nothing is downloaded: TypeScript wants `npm ci` in `clients/typescript` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENTS = ROOT / "clients"
+BUILD = ROOT / "build" / "clients"
+PROTOS = ROOT / "protos"
+
+
+class Language:
+    """One language: what it needs, how its client is built, how its contract runner is started."""
+
+    name = ""
+    packages: Sequence[str] = ()
+    """Debian packages that bring the toolchain."""
+    programs: Sequence[str] = ()
+    files: Sequence[Path] = ()
+    hint = ""
+    """What to do beside installing the packages."""
+
+    def missing(self) -> str:
+        """Say what is missing and what to do about it; empty when nothing is."""
+        lacking = [program for program in self.programs if shutil.which(program) is None]
+        lacking += [str(path) for path in self.files if not path.exists()]
+        if not lacking:
+            return ""
+        todo = [f"apt-get install {' '.join(self.packages)}"] if self.packages else []
+        todo += [self.hint] if self.hint else []
+        return f"{self.name}: {', '.join(lacking)} not found ({'; '.join(todo)})"
+
+    def build(self) -> None:
+        """Build the client and its contract runner; quick when nothing has changed."""
+
+    def runner(self) -> list[str]:
+        """Return the command that runs the contract vectors."""
+        raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        """Return what the runner needs in its environment."""
+        return {}
+
+    def run(self, *command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
+        """Run a command of the build; show what it says when it fails."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BuildFailed(f"{self.name}: {' '.join(map(str, command))}\n{done.stdout}")
+
+
+class BuildFailed(Exception):
+    """A toolchain is there, but the client does not build with it."""
+
+
+class Python(Language):
+    """The Python clients, sync; they need no build."""
+
+    name = "python"
+
+    def runner(self) -> list[str]:
+        return [sys.executable, str(ROOT / "tests" / "contract" / "runner.py"), "sync"]
+
+    def environment(self) -> Mapping[str, str]:
+        return {"GRPC_VERBOSITY": "NONE"}
+
+
+class PythonAsyncio(Python):
+    """The Python clients, asyncio."""
+
+    name = "python-asyncio"
+
+    def runner(self) -> list[str]:
+        return [sys.executable, str(ROOT / "tests" / "contract" / "runner.py"), "asyncio"]
+
+
+LANGUAGES: Mapping[str, Language] = {
+    language.name: language for language in (Python(), PythonAsyncio())
+}
+
+
+def main() -> int:
+    """Do what the arguments say; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("languages", nargs="*", metavar="LANGUAGE", help=", ".join(LANGUAGES))
+    parser.add_argument("--missing", action="store_true", help="only say what is missing")
+    parser.add_argument("--packages", action="store_true", help="only print the Debian packages")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.languages if name not in LANGUAGES]:
+        parser.error(f"unknown language {unknown[0]!r}; there are {', '.join(LANGUAGES)}")
+    chosen = [LANGUAGES[name] for name in arguments.languages or LANGUAGES]
+    if arguments.packages:
+        print(" ".join(package for language in chosen for package in language.packages))
+        return 0
+    lacking = 0
+    for language in chosen:
+        if words := language.missing():
+            lacking += 1
+            print(words, file=sys.stderr)
+        elif not arguments.missing:
+            try:
+                language.build()
+            except BuildFailed as error:
+                print(error, file=sys.stderr)
+                return 1
+            print(f"{language.name}: built")
+    return 1 if lacking and (arguments.languages or arguments.missing) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""What the clients of every language are run against: live services, and fronts before them.
+
+A front is a gRPC server that passes calls on to a live service and adds what that service cannot be
+made to do on demand: TLS with a good or a bad certificate, a token, failures, silence, a restart.
+What it adds is data, from the vectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import ipaddress
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from pollard.client import ModelsClient
+from pollard.runtime.bundle import write_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+def load(path: str) -> ModuleType:
+    """Import a file of the repository that lies on no import path."""
+    name = "pollard_contract_" + path.replace("/", "_").removesuffix(".py")
+    described = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert described is not None
+    assert described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    sys.modules[name] = module
+    described.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`pollard up` with what the vectors speak of.
+
+    The model "digits" has two revisions that answer differently: 1 is "production", 2 "candidate".
+    `live.bundle` is the directory of a third bundle, which is registered nowhere.
+    """
+    models = load("tests/conftest.py")
+    directory = tmp_path_factory.mktemp("live")
+    up = load("tests/e2e/conftest.py").Up(directory / "up").start()
+    try:
+        bundles = []
+        for seed in range(3):
+            model = models.linear_model(seed=seed)
+            content = {
+                "cpu-fp32/model.onnx": model,
+                "cpu-fp32/golden.npz": models.golden_archive(model),
+                "labels.txt": b"zero\none\ntwo\n",
+            }
+            if seed == 2:
+                # Sent in several pieces, so that an upload can break between them.
+                content["weights.bin"] = random.Random(0).randbytes(3 << 20)
+            made = write_bundle(directory / f"bundle{seed}", models.linear_manifest(), content)
+            bundles.append(made.path)
+        up.wait_ready()
+        with ModelsClient(up.address("models")) as manager:
+            manager.push(bundles[0], "digits", alias="production")
+            manager.push(bundles[1], "digits", alias="candidate")
+        up.bundle = bundles[2]
+        yield up
+    finally:
+        up.end()
+
+
+class Certificates:
+    """An authority, and certificates for 127.0.0.1 that it signed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tests of Pollard")])
+        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+        authority = (
+            self._builder(self._name, self._key, 0, 30)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(usage, critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        self.ca_file = directory / "ca.pem"
+        self.ca_file.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
+
+    def _builder(
+        self, name: x509.Name, key: ec.EllipticCurvePrivateKey, begin_days: int, end_days: int
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + datetime.timedelta(days=begin_days, hours=-1))
+            .not_valid_after(now + datetime.timedelta(days=end_days))
+        )
+
+    def server(self, kind: str) -> grpc.ServerCredentials:
+        """Return a server's credentials: "good", "expired" or "misnamed" (for another host)."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        begin, end = (-30, -1) if kind == "expired" else (0, 30)
+        host = "192.0.2.1" if kind == "misnamed" else "127.0.0.1"
+        certificate = (
+            self._builder(
+                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)]), key, begin, end
+            )
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
+                critical=False,
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+        return grpc.ssl_server_credentials(
+            [
+                (
+                    key.private_bytes(
+                        serialization.Encoding.PEM,
+                        serialization.PrivateFormat.PKCS8,
+                        serialization.NoEncryption(),
+                    ),
+                    certificate.public_bytes(serialization.Encoding.PEM),
+                )
+            ]
+        )
+
+
+class Front(grpc.GenericRpcHandler):
+    """A server before a live service. Everything it adds is optional.
+
+    Args:
+        spec: `tls` ("good", "expired", "misnamed", or "none": the client asks for it in vain),
+            `token` (what must be shown), `fail_first` (so many calls fail with `code` first),
+            `hang` (no call is answered), `cut_upload_bytes` (the first upload is ended after so
+            many bytes), `restart_after` (when so many messages went out on a call, the server
+            restarts, once).
+        backend: Address of the live service.
+        certificates: Where those for TLS come from.
+    """
+
+    def __init__(self, spec: dict[str, Any], backend: str, certificates: Certificates) -> None:
+        self._spec = spec
+        self._backend = grpc.insecure_channel(backend, options=OPTIONS)
+        self._credentials = (
+            certificates.server(spec["tls"]) if spec.get("tls", "none") != "none" else None
+        )
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._restarting: threading.Thread | None = None
+        self.port = 0
+        self.reset()
+        self._server = self._start()
+
+    def _start(self) -> grpc.Server:
+        server = grpc.server(futures.ThreadPoolExecutor(8), options=OPTIONS)
+        server.add_generic_rpc_handlers((self,))
+        address = f"127.0.0.1:{self.port}"
+        self.port = (
+            server.add_secure_port(address, self._credentials)
+            if self._credentials is not None
+            else server.add_insecure_port(address)
+        )
+        server.start()
+        return server
+
+    def reset(self) -> None:
+        """Begin anew, for the next language."""
+        with self._lock:
+            self.attempts: Counter[str] = Counter()
+            self._active = 0
+            self._restarted = False
+
+    def wait_quiet(self) -> bool:
+        """Wait until no call is open any more; False when one stays."""
+        with self._quiet:
+            return self._quiet.wait_for(lambda: self._active == 0, timeout=30)
+
+    def close(self) -> None:
+        if self._restarting is not None:
+            self._restarting.join()
+        self._server.stop(None).wait()
+        self._backend.close()
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler:
+        method = handler_call_details.method
+
+        def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._handle(method, requests, context)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+    def _handle(
+        self, method: str, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        name = method.rpartition("/")[2]
+        over = threading.Event()
+
+        def ended() -> None:
+            with self._quiet:
+                self._active -= 1
+                self._quiet.notify_all()
+            over.set()
+
+        with self._lock:
+            self.attempts[name] += 1
+            number = self.attempts[name]
+            self._active += 1
+        if not context.add_callback(ended):
+            ended()
+            return
+        shown = dict(context.invocation_metadata())
+        token = self._spec.get("token")
+        if token is not None and shown.get("authorization") != f"Bearer {token}":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+        if number <= self._spec.get("fail_first", 0):
+            context.abort(grpc.StatusCode[self._spec["code"]], "not now")
+        if self._spec.get("hang"):
+            over.wait()
+            return
+        cut = name == "UploadBundle" and number == 1 and "cut_upload_bytes" in self._spec
+        if cut:
+            requests = _some(requests, self._spec["cut_upload_bytes"])
+        passed = [
+            (key, value) for key, value in shown.items() if key.startswith(("pollard-", "triton"))
+        ]
+        call = self._backend.stream_stream(method)(
+            requests, metadata=passed, timeout=context.time_remaining()
+        )
+        context.add_callback(call.cancel)
+        try:
+            for count, answer in enumerate(call, 1):
+                yield answer
+                self._maybe_restart(count)
+        except grpc.RpcError:
+            if cut:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+            context.set_trailing_metadata(
+                [item for item in call.trailing_metadata() if item[0].startswith("grpc-status-d")]
+            )
+            context.abort(call.code(), call.details())
+
+    def _maybe_restart(self, messages: int) -> None:
+        with self._lock:
+            if self._restarted or messages < self._spec.get("restart_after", messages + 1):
+                return
+            self._restarted = True
+
+        def restart() -> None:
+            old = self._server
+            old.stop(None).wait()
+            self._server = self._start()
+
+        self._restarting = threading.Thread(target=restart)
+        self._restarting.start()
+
+
+def _some(requests: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    """Pass on at least `limit` bytes of an upload, and then end it as if that were all."""
+    sent = 0
+    for request in requests:
+        yield request
+        sent += len(request)
+        if sent >= limit:
+            return
+
+
+@pytest.fixture(scope="module")
+def fronts(
+    live: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[dict[str, Any], str], Front]]:
+    """A function that starts a front before one of the live services."""
+    with contextlib.ExitStack() as stack:
+        certificates = Certificates(tmp_path_factory.mktemp("certificates"))
+
+        def start(spec: dict[str, Any], service: str) -> Front:
+            made = Front(spec, live.address(service), certificates)
+            made.ca_file = certificates.ca_file
+            stack.callback(made.close)
+            return made
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def builds() -> ModuleType:
+    """`clients/build.py`."""
+    return load("clients/build.py")

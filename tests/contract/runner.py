@@ -1,0 +1,164 @@
+"""The contract runner of the Python clients: python runner.py sync|asyncio PLAN
+
+A contract runner makes every call of a plan through its language's client, and prints for each a
+line of JSON: what the client returned, or what it raised. See `README.md` beside this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pollard import client as pollard
+
+DTYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64}
+KINDS = {
+    "predict": "VisionClient",
+    "infer": "InferenceClient",
+    "list_models": "ModelsClient",
+    "watch_events": "ModelsClient",
+    "push": "ModelsClient",
+}
+
+
+def options(spec: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if "timeout_seconds" in spec:
+        made["timeout"] = spec["timeout_seconds"]
+    if "max_attempts" in spec:
+        made["retry"] = pollard.RetryPolicy(max_attempts=spec["max_attempts"])
+    if "max_message_bytes" in spec:
+        made["max_message_bytes"] = spec["max_message_bytes"]
+    if "ca_file" in spec:
+        made["tls"] = pollard.Tls(ca_file=spec["ca_file"])
+    if "token" in spec:
+        made["token"] = spec["token"]
+    return made
+
+
+def method(call: str, arguments: dict[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
+    """Name of a client's method, and what it is called with."""
+    chosen = {key: arguments[key] for key in ("revision", "alias", "top_k") if key in arguments}
+    if call == "predict":
+        return "predict", [Path(arguments["image_path"]), arguments["model"]], chosen
+    if call == "infer":
+        inputs = {
+            tensor["name"]: np.array(tensor["data"], DTYPES[tensor["datatype"]]).reshape(
+                tensor["shape"]
+            )
+            for tensor in arguments["inputs"]
+        }
+        chosen = {key: arguments[key] for key in ("version", "alias") if key in arguments}
+        chosen["request_id"] = arguments.get("id", "")
+        return "infer", [arguments["model"], inputs], chosen
+    if call == "list_models":
+        return "models", [], {}
+    if call == "push":
+        return "push", [arguments["bundle"], arguments["model"]], {}
+    if call == "watch_events":
+        return "watch_events", [arguments.get("model")], {"start": arguments["start"]}
+    raise ValueError(f"this runner knows no call {call!r}")
+
+
+def answer(call: str, result: Any) -> dict[str, Any]:
+    """What the client returned, in the words of the vectors."""
+    if call == "predict":
+        labels = [{"index": x.index, "label": x.label, "score": x.score} for x in result.labels]
+        return {"model": result.model, "revision": result.revision, "labels": labels}
+    if call == "infer":
+        outputs = [
+            {
+                "name": name,
+                "datatype": {dtype: key for key, dtype in DTYPES.items()}[value.dtype.type],
+                "shape": list(value.shape),
+                "data": value.ravel().tolist(),
+            }
+            for name, value in result.outputs.items()
+        ]
+        return {
+            "model": result.model,
+            "version": result.version,
+            "id": result.id,
+            "outputs": outputs,
+        }
+    if call == "list_models":
+        return {
+            "models": [
+                {"name": model.name, "latest_revision": model.latest_revision} for model in result
+            ]
+        }
+    if call == "push":
+        found = result.revision
+        return {"model": found.model, "revision": found.revision, "existed": result.existed}
+    return {
+        "events": [
+            {"sequence": event.sequence, "action": event.action, "resource": event.resource}
+            for event in result
+        ]
+    }
+
+
+def failure(error: pollard.RequestFailed) -> dict[str, Any]:
+    return {
+        "code": error.code.name,
+        "message": error.message,
+        "reason": error.details.reason,
+        "domain": error.details.domain,
+        "metadata": dict(error.details.metadata),
+    }
+
+
+def run_sync(case: dict[str, Any]) -> dict[str, Any]:
+    call, arguments = case["call"], case["arguments"]
+    name, args, kwargs = method(call, arguments)
+    with getattr(pollard, KINDS[call])(case["address"], **options(case["client"])) as made:
+        result = getattr(made, name)(*args, **kwargs)
+        if call == "watch_events":
+            result = list(itertools.islice(result, arguments["count"]))
+    return answer(call, result)
+
+
+async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
+    call, arguments = case["call"], case["arguments"]
+    name, args, kwargs = method(call, arguments)
+    async with getattr(pollard, f"Async{KINDS[call]}")(
+        case["address"], **options(case["client"])
+    ) as made:
+        if call == "watch_events":
+            events = []
+            async for event in made.watch_events(*args, **kwargs):
+                events.append(event)
+                if len(events) == arguments["count"]:
+                    break
+            return answer(call, events)
+        task = asyncio.ensure_future(getattr(made, name)(*args, **kwargs))
+        if "cancel_after_seconds" in case:
+            await asyncio.sleep(case["cancel_after_seconds"])
+            task.cancel()
+        return answer(call, await task)
+
+
+def main(kind: str, plan: str) -> None:
+    for case in json.loads(Path(plan).read_text())["cases"]:
+        line: dict[str, Any] = {"case": case["case"]}
+        try:
+            if kind == "sync" and "cancel_after_seconds" not in case:
+                line["answer"] = run_sync(case)
+            else:
+                line["answer"] = asyncio.run(run_asyncio(case))
+        except pollard.RequestFailed as error:
+            line["error"] = failure(error)
+        except asyncio.CancelledError:
+            # What asyncio's callers expect of a task that they cancelled themselves.
+            line["error"] = {"code": "CANCELLED"}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
