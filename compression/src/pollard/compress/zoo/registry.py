@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -12,8 +12,11 @@ from torch import nn
 from pollard.compress.errors import ModelUnknown
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo.cifar_resnet import resnet20, resnet56
+from pollard.compress.zoo.inception import inception_v3
+from pollard.compress.zoo.mobilenet import mobilenet_v2, mobilenet_v2_cifar
 from pollard.compress.zoo.resnet import resnet18, resnet34, resnet50
-from pollard.compress.zoo.small import SmallCnn28, SmallCnn224
+from pollard.compress.zoo.small import SmallCnn28, SmallCnn224, SmallCnn512
+from pollard.compress.zoo.vgg import CifarVgg, vgg16, vgg16_bn
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,16 @@ _IMAGENET_TRAINING = TrainDefaults(
 )
 
 
-def _imagenet(name: str, summary: str, build: Callable[[int], nn.Module]) -> Entry:
-    return Entry(name, f"224×224×3: {summary}", build, _IMAGENET_INPUT, 1000, _IMAGENET_TRAINING)
+_INCEPTION_INPUT = InputSpec(
+    299, 299, 3, (0.5,) * 3, (0.5,) * 3, augmentation="crop-flip", short_side=342
+)
+
+
+def _imagenet(
+    name: str, title: str, build: Callable[[int], nn.Module], spec: InputSpec = _IMAGENET_INPUT
+) -> Entry:
+    summary = f"{spec.height}×{spec.width}×3: {title}; torchvision's checkpoints load"
+    return Entry(name, summary, build, spec, 1000, _IMAGENET_TRAINING)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -99,6 +110,14 @@ ENTRIES: dict[str, Entry] = {
             training=TrainDefaults(epochs=10, batch_size=16, learning_rate=1e-3, recover_epochs=3),
         ),
         Entry(
+            "small-cnn-512",
+            "150×150×3: conv32-pool-conv64-pool-conv128-pool-conv128-pool-dense512-dense",
+            SmallCnn512,
+            InputSpec(150, 150, 3, (0.0,) * 3, (1.0,) * 3, augmentation="crop-flip"),
+            classes=2,
+            training=TrainDefaults(epochs=15, batch_size=32, learning_rate=1e-3, recover_epochs=4),
+        ),
+        Entry(
             "resnet20-cifar",
             "32×32×3: ResNet-20 with option-A shortcuts",
             resnet20,
@@ -112,9 +131,28 @@ ENTRIES: dict[str, Entry] = {
             _CIFAR_INPUT,
             training=_CIFAR_TRAINING,
         ),
-        _imagenet("resnet18", "ResNet-18, torchvision's keys", resnet18),
-        _imagenet("resnet34", "ResNet-34, torchvision's keys", resnet34),
-        _imagenet("resnet50", "ResNet-50, torchvision's keys", resnet50),
+        Entry(
+            "vgg16-bn-cifar",
+            "32×32×3: the convolutions of VGG-16 with batch norms, one dense layer",
+            CifarVgg,
+            _CIFAR_INPUT,
+            training=replace(_CIFAR_TRAINING, learning_rate=0.05),
+        ),
+        Entry(
+            "mobilenet-v2-cifar",
+            "32×32×3: MobileNetV2 with two strides fewer",
+            mobilenet_v2_cifar,
+            _CIFAR_INPUT,
+            training=_CIFAR_TRAINING,
+        ),
+        _imagenet("resnet18", "ResNet-18", resnet18),
+        _imagenet("resnet34", "ResNet-34", resnet34),
+        _imagenet("resnet50", "ResNet-50", resnet50),
+        _imagenet("vgg16", "VGG-16", vgg16),
+        _imagenet("vgg16-bn", "VGG-16 with batch norms", vgg16_bn),
+        # Its checkpoints were made with pixels from −1 to 1.
+        _imagenet("inception-v3", "Inception v3", inception_v3, _INCEPTION_INPUT),
+        _imagenet("mobilenet-v2", "MobileNetV2", mobilenet_v2),
     )
 }
 

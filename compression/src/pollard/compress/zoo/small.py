@@ -1,4 +1,4 @@
-"""The two small CNNs of classic tutorials."""
+"""The small CNNs of classic tutorials."""
 
 from __future__ import annotations
 
@@ -50,4 +50,33 @@ class SmallCnn224(nn.Module):
         x = self.pool(self.relu(self.conv2(x)))
         x = self.pool(self.relu(self.conv3(x)))
         out: Tensor = self.fc(self.flatten(x))
+        return out
+
+
+class SmallCnn512(nn.Module):
+    """150×150 colour images: four convolutions with pooling, dense512, dense.
+
+    The network of the tutorials on cats and dogs (Chollet, 2017, §5.2); convolutions have
+    no padding, as there.
+
+    Takes float32 [batch, 3, 150, 150]; gives logits [batch, classes].
+    """
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.conv3 = nn.Conv2d(64, 128, 3)
+        self.conv4 = nn.Conv2d(128, 128, 3)
+        self.pool = nn.MaxPool2d(2)
+        self.relu = nn.ReLU()
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(128 * 7 * 7, 512)
+        self.fc2 = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = self.pool(self.relu(conv(x)))
+        x = self.relu(self.fc1(self.flatten(x)))
+        out: Tensor = self.fc2(x)
         return out
