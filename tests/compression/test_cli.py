@@ -174,3 +174,14 @@ def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
     assert "Search: 4 trials, about" in done.output
     assert "by the table of latencies latency=0.5000 can be met" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_zoo_is_listed_with_what_its_models_cost(invoke: Invoke, tmp_path: Path) -> None:
+    done = invoke("zoo", "--json", tmp_path / "zoo.json")
+    assert done.exit_code == 0, done.output
+    assert "zoo:resnet50" in done.output
+    models = {row["name"]: row for row in json.loads((tmp_path / "zoo.json").read_text())["models"]}
+    assert models["vgg16"]["parameters"] == 138_357_544
+    assert models["vgg16"]["macs"] == 15_470_264_320
+    assert models["inception-v3"]["input"]["height"] == 299
+    assert models["small-cnn-28"]["classes"] == 10

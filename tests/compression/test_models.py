@@ -38,6 +38,8 @@ def test_checkpoints_of_data_parallel_training_are_unwrapped(tmp_path: Path) -> 
     }
     torch.save(wrapped, tmp_path / "w.pt")
     load_model("small-cnn-28", tmp_path / "w.pt")
+    torch.save({"model": _state(), "epoch": 3}, tmp_path / "w.pth")
+    load_model("small-cnn-28", tmp_path / "w.pth")
 
 
 def test_every_key_that_does_not_fit_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -134,3 +136,15 @@ def test_a_factory_needs_its_input_stated() -> None:
 def test_an_unknown_module_is_named() -> None:
     with pytest.raises(ModelUnknown, match="no_such_package"):
         load_model("no_such_package:net", spec=SPEC)
+
+
+def test_inception_keeps_its_second_classifier_for_training_only(tmp_path: Path) -> None:
+    spec = InputSpec(75, 75, 3, (0.5,) * 3, (0.5,) * 3)
+    trained = load_model("inception-v3", classes=3, spec=spec, auxiliary=True).module
+    save_state(trained, tmp_path / "w.safetensors")
+    served = load_model("inception-v3", tmp_path / "w.safetensors", classes=3, spec=spec).module
+    keys = trained.state_dict().keys() - served.state_dict().keys()
+    assert keys
+    assert all(key.startswith("AuxLogits.") for key in keys)
+    save_state(served, tmp_path / "w.safetensors")
+    load_model("inception-v3", tmp_path / "w.safetensors", classes=3, spec=spec, auxiliary=True)

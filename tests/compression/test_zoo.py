@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pollard.compress.candidates import build
 from pollard.compress.errors import ModelUnknown
+from pollard.compress.evaluate import session_predictor
+from pollard.compress.export import probe_images
 from pollard.compress.macs import count_parameters, example_input, total_macs
+from pollard.compress.models import load_model
+from pollard.compress.prune import prune
 from pollard.compress.zoo import ENTRIES, find
+from pollard.runtime.sessions import open_session
 
 # Names and shapes of the state dicts, parameters and 10^9 MACs as torchvision 0.29 has
 # them, and the first five logits that it computes from the numbers below.
@@ -92,6 +99,21 @@ def test_imagenet_models_take_the_macs_that_are_published(name: str) -> None:
         module = entry.build(1000)
         example = torch.zeros(1, 3, entry.spec.height, entry.spec.width)
         assert total_macs(module, example) / 1e9 == pytest.approx(PUBLISHED[name][1], abs=6e-4)
+
+
+# A residual network, a depthwise one, one that concatenates; bench/zoo.py does them all.
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 32), ("mobilenet-v2", 32), ("inception-v3", 75)]
+)
+def test_imagenet_models_are_pruned_and_exported(name: str, size: int, tmp_path: Path) -> None:
+    spec = replace(find(name).spec, height=size, width=size, short_side=0)
+    parent = load_model(name, classes=4, spec=spec).module
+    pruned = prune(parent, spec, 0.5)
+    assert 0.5 <= pruned.removed <= 0.57
+    (file,) = build("pruned", pruned.module, spec, tmp_path)
+    assert file.parity is not None
+    logits = session_predictor(open_session(file.path))(probe_images(spec, 3, seed=1))
+    assert logits.shape == (3, 4)
 
 
 def test_resnet_keys_are_those_of_published_checkpoints() -> None:

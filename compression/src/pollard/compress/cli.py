@@ -1,4 +1,4 @@
-"""The commands `compress`, `bundle`, `train` and `eval`; `profile` is in `cli_profile`.
+"""The commands `compress`, `bundle`, `train` and `eval`; others are in `cli_*` beside this.
 
 Nothing heavy is imported before a command runs: this module is loaded whenever
 `pollard` starts.
@@ -72,12 +72,14 @@ _TrainImages = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     from pollard.compress.cli_profile import profile
+    from pollard.compress.cli_zoo import zoo
 
     app.command("compress")(compress)
     app.command("profile")(profile)
     app.command("bundle")(bundle)
     app.command("train")(train)
     app.command("eval")(evaluate)
+    app.command("zoo")(zoo)
 
 
 def compress(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pollard.compress.errors import LabelsMismatch, ModelUnknown, UsageInvalid, WeightsInvalid
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo import ENTRIES, TrainDefaults, find
+from pollard.compress.zoo.inception import InceptionV3
 from pollard.runtime.digests import sha256_file
 
 # Keys listed in a message about weights that do not fit.
@@ -104,6 +105,7 @@ def load_model(
     *,
     classes: int | None = None,
     spec: InputSpec | None = None,
+    auxiliary: bool = False,
 ) -> LoadedModel:
     """Build a model and load its weights, all of them or none.
 
@@ -113,6 +115,7 @@ def load_model(
             it) or `.safetensors`; fresh weights when None.
         classes: Number of classes; the zoo's own when None.
         spec: As for :func:`resolve`.
+        auxiliary: Whether classifiers stay that only training needs, as Inception v3 has one.
 
     Raises:
         ModelUnknown: there is no such model.
@@ -128,8 +131,13 @@ def load_model(
     digest = ""
     if weights is not None:
         path = Path(weights)
-        load_state(module, read_state(path), path)
+        state = read_state(path)
+        if not any(key.startswith("AuxLogits.") for key in state):
+            _drop_auxiliary(module)
+        load_state(module, state, path)
         digest = sha256_file(path)
+    if not auxiliary:
+        _drop_auxiliary(module)
     module.eval()
     found = _count_classes(module, source)
     if classes and found != classes:
@@ -140,8 +148,8 @@ def load_model(
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a file.
 
-    A checkpoint that holds it under "state_dict" is unwrapped, and the prefix
-    "module." of data-parallel training is taken off.
+    A checkpoint that holds it under "state_dict", "model_state_dict" or "model" is
+    unwrapped, and the prefix "module." of data-parallel training is taken off.
 
     Raises:
         WeightsInvalid: the file is not there or not a state dict.
@@ -161,8 +169,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} is not a plain state dict of tensors (whole pickled models are refused, "
             f"because reading them runs code): {first}"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
     if (
         not isinstance(state, Mapping)
         or not state
@@ -211,6 +220,11 @@ def save_state(module: nn.Module, path: Path) -> None:
     # Copies, because modules that are shared appear under several names.
     state = {key: value.detach().clone().contiguous() for key, value in module.state_dict().items()}
     write_durably(path, safetensors.torch.save(state))
+
+
+def _drop_auxiliary(module: nn.Module) -> None:
+    if isinstance(module, InceptionV3):
+        module.drop_auxiliary()
 
 
 def _listed(keys: list[str]) -> str:
