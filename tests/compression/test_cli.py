@@ -80,8 +80,9 @@ def test_train_bundle_and_eval_agree(invoke: Invoke, write_images: Tree, tmp_pat
         sys.path.remove(str(tmp_path))
     assert model.exit_code == packed.exit_code == 0, model.output + packed.output
     files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in "tbep"}
-    assert files["t"]["accuracy"] == files["e"] == files["p"] == files["b"]["parent"]["accuracy"]
-    assert files["e"]["value"] > 0.9
+    assert len({json.dumps(files[name]["accuracy"]) for name in "tep"}) == 1
+    assert files["e"]["accuracy"] == files["b"]["parent"]["accuracy"]
+    assert files["e"]["accuracy"]["value"] > 0.9
     assert "n = 24" in model.output
 
 

@@ -93,3 +93,22 @@ def test_a_model_of_your_own_is_trained_compressed_and_bundled(tmp_path: Path):
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["inputs"][0]["shape"] == ["-1", "32", "32", "3"]
     assert (tmp_path / "figures.json").exists()
+
+
+def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
+    out = run(
+        str(EXAMPLES / "digits_to_traffic.py"),
+        str(tmp_path),
+        "2",
+        POLLARD_VISION_ADDRESS=up.address("preprocess"),
+        POLLARD_MODELS_ADDRESS=up.address("models"),
+    )
+    assert "The served model answers as it was measured" in out
+    here, served = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("here", "served")
+    )
+    assert served["model"].startswith("digits revision 1 at ")
+    # Scores travel as float32.
+    for key in ("accuracy", "top5", "classes", "macro", "weighted", "confusion"):
+        assert served[key] == here[key]
+    assert abs(served["log_loss"] - here["log_loss"]) < 1e-5

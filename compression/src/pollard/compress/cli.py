@@ -71,6 +71,7 @@ _TrainImages = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
+    from pollard.compress.cli_eval import evaluate
     from pollard.compress.cli_profile import profile
     from pollard.compress.cli_zoo import zoo
 
@@ -428,37 +429,6 @@ def train(
         )
         write_json(json_file, result.to_json())
         console.print(f"Accuracy {result.accuracy}\nWeights: {out}", highlight=False)
-
-
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Bundle directory, zoo:NAME, or package.module:factory.", show_default=False
-        ),
-    ],
-    data: _Data,
-    weights: _Weights = "",
-    input_size: _Size = None,
-    mean: _Mean = "0",
-    std: _Std = "1",
-    threads: _Threads = None,
-    json_file: _Json = None,
-) -> None:
-    """Measure the accuracy of a bundle, or of a model with weights, on the held-out part."""
-    with errors(json_file) as console:
-        from pollard.compress import train as training
-
-        result = training.evaluate(
-            model,
-            data,
-            weights=weights,
-            spec=make_spec(input_size, mean, std),
-            threads=threads,
-            reporter=make_reporter(console),
-        )
-        write_json(json_file, result.to_json())
-        console.print(f"Accuracy {result}", highlight=False)
 
 
 def make_spec(size: str | None, mean: str, std: str) -> InputSpec | None:

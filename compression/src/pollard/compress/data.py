@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from pollard.compress.sources import ImageSource, Item, open_source
 from pollard.compress.spec import InputSpec
 from pollard.runtime.errors import ImageInvalid
 from pollard.runtime.transforms import Pipeline
+
+PartName = Literal["train", "choose", "held-out", "all"]
 
 SPLIT_SEED = 20
 
@@ -106,12 +109,7 @@ def load_data(
         DataDamaged: too many files cannot be decoded.
     """
     reporter = reporter or Reporter()
-    source = open_source(reference)
-    classes = sorted({item.label for item in source.items}, key=_natural)
-    if len(classes) < 2:
-        raise DataInvalid(
-            f"{reference} holds one class only ({classes[0]}); there is nothing to classify"
-        )
+    source, classes = _open(reference)
     parts, how = split_items(source.items, classes)
     if max_train_images is not None and max_train_images < len(parts["train"]):
         parts["train"] = _subset(parts["train"], classes, max_train_images)
@@ -132,9 +130,7 @@ def load_data(
                 f"{reference}: the part {name!r} has no image of {', '.join(absent[:10])}"
             )
         made[name] = Part(f"{source.name}/{name}", images, labels)
-    if damaged:
-        shown = "; ".join(damaged[:_LISTED_FILES])
-        reporter.say(f"{len(damaged)} damaged file(s) left out: {shown}")
+    _say_damaged(damaged, reporter)
     return Dataset(
         source.name,
         classes,
@@ -145,6 +141,69 @@ def load_data(
         damaged,
         how,
     )
+
+
+def part_items(reference: str | Path, part: PartName) -> tuple[ImageSource, list[str], list[Item]]:
+    """Return a source, its classes, and the images of one part as :func:`load_data` splits them.
+
+    Raises:
+        DataInvalid: as for it.
+    """
+    source, classes = _open(reference)
+    parts, _ = split_items(source.items, classes)
+    if part == "all":
+        return source, classes, [item for members in parts.values() for item in members]
+    return source, classes, parts[part]
+
+
+def load_part(
+    reference: str | Path,
+    takes: InputSpec | Pipeline,
+    part: PartName,
+    reporter: Reporter | None = None,
+    *,
+    max_damaged_share: float = 0.05,
+) -> tuple[Part, list[str], list[str]]:
+    """Decode one part only.
+
+    Args:
+        reference: As for :func:`load_data`, as the others.
+        takes: What the images are made into.
+        part: Which images.
+        reporter: Told of progress and of damaged files.
+        max_damaged_share: Share of the part's files that may be undecodable.
+
+    Returns:
+        The part, the classes, and the files that were left out.
+
+    Raises:
+        DataInvalid, DataDamaged: as for :func:`load_data`.
+    """
+    reporter = reporter or Reporter()
+    source, classes, items = part_items(reference, part)
+    pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
+    decoded, damaged, _ = _decode(source, {part: items}, pipeline, max_damaged_share, reporter)
+    kept, images = decoded[part]
+    index = {label: i for i, label in enumerate(classes)}
+    labels = np.array([index[item.label] for item in kept], dtype=np.int64)
+    _say_damaged(damaged, reporter)
+    return Part(f"{source.name}/{part}", images, labels), classes, damaged
+
+
+def _open(reference: str | Path) -> tuple[ImageSource, list[str]]:
+    source = open_source(reference)
+    classes = sorted({item.label for item in source.items}, key=_natural)
+    if len(classes) < 2:
+        raise DataInvalid(
+            f"{reference} holds one class only ({classes[0]}); there is nothing to classify"
+        )
+    return source, classes
+
+
+def _say_damaged(damaged: list[str], reporter: Reporter) -> None:
+    if damaged:
+        shown = "; ".join(damaged[:_LISTED_FILES])
+        reporter.say(f"{len(damaged)} damaged file(s) left out: {shown}")
 
 
 def stratified(

@@ -224,7 +224,11 @@ def layer_bars(content: dict[str, Any]) -> str:
 
 def confusion(content: dict[str, Any], side: str, title: str) -> str:
     """Return a map of the mistakes of one side, "parent" or "chosen"."""
-    classes, matrix = content["confusion"]["classes"], content["confusion"][side]
+    return confusion_map(content["confusion"]["classes"], content["confusion"][side], title)
+
+
+def confusion_map(classes: list[str], matrix: list[list[int]], title: str) -> str:
+    """Return a map of mistakes: how often class i was answered with class j."""
     mistakes = [
         [None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)
     ]

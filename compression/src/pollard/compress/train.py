@@ -1,4 +1,4 @@
-"""Train a model from scratch, and measure the accuracy of one that exists."""
+"""Train a model."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from pollard.compress.data import Dataset, load_data
-from pollard.compress.errors import LabelsMismatch, OutputExists, UsageInvalid
+from pollard.compress.errors import OutputExists, UsageInvalid
 from pollard.compress.evaluate import (
     Accuracy,
     Predict,
     accuracy,
     predict_part,
     right_answers,
-    session_predictor,
     torch_predictor,
 )
 from pollard.compress.models import load_model, resolve, save_state
-from pollard.compress.pipeline import require_weights, torch_threads
+from pollard.compress.pipeline import torch_threads
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
 from pollard.compress.training import FitConfig, History, fit, seed_everything
-from pollard.runtime.bundle import MANIFEST, Bundle
-from pollard.runtime.machine import Machine, select_variant
-from pollard.runtime.sessions import check_signature, open_session
-from pollard.runtime.transforms import Pipeline
 
 
 @dataclass(frozen=True)
@@ -112,53 +107,6 @@ def train(
         found = _held_out_accuracy(torch_predictor(loaded.module, source.spec), dataset)
     save_state(loaded.module, out)
     return TrainResult(source.reference, out, found, history, dataset)
-
-
-def evaluate(
-    model: str,
-    data: str | Path,
-    *,
-    weights: str = "",
-    spec: InputSpec | None = None,
-    threads: int | None = None,
-    reporter: Reporter | None = None,
-) -> Accuracy:
-    """Measure the accuracy on the held-out part.
-
-    Args:
-        model: A bundle's directory, or as for :func:`train`.
-        data: As for :func:`train`.
-        weights: Of a model that is not a bundle.
-        spec: What such a model takes.
-        threads: PyTorch's threads.
-        reporter: Told of progress.
-
-    Raises:
-        CompressionError: the model or the data cannot be used.
-        RuntimeFault: the bundle cannot be used on this machine.
-    """
-    path = Path(model)
-    if path.is_dir() or (path / MANIFEST).exists():
-        return _evaluate_bundle(Bundle.open(path), data, reporter)
-    source = resolve(model, spec)
-    require_weights(weights, source)
-    with torch_threads(threads):
-        dataset = load_data(data, source.spec, reporter=reporter)
-        loaded = load_model(source, weights, classes=len(dataset.classes))
-        return _held_out_accuracy(torch_predictor(loaded.module, source.spec), dataset)
-
-
-def _evaluate_bundle(bundle: Bundle, data: str | Path, reporter: Reporter | None) -> Accuracy:
-    variant = select_variant(bundle.manifest, Machine.detect())
-    session = open_session(bundle.model_path(variant), target=variant.target)
-    check_signature(session, bundle.manifest)
-    dataset = load_data(data, Pipeline(bundle.manifest.preprocess), reporter=reporter)
-    if bundle.labels and bundle.labels != dataset.classes:
-        raise LabelsMismatch(
-            f"the bundle's labels are {', '.join(bundle.labels[:20])}; the data's classes are "
-            f"{', '.join(dataset.classes[:20])}"
-        )
-    return _held_out_accuracy(session_predictor(session), dataset)
 
 
 def _held_out_accuracy(predict: Predict, data: Dataset) -> Accuracy:

@@ -27,6 +27,7 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "store": ("pollard-services[cpu]", "Back up what a manager keeps, and restore it."),
     "train": ("pollard-compression[cpu]", "Train a model of the zoo."),
     "eval": ("pollard-compression[cpu]", "Measure a model's accuracy."),
+    "zoo": ("pollard-compression[cpu]", "List the networks that are built in."),
     "compress": ("pollard-compression[cpu]", "Prune and quantize a model into a bundle."),
     "bundle": ("pollard-compression[cpu]", "Make a bundle of a model as it is."),
     "demo": ("pollard-compression[cpu]", "Train, compress, serve and swap under load."),
