@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from pollard.compress import export, half
-from pollard.compress.errors import ExportFailed
+from pollard.compress.errors import HalfOverflow
 from pollard.compress.evaluate import session_predictor, torch_predictor
 from pollard.compress.spec import InputSpec
 from pollard.runtime.sessions import open_session
@@ -80,7 +80,7 @@ def test_weights_beyond_float16_are_refused_by_name(core: onnx.ModelProto, value
     values = numpy_helper.to_array(tensor).copy()
     values.flat[0] = value
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(ExportFailed, match=tensor.name):
+    with pytest.raises(HalfOverflow, match=tensor.name):
         half.to_float16(model)
 
 
@@ -88,3 +88,47 @@ def test_the_path_of_imports_stays_as_it_was(core: onnx.ModelProto) -> None:
     before = list(sys.path)
     half.to_float16(core)
     assert sys.path == before
+
+
+def _scaled(core: onnx.ModelProto, factor: float) -> onnx.ModelProto:
+    """Return the model on pixels with its first weights multiplied."""
+    model = export.attach_pixels(core, SPEC)
+    tensor = next(t for t in model.graph.initializer if t.name == "0.weight")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * factor, tensor.name))
+    return model
+
+
+def test_activations_are_told_by_layer(core: onnx.ModelProto) -> None:
+    images = export.probe_images(SPEC, 6)
+    ranges = half.check_range(_scaled(core, 1.0), [images[:4], images[4:]])
+    assert {"0", "5"} <= ranges.keys()
+    # The logits are among them.
+    wanted = torch_predictor(_net(), SPEC)(images)
+    assert ranges["5"] == pytest.approx(np.abs(wanted).max(), rel=1e-4)
+
+
+def test_activations_near_the_end_of_float16_are_refused_by_layer(core: onnx.ModelProto) -> None:
+    images = export.probe_images(SPEC, 4)
+    reached = half.check_range(_scaled(core, 1.0), [images])["0"]
+    factor = half.LARGEST / reached
+    half.check_range(_scaled(core, factor * 0.4), [images])
+    with pytest.raises(HalfOverflow, match=r"beyond 32752, .* in 0 \("):
+        half.check_range(_scaled(core, factor * 0.6), [images])
+
+
+def test_emulation_rounds_after_every_operator(core: onnx.ModelProto) -> None:
+    converted = half.to_float16(export.attach_pixels(core, SPEC))
+    images = export.probe_images(SPEC, 5)
+    wanted = torch_predictor(_net(), SPEC)(images)
+    got = session_predictor(open_session(export.serialize(half.emulated(converted))))(images)
+    assert 0 < np.abs(got - wanted).max() < 5e-3 * np.ptp(wanted)
+    # The logits themselves have passed through float16.
+    np.testing.assert_array_equal(got, got.astype(np.float16).astype(np.float32))
+
+
+def test_emulation_overflows_where_float16_does(core: onnx.ModelProto) -> None:
+    images = export.probe_images(SPEC, 4)
+    reached = half.check_range(_scaled(core, 1.0), [images])["0"]
+    model = half.to_float16(_scaled(core, 1.5 * half.LARGEST / reached))
+    emulated = session_predictor(open_session(export.serialize(half.emulated(model))))(images)
+    assert not np.isfinite(emulated).all()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,50 @@ def test_a_choice_that_does_not_hold_on_held_out_data_is_refused(tmp_path: Path)
         confirm(parent, measured(tmp_path, "pruned-fp32", 50, drop=1.2), 1.0)
     with pytest.raises(GateRefused, match="when timed again"):
         confirm(parent, measured(tmp_path, "pruned-fp32", 99, lower=1.0), 1.0)
+
+
+def untimed(folder: Path, name: str, macs: int, drop: float = 0.0) -> Measured:
+    """Return a candidate that was judged away from its device."""
+    found = measured(folder, name, 100, drop)
+    candidate = dataclasses.replace(found.candidate, macs=macs, target="cuda-fp16")
+    return dataclasses.replace(found, candidate=candidate, timings=[], speedup=None)
+
+
+def test_without_times_the_least_to_compute_is_taken(tmp_path: Path) -> None:
+    field = [
+        untimed(tmp_path, "parent-fp32", 10),
+        untimed(tmp_path, "parent-fp16", 10),
+        untimed(tmp_path, "pruned-fp16", 5),
+    ]
+    chosen = select(field, 1.0)
+    assert chosen.candidate.name == "pruned-fp16"
+    confirm(field[0], chosen, 1.0)
+    assert explain_dropped(field, chosen, 1.0) == []
+
+
+def test_without_times_the_gate_on_accuracy_holds_all_the_same(tmp_path: Path) -> None:
+    field = [
+        untimed(tmp_path, "parent-fp32", 10),
+        untimed(tmp_path, "parent-fp16", 10, drop=0.5),
+        untimed(tmp_path, "pruned-fp16", 5, drop=2.0),
+    ]
+    chosen = select(field, 1.0)
+    assert chosen.candidate.name == "parent-fp16"
+    (dropped,) = explain_dropped(field, chosen, 1.0)
+    assert dropped == {"stage": "prune", "why": "pruned-fp16 lost 2.00 points, 1 are allowed"}
+    with pytest.raises(GateRefused, match=r"pruned-fp16 lost 2\.00 points"):
+        select(field, 0.1)
+
+
+def test_a_gpu_is_judged_by_its_own_batch(tmp_path: Path) -> None:
+    field = []
+    for name, single, many in (
+        ("parent-fp32", 100, 900),
+        ("parent-fp16", 80, 600),
+        ("pruned-fp16", 90, 300),
+    ):
+        found = measured(tmp_path, name, single)
+        timings = [Timing(1, single, single, 20), Timing(32, many, many, 20)]
+        speed = Ratio(900 / many, 880 / many, 920 / many)
+        field.append(dataclasses.replace(found, timings=timings, speedup=speed, judged_batch=32))
+    assert select(field, 1.0).candidate.name == "pruned-fp16"

@@ -36,7 +36,7 @@ from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, Usag
 from pollard.compress.macs import count_parameters, example_input, total_macs
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
-from pollard.compress.recipe import IMPORTANCES, TARGETS, Importance, Target
+from pollard.compress.recipe import CPU_TARGETS, IMPORTANCES, Importance, Target
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.shrink import ShrinkConfig
 from pollard.compress.training import one_cycle, recalibrate_by, seed_everything
@@ -93,7 +93,10 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         for good, message in (
-            (self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}"),
+            (
+                self.target in CPU_TARGETS,
+                f"target {self.target!r} is not one of {', '.join(CPU_TARGETS)}",
+            ),
             (0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1"),
             (
                 self.importance in IMPORTANCES,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from pollard.compress import export, quantize
+from pollard.compress import export, half, quantize
 from pollard.compress.data import Part
 from pollard.compress.eight_bits import ImageJudge, Train, layer_costs_of, search
 from pollard.compress.macs import count_parameters, example_input, total_macs
@@ -22,15 +24,17 @@ from pollard.runtime.bundle import write_durably
 
 PARENT_FLOAT = "parent-fp32"
 
+_RANGE_BATCH = 32
+
 
 @dataclass(frozen=True)
 class Candidate:
     """One ONNX file that could be shipped."""
 
     name: str
-    """"parent-fp32", "parent-int8", "pruned-fp32" or "pruned-int8"."""
+    """"parent" or "pruned", and "-fp32", "-int8" or "-fp16"."""
     target: str
-    """Target of the file: "cpu-fp32" or "cpu-int8"."""
+    """Target of the file: "cpu-fp32", "cpu-int8" or "cuda-fp16"."""
     path: Path
     module: nn.Module
     """The PyTorch model that it was exported from."""
@@ -45,6 +49,8 @@ class Candidate:
     quantization: dict[str, Any] | None = None
     """How the 8-bit file came about: ranges, what was tried, which layers stayed float and
     why. None for float, and where nothing was chosen."""
+    ranges: dict[str, float] | None = None
+    """Largest magnitude of each layer's activations on calibration images; of float16 files."""
 
     @property
     def pruned(self) -> bool:
@@ -69,6 +75,49 @@ class Tuning:
     """Most points that may be lost."""
     train: Train | None = None
     """Trains in 8 bits where nothing else holds the gate; not tried when None."""
+
+
+def build_half(
+    kind: str, module: nn.Module, spec: InputSpec, folder: Path, calibration: Part, images: int
+) -> list[Candidate]:
+    """Export a module in float and in float16, check the files, and write them.
+
+    Args:
+        kind: "parent" or "pruned".
+        module: What to export; it is not changed.
+        spec: What it takes.
+        folder: Where to write.
+        calibration: Images on which activations must stay within float16.
+        images: How many of them are looked at.
+
+    Returns:
+        The float32 file, for the CPU, and the float16 one, for CUDA.
+
+    Raises:
+        HalfOverflow: weights or activations are too large for float16.
+        ExportFailed: it cannot be exported or converted, or the float file computes something
+            else.
+    """
+    built = build(kind, module, spec, folder)
+    model = onnx.load(built[0].path)
+    converted = half.to_float16(model)
+    seen = calibration.images[:images]
+    ranges = half.check_range(
+        model, (seen[at : at + _RANGE_BATCH] for at in range(0, len(seen), _RANGE_BATCH))
+    )
+    path = folder / f"{kind}-fp16.onnx"
+    write_durably(path, export.serialize(converted))
+    return [
+        *built,
+        dataclasses.replace(
+            built[0],
+            name=f"{kind}-fp16",
+            target="cuda-fp16",
+            path=path,
+            parity=None,
+            ranges=ranges,
+        ),
+    ]
 
 
 def build(

@@ -114,7 +114,12 @@ def compress(
     ] = False,
     weights: _Weights = "",
     target: Annotated[
-        str, typer.Option("--target", help="cpu-int8 (float files compete, too) or cpu-fp32.")
+        str,
+        typer.Option(
+            "--target",
+            help="cpu-int8 (float files compete, too), cpu-fp32, or cuda-fp16: judged on the GPU "
+            "if there is one, else in emulation and without times.",
+        ),
     ] = "cpu-int8",
     prune: Annotated[
         float,
@@ -554,13 +559,16 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
     )
     for before, after in zip(parent["latency"], chosen["latency"], strict=True):
         faster = before["p50_us"] / after["p50_us"]
-        bound = f" (lower bound {speed['lower']:.2f})" if before["batch_size"] == 1 else ""
+        judged = before["batch_size"] == chosen["judged_batch"]
+        bound = f" (lower bound {speed['lower']:.2f})" if judged else ""
         table.add_row(
             f"latency, batch {before['batch_size']}",
             f"{before['p50_us']:.1f} µs",
             f"{after['p50_us']:.1f} µs",
             f"{faster:.2f} × faster{bound}",
         )
+    if not chosen["latency"]:
+        table.add_row("latency on a GPU", "–", "–", "not measured")
     for title, key in (
         ("model.onnx, bytes", "size_bytes"),
         ("parameters", "parameters"),
@@ -573,5 +581,12 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
             f"× {chosen[key] / parent[key]:.3f}",
         )
     console.print(table)
+    if why := report["device"]["why_not"]:
+        console.print(
+            f"Not timed: {why}. Whether it is faster on a GPU is not known: compress it there, or "
+            "measure it there, before it goes into service.",
+            highlight=False,
+            soft_wrap=True,
+        )
     for stage in report["dropped_stages"]:
         console.print(f"Without the stage {stage['stage']}: {stage['why']}.", highlight=False)

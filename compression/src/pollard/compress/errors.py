@@ -14,6 +14,7 @@
     ├── TrainingDiverged           the loss was not finite before any good state
     ├── PruneFailed                the model cannot be pruned as asked
     ├── ExportFailed               the ONNX file is not the PyTorch model
+    │   └── HalfOverflow             weights or activations are too large for float16
     ├── QuantizeFailed             the model cannot be quantized
     ├── DiskFull                   there is no space for the next stage
     └── GateRefused              exit code 3: nothing that may be shipped was found
@@ -77,6 +78,10 @@ class PruneFailed(CompressionError):
 
 class ExportFailed(CompressionError):
     """The model cannot be exported, or the file does not compute what PyTorch computes."""
+
+
+class HalfOverflow(ExportFailed):
+    """Weights or activations are too large for float16; the message names them."""
 
 
 class QuantizeFailed(CompressionError):

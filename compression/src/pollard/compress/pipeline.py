@@ -17,6 +17,7 @@ from torch import nn
 from pollard.compress import bundling, report, verify
 from pollard.compress.candidates import build
 from pollard.compress.data import Dataset, load_data
+from pollard.compress.devices import CUDA, Device, find_device
 from pollard.compress.errors import GateRefused, UsageInvalid
 from pollard.compress.macs import layer_costs
 from pollard.compress.models import LoadedModel, Source, load_model, resolve
@@ -113,10 +114,17 @@ def compress(
     require_weights(recipe.weights, source)
     machine = Machine.detect()
     recipe = _fill_in(recipe, source, machine)
+    device = find_device(recipe.target, machine)
+    if device.why_not:
+        reporter.say(
+            f"No GPU to judge {recipe.target} on ({device.why_not}). Accuracy is measured with "
+            "float16 emulated on the processor; nothing is timed, and whether the file is faster "
+            "on a GPU is not known"
+        )
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
         stages = open_stages(recipe, parent, data, machine, cache, fresh=fresh, reporter=reporter)
-        run = Run(recipe, parent, data, machine, stages, reporter)
+        run = Run(recipe, parent, data, machine, stages, reporter, device)
         found = None
         if recipe.search:
             from pollard.compress.search_trials import search_stage
@@ -129,7 +137,9 @@ def compress(
         built = run.build(pruned)
         measured, picked = run.choose(built, _ROUNDS_CHOOSE)
         parent_final, chosen = run.confirm(built[0], picked.candidate, _ROUNDS_CONFIRM)
-        profiles = {c.name: run.profile(c) for c in (built[0], picked.candidate)}
+        # Operators are timed on processors.
+        profiled = (built[0], picked.candidate) if recipe.target != CUDA else ()
+        profiles = {c.name: run.profile(c) for c in profiled}
         earlier = sum(done.seconds for done in stages.done if done.reused)
         content = report.describe_compression(
             report.Compression(
@@ -142,6 +152,7 @@ def compress(
                 data=data,
                 parent_digest=parent.weights_digest,
                 machine=machine,
+                device=device,
                 parent=parent_final,
                 chosen=chosen,
                 candidates=measured,
@@ -156,7 +167,9 @@ def compress(
                 seconds=time.monotonic() - started + earlier,
             )
         )
-        bundle = _write(stage, chosen, parent_final, recipe, source, data, parent, content, machine)
+        bundle = _write(
+            stage, chosen, parent_final, recipe, source, data, parent, content, machine, device
+        )
         signed = sign(stage / bundling.BUNDLE) if sign is not None else ""
         module = copy.deepcopy(chosen.candidate.module).requires_grad_(True)
     stages.trim()
@@ -198,13 +211,14 @@ def bundle_parent(
     require_weights(recipe.weights, source)
     machine = Machine.detect()
     recipe = _fill_in(recipe, source, machine)
+    device = find_device(recipe.target, machine)
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
         work = _work_folder(stage)
         with reporter.step("Exporting", 1):
             built = build("parent", parent.module, source.spec, work)
         with reporter.step("Measuring", 1):
-            measured = verify.measure(built, data.held_out, data, rounds=_ROUNDS_CONFIRM)[0]
+            measured = verify.measure(built, data.held_out, data, device, rounds=_ROUNDS_CONFIRM)[0]
         content = report.describe_parent(
             report.Packing(
                 recipe=recipe.public(),
@@ -214,12 +228,15 @@ def bundle_parent(
                 data=data,
                 parent_digest=parent.weights_digest,
                 machine=machine,
+                device=device,
                 parent=measured,
                 layers=layer_costs(parent.module, source.spec),
                 seconds=time.monotonic() - started,
             )
         )
-        bundle = _write(stage, measured, None, recipe, source, data, parent, content, machine)
+        bundle = _write(
+            stage, measured, None, recipe, source, data, parent, content, machine, device
+        )
     return BundleResult(
         Bundle(out, (out / "manifest.json").read_bytes()),
         measured,
@@ -287,6 +304,7 @@ def _write(
     parent: LoadedModel,
     content: dict[str, Any],
     machine: Machine,
+    device: Device,
 ) -> Bundle:
     origin = bundling.Origin(
         source.name, source.reference, recipe.to_json(), recipe.seed, data, parent.weights_digest
@@ -299,6 +317,7 @@ def _write(
         source.spec,
         report.render(content),
         machine,
+        device,
     )
 
 

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from pollard.compress.candidates import build
+from pollard.compress import half
+from pollard.compress.candidates import Candidate, build, build_half
 from pollard.compress.data import Part, split_items
+from pollard.compress.devices import CUDA, Device, find_device, open_on
 from pollard.compress.errors import DataInvalid
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
 from pollard.compress.models import LoadedModel, load_model, resolve
 from pollard.compress.pipeline import require_weights, torch_threads
-from pollard.compress.prune import Pruned, prune
+from pollard.compress.prune import ROUNDING, Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
 from pollard.compress.search import TRIAL_SHARE, Point
@@ -30,7 +33,6 @@ from pollard.compress.sources import open_source
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.machine import Machine
 from pollard.runtime.measure import Ratio, interleaved, ratio
-from pollard.runtime.sessions import open_session
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,14 @@ class Plan:
     """Everything but recovery, roughly: export, quantization and measuring."""
     search_seconds: float = 0.0
     """All trials of a search, before that."""
+    why_not_timed: str = ""
+    """Why no candidate could be timed; empty if they were."""
 
     @property
     def speed_is_met(self) -> bool:
-        """Whether some candidate is faster than the parent."""
+        """Whether some candidate is faster than the parent, or nothing can be said of it here."""
+        if self.why_not_timed:
+            return True
         return any(found.lower >= MIN_SPEEDUP for found in self.speedups.values())
 
     def lines(self, recipe: Recipe) -> list[str]:
@@ -98,7 +104,13 @@ class Plan:
         ]
         told.append(
             f"Faster than the parent (lower bound {MIN_SPEEDUP:g}): "
-            + ("can be met" if self.speed_is_met else "CANNOT be met on this machine")
+            + (
+                f"not known, nothing can be timed here: {self.why_not_timed}"
+                if self.why_not_timed
+                else "can be met"
+                if self.speed_is_met
+                else "CANNOT be met on this machine"
+            )
         )
         told.append(
             f"Accuracy within {recipe.max_drop:g} points: known only after recovery and measuring"
@@ -136,22 +148,30 @@ def make_plan(recipe: Recipe) -> Plan:
         if recipe.budget:
             pruned = plan_shrink(parent.module, source.spec, shrink_config(recipe))
         elif recipe.prune:
-            pruned = prune(parent.module, source.spec, recipe.prune, keep_whole=recipe.keep_whole)
+            pruned = prune(
+                parent.module,
+                source.spec,
+                recipe.prune,
+                keep_whole=recipe.keep_whole,
+                rounding=half.MULTIPLES if recipe.target == CUDA else ROUNDING,
+            )
         if pruned is not None:
             batch = recipe.batch_size or source.training.batch_size
             recovery = _step_seconds(parent, pruned, batch) * epochs * images["train"] / batch
         else:
             epochs = 0
         started = time.monotonic()
-        speedups = _speedups(recipe, parent, pruned)
+        device = find_device(recipe.target, Machine.detect())
+        speedups = _speedups(recipe, parent, pruned, device)
         other = 3 * (time.monotonic() - started)
     macs = total_macs(parent.module, source.spec)
     # A trial has three tenths of an epoch on one thread, and measures less.
     trial = TRIAL_SHARE * recovery / max(1, epochs) * (recipe.threads or 1) + other / 2
     rounds = -(-trials // max(1, min(trials, Machine.detect().cores)))
     return Plan(
-        images, len(labels), epochs, macs, pruned, speedups, recovery, other, rounds * trial
-    )
+        images, len(labels), epochs, macs, pruned, speedups, recovery, other, rounds * trial,
+        device.why_not,
+    )  # fmt: skip
 
 
 def _planned(recipe: Recipe) -> Recipe:
@@ -179,7 +199,9 @@ def _step_seconds(parent: LoadedModel, pruned: Pruned, batch: int) -> float:
     return float(np.median(times[1:]))
 
 
-def _speedups(recipe: Recipe, parent: LoadedModel, pruned: Pruned | None) -> dict[str, Ratio]:
+def _speedups(
+    recipe: Recipe, parent: LoadedModel, pruned: Pruned | None, device: Device
+) -> dict[str, Ratio]:
     spec = parent.spec
     probes = probe_images(spec, 32)
     part = Part("probe", probes, np.zeros(len(probes), np.int64))
@@ -188,14 +210,24 @@ def _speedups(recipe: Recipe, parent: LoadedModel, pruned: Pruned | None) -> dic
         vnni = Machine.detect().has_vnni if recipe.vnni is None else recipe.vnni
         config = QuantizeConfig(len(probes), reduce_range=not vnni)
     with tempfile.TemporaryDirectory(prefix="pollard-plan-") as folder:
-        built = build("parent", parent.module, spec, Path(folder), part, config)
+
+        def made(kind: str, module: nn.Module) -> list[Candidate]:
+            if recipe.target == CUDA:
+                return build_half(kind, module, spec, Path(folder), part, len(part))
+            return build(kind, module, spec, Path(folder), part, config)
+
+        built = made("parent", parent.module)
         if pruned is not None:
             # Statistics of the parent, over channels that are gone, leave nothing but speed.
-            built += build("pruned", pruned.module, spec, Path(folder), part, config)
-        sessions = [open_session(c.path, target=c.target) for c in built]
+            built += made("pruned", pruned.module)
+        if recipe.target == CUDA:
+            built = [built[0], *(c for c in built if c.target == CUDA)]
+        if not device.timed:
+            return {}
+        batch = np.resize(probes, (device.judged_batch, *spec.shape))
         calls = [
-            lambda s=session: s.raw.run(None, {s.inputs[0].name: probes[:1]})
-            for session in sessions
+            lambda s=session: s.raw.run(None, {s.inputs[0].name: batch})
+            for session in (open_on(device, candidate) for candidate in built)
         ]
         turns = interleaved(calls, rounds=20)
     return {c.name: ratio(turns[0], times) for c, times in zip(built[1:], turns[1:], strict=True)}

@@ -13,8 +13,9 @@ from pollard.compress.errors import UsageInvalid
 from pollard.compress.recipe_file import SCHEMA_VERSION
 from pollard.compress.spec import InputSpec
 
-Target = Literal["cpu-int8", "cpu-fp32"]
-TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
+Target = Literal["cpu-int8", "cpu-fp32", "cuda-fp16"]
+CPU_TARGETS: tuple[Target, ...] = ("cpu-int8", "cpu-fp32")
+TARGETS: tuple[Target, ...] = (*CPU_TARGETS, "cuda-fp16")
 
 Method = Literal["min-max", "mse", "percentile-99.999", "percentile-99.99", "percentile-99.9"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -40,7 +41,7 @@ class Recipe:
     """The trained parent: a state dict (.pt) or .safetensors."""
     target: Target = "cpu-int8"
     """What may be used: "cpu-int8" lets float files compete, too; "cpu-fp32"
-    means float only."""
+    means float only; "cuda-fp16" is float16 for NVIDIA's GPUs."""
     prune: float = 0.5
     """Share of the MACs to remove; 0 does not prune. Not used with ``budget``."""
     budget: tuple[str, ...] = ()
@@ -94,7 +95,17 @@ class Recipe:
     """What the model takes; needed for factories."""
 
     def __post_init__(self) -> None:
+        _check(
+            str(self.target) != "cuda-int8",
+            "there is no target cuda-int8: onnxruntime's CUDA provider has no 8-bit convolutions "
+            "and computes such files partly on the processor, slower than in float. Use cuda-fp16",
+        )
         _check(self.target in TARGETS, f"target {self.target!r} is not one of {', '.join(TARGETS)}")
+        _check(
+            self.target in CPU_TARGETS or not (self.budget or self.search),
+            f"budget and search go by operators timed on a processor, so there is none for "
+            f"{self.target}; use prune",
+        )
         _check(0 <= self.prune < 1, f"prune is {self.prune}; it must be at least 0 and below 1")
         parse_budgets(self.budget)
         _check(0 <= self.search <= 10_000, f"search is {self.search}; it is 0 to 10000 trials")

@@ -31,7 +31,7 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
     "model": (_TEXT, False, "zoo:NAME, or package.module:factory."),
     "data": (_TEXT, False, "digits, a directory, or a zip; relative to where the command runs."),
     "weights": (_TEXT, False, "The trained parent: a state dict (.pt) or .safetensors."),
-    "target": (_TEXT, False, "cpu-int8 (float files compete, too) or cpu-fp32."),
+    "target": (_TEXT, False, "cpu-int8 (float files compete, too), cpu-fp32 or cuda-fp16."),
     "prune": (_NUMBER, False, "Share of the MACs to remove, 0 to 1; 0 does not prune."),
     "budget": (
         _LIST,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pollard.compress.bundling import tool_versions
 from pollard.compress.data import Dataset
+from pollard.compress.devices import Device
 from pollard.compress.macs import LayerCost
 from pollard.compress.profile import TargetProfile
 from pollard.compress.prune import Pruned
@@ -34,6 +35,8 @@ class Packing:
     data: Dataset
     parent_digest: str
     machine: Machine
+    device: Device
+    """What was judged on."""
     parent: Measured
     layers: list[LayerCost]
     seconds: float
@@ -52,6 +55,8 @@ class Compression:
     data: Dataset
     parent_digest: str
     machine: Machine
+    device: Device
+    """What was judged on."""
     parent: Measured
     """On the held-out part."""
     chosen: Measured
@@ -81,7 +86,7 @@ def describe_parent(run: Packing) -> dict[str, Any]:
         "summary": {
             "accuracy": parent.accuracy.value,
             "size_bytes": parent.candidate.size_bytes,
-            "latency_ms": parent.latency_us / 1000,
+            "latency_ms": _milliseconds(parent),
             "macs": parent.candidate.macs,
             "parameters": parent.candidate.parameters,
         },
@@ -106,10 +111,11 @@ def describe_compression(run: Compression) -> dict[str, Any]:
             "accuracy_compressed": chosen.accuracy.value,
             "size_parent_bytes": parent.candidate.size_bytes,
             "size_compressed_bytes": chosen.candidate.size_bytes,
-            "latency_parent_ms": parent.latency_us / 1000,
-            "latency_compressed_ms": chosen.latency_us / 1000,
-            "speedup": chosen.speedup.estimate,
-            "speedup_lower": chosen.speedup.lower,
+            "judged_batch": chosen.judged_batch,
+            "latency_parent_ms": _milliseconds(parent),
+            "latency_compressed_ms": _milliseconds(chosen),
+            "speedup": None if chosen.speedup is None else chosen.speedup.estimate,
+            "speedup_lower": None if chosen.speedup is None else chosen.speedup.lower,
             "macs_parent": parent.candidate.macs,
             "macs_compressed": chosen.candidate.macs,
             "parameters_parent": parent.candidate.parameters,
@@ -159,6 +165,12 @@ def _common(run: Packing | Compression) -> dict[str, Any]:
             "cores": run.machine.cores,
             "onnxruntime": run.machine.onnxruntime,
         },
+        "device": {
+            "name": run.device.name,
+            "provider": run.device.provider,
+            "timed": run.device.timed,
+            "why_not": run.device.why_not,
+        },
         "data": {
             "name": data.name,
             "classes": len(data.classes),
@@ -176,6 +188,10 @@ def _common(run: Packing | Compression) -> dict[str, Any]:
             "tool_versions": tool_versions(),
         },
     }
+
+
+def _milliseconds(measured: Measured) -> float | None:
+    return measured.latency_us / 1000 if measured.timed else None
 
 
 def _search(found: Found) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from pollard.compress import report_eight_bits
+from pollard.compress import report_device, report_eight_bits
 from pollard.compress.report_parts import (
     bytes_text,
     card,
@@ -53,6 +53,7 @@ def _sections(content: dict[str, Any]) -> list[str]:
     if content["pruning"] and content["pruning"]["search"]:
         parts += search_sections(content["pruning"]["search"])
     parts += report_eight_bits.sections(content)
+    parts += report_device.sections(content)
     if content["recovery"]:
         parts += ["<h2>Recovery</h2>", _recovery_text(content), panel(curves(content))]
     parts += [
@@ -100,17 +101,16 @@ def _parent_sections(content: dict[str, Any]) -> list[str]:
 
 
 def _heading(content: dict[str, Any]) -> str:
-    summary, gate = content["summary"], content["gate"]
+    gate = content["gate"]
     drop = content["chosen"]["drop_points"]
     return (
         f"<h1>{html.escape(content['name'])}, compressed for {content['target']}</h1>"
-        f"<p>The shipped model (<b>{summary['shipped']}</b>) answers one image in "
-        f"<b>{time_text(summary['latency_compressed_ms'] * 1000)}</b> where its parent takes "
-        f"{time_text(summary['latency_parent_ms'] * 1000)}, and {_lost(drop['estimate'])} "
+        f"<p>{report_device.shipped_text(content)}, and {_lost(drop['estimate'])} "
         f"(at most {points(gate['max_drop_points'])} may be lost).</p>"
         f"<p class='muted'>{html.escape(content['created'])} on "
-        f"{html.escape(content['machine']['processor'])}, onnxruntime "
-        f"{html.escape(content['machine']['onnxruntime'])}, one thread; "
+        f"{html.escape(content['device']['name'])}, onnxruntime "
+        f"{html.escape(content['machine']['onnxruntime'])}"
+        f"{', one thread' if content['summary']['judged_batch'] == 1 else ''}; "
         f"the run took {content['seconds']:g} s.</p>"
     )
 
@@ -123,20 +123,13 @@ def _lost(points: float) -> str:
 
 def _cards(content: dict[str, Any]) -> str:
     s, chosen = content["summary"], content["chosen"]
-    speed, drop = chosen["speedup"], chosen["drop_points"]
-    interval = chosen["accuracy"]
+    drop, interval = chosen["drop_points"], chosen["accuracy"]
     return (
         "<div class='cards'>"
         + "".join(
             card(*told)
             for told in (
-                (
-                    "Latency, one image",
-                    f"{speed['estimate']:.2f} × faster",
-                    f"{time_text(s['latency_parent_ms'] * 1000)} → "
-                    f"{time_text(s['latency_compressed_ms'] * 1000)}; 95 % interval "
-                    f"{speed['lower']:.2f} to {speed['upper']:.2f}",
-                ),
+                report_device.speed_card(content),
                 (
                     f"Accuracy, {content['data']['held_out']} held-out images",
                     f"{interval['value']:.2%}",
@@ -244,8 +237,9 @@ def _agreement(figures: dict[str, Any]) -> str:
 
 def _candidate_text(content: dict[str, Any]) -> str:
     gate = content["gate"]
+    best = "fastest file" if content["device"]["timed"] else "file with the least to compute"
     return (
-        "<p>Parent and pruned model compete in every form that the target allows. The fastest file "
+        f"<p>Parent and pruned model compete in every form that the target allows. The {best} "
         f"that loses at most {points(gate['max_drop_points'])} on the {content['data']['choose']} "
         "images kept for choosing is shipped; of two equally fast ones the smaller. The bars are "
         "95 % intervals of the drop.</p>"
@@ -257,14 +251,14 @@ def _candidate_table(content: dict[str, Any]) -> str:
     for index, c in enumerate(content["candidates"]):
         if c["name"] == content["summary"]["shipped"]:
             chosen = index
-        speed, drop = c["speedup"], c["drop_points"]
+        drop = c["drop_points"]
         rows.append(
             (
                 c["name"],
                 f"{c['accuracy']['value']:.2%}",
                 "–" if index == 0 else f"{signed(-drop['estimate'])}",
-                time_text(c["latency"][0]["p50_us"]),
-                "–" if index == 0 else f"{speed['estimate']:.2f} × ({speed['lower']:.2f})",
+                report_device.latency_text(c),
+                "–" if index == 0 else report_device.speed_text(c),
                 bytes_text(c["size_bytes"]),
                 count_text(c["macs"]),
             )
@@ -384,6 +378,8 @@ def _layer_table(content: dict[str, Any]) -> str:
 
 def _time_sections(content: dict[str, Any]) -> list[str]:
     profiles = content["profiles"]
+    if not profiles:
+        return []
     notes = "".join(
         f"<li>{name}: {html.escape(agreement_text(found).partition(': ')[2])}</li>"
         for name, found in profiles.items()

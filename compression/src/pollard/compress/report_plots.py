@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pollard.compress.report_device import images_text, judged_us
 from pollard.compress.report_parts import (
     BLUE,
     GREEN,
@@ -23,13 +24,16 @@ def scatter(content: dict[str, Any]) -> str:
     figure = go.Figure()
     shipped = content["summary"]["shipped"]
     limit = content["gate"]["max_drop_points"]
+    timed = content["device"]["timed"]
+    unit = " µs" if timed else " MACs"
+    of = images_text(content["chosen"])
     for c in content["candidates"]:
         drop, name = c["drop_points"], c["name"]
         is_parent = name == "parent-fp32"
         color = GREEN if name == shipped else (GREY if is_parent else BLUE)
         figure.add_trace(
             go.Scatter(
-                x=[c["latency"][0]["p50_us"]],
+                x=[c["macs"] if judged_us(c) is None else judged_us(c)],
                 y=[-drop["estimate"]],
                 error_y=None
                 if is_parent
@@ -49,7 +53,7 @@ def scatter(content: dict[str, Any]) -> str:
                     "color": color,
                     "symbol": "star" if name == shipped else "circle",
                 },
-                hovertemplate=f"{name}<br>%{{x:.1f}} µs<br>%{{y:+.2f}} points<extra></extra>",
+                hovertemplate=f"{name}<br>%{{x:.1f}}{unit}<br>%{{y:+.2f}} points<extra></extra>",
                 showlegend=False,
             )
         )
@@ -59,7 +63,8 @@ def scatter(content: dict[str, Any]) -> str:
         annotation_text=f"gate: at most {points(limit)} lost",
         annotation_position="bottom right",
     )
-    figure.update_xaxes(title="median latency of one image, µs", rangemode="tozero")
+    title = f"median latency of {of}, µs" if timed else "multiply-accumulates"
+    figure.update_xaxes(title=title, rangemode="tozero")
     figure.update_yaxes(title="accuracy against the parent, points", zeroline=True)
     return plot(figure, 400)
 

@@ -17,17 +17,18 @@ from torch import nn
 
 import pollard.compress
 import pollard.runtime.bundle
-from pollard.compress import bundling, verify
-from pollard.compress.candidates import Candidate, Tuning, build
+from pollard.compress import bundling, half, verify
+from pollard.compress.candidates import Candidate, Tuning, build, build_half
 from pollard.compress.codec import decode, encode
 from pollard.compress.cut_files import load_cut, recover_stage, save_cut
 from pollard.compress.data import Dataset, Part
+from pollard.compress.devices import CUDA, Device
 from pollard.compress.errors import GateRefused, UsageInvalid
 from pollard.compress.latency import LatencyTable, default_folder
 from pollard.compress.models import LoadedModel
 from pollard.compress.profile import TargetProfile, profile_file
 from pollard.compress.progress import Reporter
-from pollard.compress.prune import Pruned, prune
+from pollard.compress.prune import ROUNDING, Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
 from pollard.compress.shrink import loss_gradients, shrink, shrink_config
@@ -52,6 +53,8 @@ class Run:
     machine: Machine
     stages: Stages
     reporter: Reporter
+    device: Device
+    """What the files are judged on."""
 
     def prune_and_recover(self) -> tuple[Pruned | None, History | None]:
         """Return the smaller model and its training; nothing where nothing is cut."""
@@ -71,6 +74,7 @@ class Run:
             "prune": recipe.prune,
             "keep_whole": recipe.keep_whole,
             "importance": recipe.importance,
+            "rounding": self._rounding,
         }
         cut = self.stages.run("prune", asked, self._prune, lambda f: load_cut(parent.module, f))
         inputs = {"of": cut.key}
@@ -88,10 +92,15 @@ class Run:
                 parent.spec,
                 recipe.prune,
                 keep_whole=recipe.keep_whole,
+                rounding=self._rounding,
                 importance=recipe.importance,
                 gradients=loss_gradients(self.data, parent.spec),
             )
         save_cut(cut, folder)
+
+    @property
+    def _rounding(self) -> tuple[int, ...]:
+        return half.MULTIPLES if self.recipe.target == CUDA else ROUNDING
 
     def build(self, pruned: Pruned | None) -> list[Candidate]:
         """Return the files that compete; the first is the parent's in float."""
@@ -99,7 +108,7 @@ class Run:
         modules = {"parent": self.parent.module}
         if pruned is not None:
             modules["pruned"] = pruned.module
-        if config is None and pruned is None:
+        if config is None and pruned is None and self.recipe.target != CUDA:
             raise UsageInvalid(
                 "target cpu-fp32 with prune 0 leaves nothing to do; use pollard bundle"
             )
@@ -112,12 +121,19 @@ class Run:
         self, kind: str, module: nn.Module, config: QuantizeConfig | None
     ) -> list[Candidate]:
         spec = self.parent.spec
+        in_half = self.recipe.target == CUDA
 
         def make(folder: Path) -> None:
-            made = build(
-                kind, module, spec, folder, self.data.train, config, self._tuning(config),
-                self.reporter,
-            )  # fmt: skip
+            if in_half:
+                images = self.recipe.calibration_images
+                made = build_half(kind, module, spec, folder, self.data.train, images)
+                # The pruned one in float32 is for the CPU, and does not compete here.
+                made = [c for c in made if c.target == CUDA or kind == "parent"]
+            else:
+                made = build(
+                    kind, module, spec, folder, self.data.train, config, self._tuning(config),
+                    self.reporter,
+                )  # fmt: skip
             told = [
                 {"file": c.path.name, **encode(c, skip=("path", "module", "spec"))} for c in made
             ]
@@ -132,6 +148,8 @@ class Run:
             ]
 
         inputs: dict[str, object] = {"kind": kind, "weights": module_digest(module)}
+        if in_half:
+            inputs |= {"half": half.HEADROOM, "images": self.recipe.calibration_images}
         if config is not None:
             # What files are chosen by goes in, the gate, too: layers stay float for it.
             inputs |= {"quantize": config, **chosen_by(self.recipe)}
@@ -171,7 +189,7 @@ class Run:
     ) -> list[Measured]:
         def make(folder: Path) -> None:
             with self.reporter.step(title, 1):
-                found = verify.measure(files, part, self.data, rounds=rounds)
+                found = verify.measure(files, part, self.data, self.device, rounds=rounds)
             write_json(
                 folder / "measured.json", [encode(one, skip=("candidate",)) for one in found]
             )
@@ -181,7 +199,7 @@ class Run:
             return [decode(Measured, t, candidate=c) for t, c in zip(told, files, strict=True)]
 
         digests = {c.name: [sha256_file(c.path), module_digest(c.module)] for c in files}
-        inputs = {"part": part.name, "files": digests, "rounds": rounds}
+        inputs = {"part": part.name, "files": digests, "rounds": rounds, "on": self.device}
         return self.stages.run("verify", inputs, make, load).value
 
     def profile(self, candidate: Candidate) -> TargetProfile:

@@ -137,12 +137,17 @@ def evaluate(point: Point) -> Outcome:
         more = build(kind, module, parent.spec, Path(folder), data.train, quantize)
         built += [c for c in more if c.name != built[0].name]
         found = verify.measure(built, data.choose, data, rounds=_ROUNDS)
-        best = min(found[1:] or found, key=lambda one: 1 / one.speedup.estimate)
+        best = min(found[1:] or found, key=_share)
         return Outcome(
             best.candidate.name,
-            1 / best.speedup.estimate,
+            _share(best),
             best.drop.points,
             best.candidate.macs,
             best.candidate.size_bytes,
             time.monotonic() - started,
         )
+
+
+def _share(measured: verify.Measured) -> float:
+    """Return the latency as a share of that of the parent's float file."""
+    return 1 / measured.speedup.estimate if measured.speedup is not None else 1.0

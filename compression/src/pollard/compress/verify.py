@@ -7,6 +7,7 @@ timed again, because the fastest of several is in part the luckiest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pollard.compress.candidates import PARENT_FLOAT, Candidate
 from pollard.compress.data import Dataset, Part
+from pollard.compress.devices import PROCESSOR, Device, open_on
 from pollard.compress.errors import GateRefused
 from pollard.compress.evaluate import (
     Accuracy,
@@ -29,13 +31,12 @@ from pollard.compress.evaluate import (
     torch_predictor,
 )
 from pollard.runtime.measure import Ratio, interleaved, ratio, time_calls
-from pollard.runtime.sessions import Session, open_session
+from pollard.runtime.sessions import Session
 
 # Lower bound of the speed-up from which a model counts as faster.
 MIN_SPEEDUP = 1.03
 
-# Batches timed beside single images, and the largest that a file is checked with.
-BATCH_SIZES = (1, 8)
+# The largest batch that a file is checked with.
 MAX_BATCH = 32
 
 
@@ -58,18 +59,32 @@ class Measured:
     drop: Drop
     """Against the parent's float file."""
     timings: list[Timing]
-    speedup: Ratio
-    """How many times faster than the parent's float file, one image, one thread."""
+    """Empty where the device that the file is for is not here."""
+    speedup: Ratio | None
+    """How many times faster than the parent's float file: one image with one thread, or the
+    batch that a GPU is judged by. None where nothing was timed."""
     agreement: float
     """Share of images that get the same answer as from the PyTorch model."""
     parent_agreement: Accuracy
     """Share of images that get the same answer as from the parent's float file."""
     confusion: NDArray[np.int64] = field(repr=False)
+    judged_batch: int = 1
+    """Batch whose time is compared."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether it was timed on the device that it is for."""
+        return bool(self.timings)
 
     @property
     def latency_us(self) -> float:
-        """Median for one image."""
-        return self.timings[0].p50_us
+        """Median of the batch that is compared; infinite where nothing was timed."""
+        return next((t.p50_us for t in self.timings if t.batch_size == self.judged_batch), math.inf)
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it is clearly faster than the parent; what was not timed is not slower."""
+        return self.speedup is None or self.speedup.lower >= MIN_SPEEDUP
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures."""
@@ -82,9 +97,15 @@ class Measured:
             "macs": self.candidate.macs,
             "parameters": self.candidate.parameters,
             "latency": [vars(timing) for timing in self.timings],
-            "speedup": _interval(self.speedup.estimate, self.speedup.lower, self.speedup.upper),
+            "judged_batch": self.judged_batch,
+            "speedup": (
+                None
+                if self.speedup is None
+                else _interval(self.speedup.estimate, self.speedup.lower, self.speedup.upper)
+            ),
             "parity": self.candidate.parity,
             "quantization": self.candidate.quantization,
+            "ranges": self.candidate.ranges,
             "agreement_with_torch": self.agreement,
             "agreement_with_parent": self.parent_agreement.to_json(),
         }
@@ -95,7 +116,12 @@ def _interval(estimate: float, lower: float, upper: float) -> dict[str, float]:
 
 
 def measure(
-    candidates: Sequence[Candidate], part: Part, data: Dataset, *, rounds: int
+    candidates: Sequence[Candidate],
+    part: Part,
+    data: Dataset,
+    device: Device = PROCESSOR,
+    *,
+    rounds: int,
 ) -> list[Measured]:
     """Measure candidates against the first one, the parent's float file.
 
@@ -105,10 +131,11 @@ def measure(
         candidates: The parent's float file, then the others.
         part: Which images to answer.
         data: Names the classes.
+        device: What to run them on.
         rounds: Turns of the interleaved timing.
     """
-    sessions = [open_session(c.path, target=c.target) for c in candidates]
-    timings, medians = _time_all(sessions, part, rounds)
+    sessions = [open_on(device, candidate) for candidate in candidates]
+    timings, medians = _time_all(sessions, part, device, rounds)
     results: list[Measured] = []
     parent_right: NDArray[np.bool_] | None = None
     parent_answers: NDArray[np.int64] | None = None
@@ -128,10 +155,11 @@ def measure(
                 accuracy(right, part),
                 paired_drop(parent_right, right),
                 timing,
-                ratio(medians[0], times),
+                ratio(medians[0], times) if device.timed else None,
                 float((given == answers[id(candidate.module)]).mean()),
                 accuracy(given == parent_answers, part),
                 confusion(logits, part.labels, len(data.classes)),
+                device.judged_batch,
             )
         )
     return results
@@ -150,30 +178,32 @@ def _call(session: Session, images: NDArray[np.uint8]) -> Any:
 
 
 def _time_all(
-    sessions: Sequence[Session], part: Part, rounds: int
+    sessions: Sequence[Session], part: Part, device: Device, rounds: int
 ) -> tuple[list[list[Timing]], list[NDArray[np.float64]]]:
-    """Time all sessions in turn; return their figures, and the turns with single images."""
+    """Time all sessions in turn; return their figures, and the turns of the batch that counts."""
     timings: list[list[Timing]] = [[] for _ in sessions]
-    single: list[NDArray[np.float64]] = []
-    for batch in BATCH_SIZES:
+    judged: list[NDArray[np.float64]] = [np.empty(0) for _ in sessions]
+    for batch in device.batches:
         shape = (batch, *part.images.shape[1:])
         images = np.ascontiguousarray(np.resize(part.images[:batch], shape))
         calls = [_call(session, images) for session in sessions]
-        # Larger batches are for information: fewer turns.
-        turns = interleaved(calls, rounds=rounds if batch == 1 else max(10, rounds // 4))
-        single = single or turns
+        # The others are for information: fewer turns.
+        counts = batch == device.judged_batch
+        turns = interleaved(calls, rounds=rounds if counts else max(10, rounds // 4))
+        judged = turns if counts else judged
         for found, call, medians in zip(timings, calls, turns, strict=True):
             p50 = float(np.median(medians))
             count = int(np.clip(300_000 / p50, 20, 500))
             tail = float(np.quantile(time_calls(call, count), 0.99))
             found.append(Timing(batch, p50, max(p50, tail), count))
-    return timings, single
+    return timings, judged
 
 
 def select(measured: Sequence[Measured], max_drop: float) -> Measured:
     """Return the fastest that holds the gate on the choosing part.
 
-    Two that are within 3 % of each other are equally fast; the smaller file wins.
+    Two that are within 3 % of each other are equally fast; the smaller file wins. Where nothing
+    could be timed, the one with the least to compute is taken for the fastest.
 
     Raises:
         GateRefused: none holds the gate and is faster than the parent; the
@@ -187,10 +217,12 @@ def select(measured: Sequence[Measured], max_drop: float) -> Measured:
             "Remove less, recover longer, or allow a larger drop",
             _figures(measured),
         )
+    if not all(m.timed for m in holding):
+        return min(holding, key=lambda m: (m.candidate.macs, m.candidate.size_bytes))
     fastest = min(holding, key=lambda m: m.latency_us)
     equals = [m for m in holding if m.latency_us <= fastest.latency_us * MIN_SPEEDUP]
     chosen = min(equals, key=lambda m: (m.candidate.size_bytes, m.latency_us))
-    if chosen.speedup.lower < MIN_SPEEDUP:
+    if not chosen.is_faster:
         raise GateRefused(
             f"nothing that holds {max_drop:g} points is faster than the parent (the lower bound "
             f"of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers(rivals)}",
@@ -211,7 +243,7 @@ def confirm(parent: Measured, chosen: Measured, max_drop: float) -> None:
             f"but not on the held-out data: {_numbers([chosen])}. Remove less or recover longer",
             _figures([parent, chosen]),
         )
-    if chosen.speedup.lower < MIN_SPEEDUP:
+    if not chosen.is_faster:
         raise GateRefused(
             f"{chosen.candidate.name} is not faster than the parent when timed again (the lower "
             f"bound of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers([chosen])}",
@@ -231,6 +263,8 @@ def explain_dropped(
                 f"{rival.candidate.name} lost {rival.drop.points:.2f} points, "
                 f"{max_drop:g} are allowed"
             )
+        if not rival.timed:
+            return f"{rival.candidate.name} has more to compute"
         return (
             f"{rival.candidate.name} takes {rival.latency_us:.1f} µs, "
             f"{chosen.candidate.name} {chosen.latency_us:.1f} µs"
@@ -240,7 +274,7 @@ def explain_dropped(
     kind = "pruned" if chosen.candidate.pruned else "parent"
     if chosen.candidate.target == "cpu-fp32" and (rival := by_name.get(f"{kind}-int8")):
         dropped.append({"stage": "quantize", "why": why(rival)})
-    suffix = "int8" if chosen.candidate.target == "cpu-int8" else "fp32"
+    suffix = chosen.candidate.name.rpartition("-")[2]
     if not chosen.candidate.pruned and (rival := by_name.get(f"pruned-{suffix}")):
         dropped.append({"stage": "prune", "why": why(rival)})
     return dropped
@@ -248,8 +282,13 @@ def explain_dropped(
 
 def _numbers(measured: Sequence[Measured]) -> str:
     return "; ".join(
-        f"{m.candidate.name} lost {m.drop.points:.2f} points at {m.latency_us:.1f} µs "
-        f"({m.speedup.estimate:.2f} × as fast, lower bound {m.speedup.lower:.2f})"
+        f"{m.candidate.name} lost {m.drop.points:.2f} points"
+        + (
+            f" at {m.latency_us:.1f} µs ({m.speedup.estimate:.2f} × as fast, lower bound "
+            f"{m.speedup.lower:.2f})"
+            if m.speedup is not None
+            else ""
+        )
         for m in measured
     )
 
