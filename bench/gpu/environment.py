@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def _machine() -> dict[str, Any]:
 
     machine = Machine.detect()
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "processor": machine.processor,
         "cores": machine.cores,
         "memory_gib": round(machine.memory_bytes / 2**30, 1),

@@ -8,7 +8,6 @@ from typing import Any
 
 from bench.gpu.sessions import (
     bound_runner,
-    graph_runner,
     host_runner,
     make_session,
     random_feeds,
@@ -78,8 +77,7 @@ def _options(setup: Setup, file: Path) -> None:
             try:
                 session = make_session(file, setup.provider, options)
                 feeds = random_feeds(session, batch)
-                make = graph_runner if "enable_cuda_graph" in options else bound_runner
-                once = make(session, feeds, setup.provider)
+                once = bound_runner(session, feeds, setup.provider)
                 found[name][str(batch)] = time_runs(once, batch, setup.sizes.seconds).told()
             except Exception as error:
                 found[name][str(batch)] = {"problem": f"{type(error).__name__}: {error}"[:300]}

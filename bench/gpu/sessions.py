@@ -42,6 +42,8 @@ def make_session(
     """
     import onnxruntime
 
+    # The provider's warnings come from the default logger, whatever a session's options say.
+    onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if profile is not None:
@@ -124,65 +126,30 @@ def host_runner(session: Any, feeds: Mapping[str, Array]) -> Callable[[], object
 
 
 def bound_runner(session: Any, feeds: Mapping[str, Array], provider: str) -> Callable[[], object]:
-    """Return a run whose inputs lie on the device, and whose outputs stay there."""
-    import onnxruntime
+    """Return a run whose inputs lie on the device, and whose outputs stay there.
 
+    A session that captures a CUDA graph captures it in the first run, and never runs unbound.
+    """
     binding = session.io_binding()
-    values = [_on_device(array, provider) for array in feeds.values()]
-    for name, value in zip(feeds, values, strict=True):
+    kept = [_on_device(array, provider) for array in feeds.values()]
+    for name, value in zip(feeds, kept, strict=True):
         binding.bind_ortvalue_input(name, value)
-    first = session.run(None, dict(feeds))
-    for node, array in zip(session.get_outputs(), first, strict=True):
-        place = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            list(array.shape), array.dtype, provider, 0
-        )
-        values.append(place)
-        binding.bind_ortvalue_output(node.name, place)
+    kept += _places(session, feeds, provider, binding)
 
     def once() -> object:
         session.run_with_iobinding(binding)
-        return values  # kept for as long as the binding
-
-    return once
-
-
-def graph_runner(session: Any, feeds: Mapping[str, Array], provider: str) -> Callable[[], object]:
-    """Return a bound run for a session that captures a CUDA graph: it never runs unbound."""
-    import onnxruntime
-
-    binding = session.io_binding()
-    values = [_on_device(array, provider) for array in feeds.values()]
-    batch = next(iter(feeds.values())).shape[0]
-    for name, value in zip(feeds, values, strict=True):
-        binding.bind_ortvalue_input(name, value)
-    for node in session.get_outputs():
-        shape = [batch, *(size for size in node.shape[1:])]
-        place = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, provider, 0)
-        values.append(place)
-        binding.bind_ortvalue_output(node.name, place)
-
-    def once() -> object:
-        session.run_with_iobinding(binding)
-        return values
+        return kept  # for as long as the binding
 
     return once
 
 
 def staged_runner(session: Any, feeds: Mapping[str, Array], provider: str) -> Callable[[], object]:
     """Return a run that copies into one place on the device, runs, and copies the outputs back."""
-    import onnxruntime
-
     binding = session.io_binding()
     values = {name: _on_device(array, provider) for name, array in feeds.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
-    places = []
-    for node, array in zip(session.get_outputs(), session.run(None, dict(feeds)), strict=True):
-        place = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            list(array.shape), array.dtype, provider, 0
-        )
-        places.append(place)
-        binding.bind_ortvalue_output(node.name, place)
+    places = _places(session, feeds, provider, binding)
 
     def once() -> object:
         for name, array in feeds.items():
@@ -191,6 +158,21 @@ def staged_runner(session: Any, feeds: Mapping[str, Array], provider: str) -> Ca
         return [place.numpy() for place in places]
 
     return once
+
+
+def _places(session: Any, feeds: Mapping[str, Array], provider: str, binding: Any) -> list[Any]:
+    """Bind a place on the device for each output, float32 of the batch that goes in."""
+    import onnxruntime
+
+    batch = next(iter(feeds.values())).shape[0]
+    places = []
+    for node in session.get_outputs():
+        place = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            [batch, *node.shape[1:]], np.float32, provider, 0
+        )
+        places.append(place)
+        binding.bind_ortvalue_output(node.name, place)
+    return places
 
 
 def _on_device(array: Array, provider: str) -> Any:
