@@ -8,7 +8,7 @@ DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts gen format clean
+.PHONY: help demo test check lint types contracts gen clients format clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is
@@ -38,9 +38,14 @@ contracts: $(VENV)/.installed-dev $(GEN_VENV)/.installed
 	  echo "buf breaking: skipped, there is no release tag yet"; \
 	fi
 	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python --check
+	$(PYTHON) clients/generate.py --check
 
-gen: $(GEN_VENV)/.installed ## Generate the Python code of the contracts
+gen: $(GEN_VENV)/.installed ## Generate the code of the contracts, in every language
 	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python
+	$(PYTHON) clients/generate.py
+
+clients: ## Build the clients in other languages, as far as their toolchains are there
+	$(PYTHON) clients/build.py
 
 format: $(VENV)/.installed-dev ## Format the Python code
 	$(BIN)/ruff check --fix .
@@ -62,5 +67,5 @@ $(GEN_VENV)/.installed: requirements-gen.txt
 	@touch $@
 
 clean: ## Remove environments, caches and what the demo left
-	rm -rf $(VENV) $(GEN_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist var
+	rm -rf $(VENV) $(GEN_VENV) clients/typescript/node_modules clients/typescript/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist var
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,14 +4,16 @@
     python clients/build.py go java            build these; a missing toolchain is an error
     python clients/build.py --missing go       say what is missing; exit with 1 if anything is
     python clients/build.py --packages go      print the Debian packages of the toolchain
+    python clients/build.py --names            print the languages there are
 
-Everything lands below `build/clients/LANGUAGE`. Only the standard library is used here, and
-nothing is downloaded: TypeScript wants `npm ci` in `clients/typescript` first.
+Everything lands below `build/clients`, except TypeScript's `dist`. Only the standard library is
+used here, and nothing is downloaded: TypeScript wants `npm ci` in `clients/typescript` first.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -53,8 +55,12 @@ class Language:
         """Return the command that runs the contract vectors."""
         raise NotImplementedError
 
+    def example(self) -> list[str]:
+        """Return the command of the example program, which takes a model and images."""
+        raise NotImplementedError
+
     def environment(self) -> Mapping[str, str]:
-        """Return what the runner needs in its environment."""
+        """Return what the programs need in their environment."""
         return {}
 
     def run(self, *command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
@@ -71,6 +77,20 @@ class Language:
         if done.returncode:
             raise BuildFailed(f"{self.name}: {' '.join(map(str, command))}\n{done.stdout}")
 
+    def once(self, result: Path, sources: Sequence[Path], *command: str | Path) -> None:
+        """Run a command of the build, unless `result` came from the same sources."""
+        digest = hashlib.sha256(str(command).encode())
+        for source in sources:
+            for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+                if path.is_file():
+                    digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+        stamp = BUILD / f"{self.name}-{result.name}.sha256"
+        if result.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
+            return
+        self.run(*command)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(digest.hexdigest())
+
 
 class BuildFailed(Exception):
     """A toolchain is there, but the client does not build with it."""
@@ -83,6 +103,9 @@ class Python(Language):
 
     def runner(self) -> list[str]:
         return [sys.executable, str(ROOT / "tests" / "contract" / "runner.py"), "sync"]
+
+    def example(self) -> list[str]:
+        return [sys.executable, str(ROOT / "examples" / "classify_images.py")]
 
     def environment(self) -> Mapping[str, str]:
         return {"GRPC_VERBOSITY": "NONE"}
@@ -97,8 +120,34 @@ class PythonAsyncio(Python):
         return [sys.executable, str(ROOT / "tests" / "contract" / "runner.py"), "asyncio"]
 
 
+class TypeScript(Language):
+    """The client for Node, as an ES module and for `require`."""
+
+    name = "typescript"
+    packages = ("nodejs", "npm")
+    programs = ("node",)
+    files = (CLIENTS / "typescript" / "node_modules" / "typescript",)
+    hint = "npm ci in clients/typescript"
+
+    def build(self) -> None:
+        folder = CLIENTS / "typescript"
+        sources = [folder / "src", folder / "package-lock.json", folder / "build.mjs"]
+        self.once(folder / "dist", sources, "node", folder / "build.mjs")
+
+    def runner(self) -> list[str]:
+        # Node warns of an IP address as the name of a TLS server, which is all that the tests have.
+        return [
+            "node",
+            "--no-deprecation",
+            str(CLIENTS / "typescript" / "contract" / "runner.mjs"),
+        ]
+
+    def example(self) -> list[str]:
+        return ["node", str(CLIENTS / "typescript" / "examples" / "classify.mjs")]
+
+
 LANGUAGES: Mapping[str, Language] = {
-    language.name: language for language in (Python(), PythonAsyncio())
+    language.name: language for language in (Python(), PythonAsyncio(), TypeScript())
 }
 
 
@@ -108,7 +157,11 @@ def main() -> int:
     parser.add_argument("languages", nargs="*", metavar="LANGUAGE", help=", ".join(LANGUAGES))
     parser.add_argument("--missing", action="store_true", help="only say what is missing")
     parser.add_argument("--packages", action="store_true", help="only print the Debian packages")
+    parser.add_argument("--names", action="store_true", help="only print the languages")
     arguments = parser.parse_args()
+    if arguments.names:
+        print(" ".join(LANGUAGES))
+        return 0
     if unknown := [name for name in arguments.languages if name not in LANGUAGES]:
         parser.error(f"unknown language {unknown[0]!r}; there are {', '.join(LANGUAGES)}")
     chosen = [LANGUAGES[name] for name in arguments.languages or LANGUAGES]

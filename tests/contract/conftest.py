@@ -52,7 +52,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """`pollard up` with what the vectors speak of.
 
     The model "digits" has two revisions that answer differently: 1 is "production", 2 "candidate".
-    `live.bundle` is the directory of a third bundle, which is registered nowhere.
+    The rollout 1 of the model "rolled" was taken back by hand. `live.bundle` is the directory of a
+    third bundle, which is registered nowhere.
     """
     models = load("tests/conftest.py")
     directory = tmp_path_factory.mktemp("live")
@@ -75,6 +76,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         with ModelsClient(up.address("models")) as manager:
             manager.push(bundles[0], "digits", alias="production")
             manager.push(bundles[1], "digits", alias="candidate")
+            manager.push(bundles[0], "rolled", alias="production")
+            manager.push(bundles[1], "rolled")
+            rollout = manager.start_rollout("rolled", 2)
+            manager.abort_rollout("rolled", rollout.number)
         up.bundle = bundles[2]
         yield up
     finally:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 VECTORS = Path(__file__).parent / "vectors"
-LANGUAGES = ("python", "python-asyncio")
+LANGUAGES = ("python", "python-asyncio", "typescript")
 REQUIRED = "POLLARD_REQUIRE_CLIENTS"
 """Languages, with commas, whose toolchain must be there: what else would be skipped fails."""
 
@@ -211,6 +211,36 @@ def test_a_runner_ends_by_itself_and_says_nothing_else(
     run = run_of(language)
     assert run.exit_code == 0, run.errors[-4000:]
     assert run.errors == ""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_example_program_answers(
+    run_of: Callable[[str], Run], builds: ModuleType, live: Any, tmp_path: Path, language: str
+) -> None:
+    run_of(language)
+    example = builds.LANGUAGES[language]
+    image = tmp_path / "seven.png"
+    known = CASES["predict: an image file is answered by the production revision"]["arguments"]
+    image.write_bytes(base64.b64decode(known["image_base64"]))
+
+    def classify(model: str) -> subprocess.CompletedProcess[str]:
+        address = {"POLLARD_VISION_ADDRESS": live.address("preprocess")}
+        return subprocess.run(
+            [*example.example(), model, str(image)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **example.environment(), **address},
+            timeout=60,
+            check=False,
+        )
+
+    answered = classify("digits")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.startswith(f"{image}: two 6")
+    assert answered.stdout.endswith("(revision 1)\n")
+    refused = classify("nothing")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("push a model first: ")
 
 
 def test_every_vector_is_for_a_language_that_exists() -> None:

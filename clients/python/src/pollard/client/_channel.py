@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ def channel_credentials(tls: Tls | None, token: str | None) -> grpc.ChannelCrede
         ValueError: There is a token without TLS, which would show it to the network.
         OSError: A file cannot be read.
     """
-    if token is not None and (not token.isascii() or not token.isprintable() or not token.strip()):
-        raise ValueError("token must be printable ASCII and not empty")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("token must be printable ASCII, without spaces, and not empty")
     if tls is None:
         if token is not None:
             raise ValueError("a token is sent over TLS only; give tls=Tls(…) too")
