@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GEN_VENV := .venv-gen
+# Tests of one file stay together, for they share servers.
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
 DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'

@@ -284,7 +284,7 @@ def test_any_order_of_events_makes_before_it_breaks(stock: Path) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=50,
+            max_examples=25,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,

@@ -46,6 +46,9 @@ class ServiceSettings(BaseSettings):
         "console", description="Log lines for people or for collectors."
     )
 
+    def prepare_process(self) -> None:
+        """Set what libraries read from the environment; called before they are imported."""
+
     @classmethod
     def load(cls, flags: dict[str, Any] | None = None, file: Path | None = None) -> Self:
         """Put the settings together.

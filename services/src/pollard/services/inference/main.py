@@ -19,11 +19,12 @@ from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_se
 from pollard.services.common.logs import configure_logging
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
-from pollard.services.inference.frontends import core, envoy
+from pollard.services.inference.frontends import envoy
 from pollard.services.inference.frontends.asgi import GrpcApplication
 from pollard.services.inference.frontends.calls import ServerCalls
-from pollard.services.inference.frontends.core import CoreFront
+from pollard.services.inference.frontends.core import CoreFront, missing_from_core
 from pollard.services.inference.frontends.envoy import EnvoyFront
+from pollard.services.inference.frontends.experiments import begin_anew
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.memory import freeze_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
@@ -238,7 +239,7 @@ def _front(
         insecure=settings.insecure,
         unix_socket=settings.unix_socket,
     )
-    if make_front is None and settings.frontend == "grpcio":
+    if make_front is None and _by_grpcio(settings):
         grpc_server = GrpcServer(listen, [SERVICE_NAME])
         servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
         servicer.add_to(grpc_server.server)
@@ -250,6 +251,15 @@ def _front(
     else:
         front = make_front(GrpcApplication(calls, max_message_bytes=settings.max_message_bytes))
     return front, front
+
+
+def _by_grpcio(settings: InferenceSettings) -> bool:
+    if settings.frontend != "auto":
+        return settings.frontend == "grpcio"
+    missing = missing_from_core()
+    if missing:
+        _log.warning("grpcio's server is used: the core of this grpcio is another", lacks=missing)
+    return bool(missing)
 
 
 def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
@@ -276,8 +286,8 @@ def run(settings: InferenceSettings) -> int:
     configure_logging("inference", level=settings.log_level, form=settings.log_format)
     if settings.frontend == "envoy":
         return envoy.run(settings)
-    if settings.frontend == "core":
-        core.begin_anew()
+    if not _by_grpcio(settings):
+        begin_anew()
     return run_service(lambda: build(settings), grace_seconds=settings.grace_seconds)
 
 

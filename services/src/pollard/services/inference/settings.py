@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
 from pollard.services.common.settings import ServiceSettings
+from pollard.services.inference.frontends.experiments import choose_threadless
 from pollard.services.inference.options import EngineOptions
 from pollard.services.inference.restrictions import Restriction, parse_restrictions
 
@@ -74,10 +75,11 @@ class InferenceSettings(ServiceSettings):
         description="Requests that take no longer are run without a worker; 0 runs none so. Not "
         "given, it is measured from how long on it is worth to hand them over.",
     )
-    frontend: Literal["grpcio", "core", "envoy"] = Field(
-        "grpcio",
-        description="What carries gRPC: grpcio's server; its core without its Python server, "
-        "which is faster; or Envoy, which needs the extra pollard-services[envoy].",
+    frontend: Literal["auto", "core", "grpcio", "envoy"] = Field(
+        "auto",
+        description="What carries gRPC: grpcio's core without its Python server, which is faster; "
+        "grpcio's server; or Envoy, which needs the extra pollard-services[envoy]. auto is core "
+        "where the installed grpcio allows it, else grpcio.",
     )
     measure: bool = Field(
         True,
@@ -150,6 +152,11 @@ class InferenceSettings(ServiceSettings):
         if self.load_model and self.model_control != "explicit":
             raise ValueError("load_model needs --model-control explicit")
         return self
+
+    def prepare_process(self) -> None:
+        """Choose how grpcio's core reads and writes."""
+        if self.frontend in ("auto", "core"):
+            choose_threadless()
 
     @property
     def restrictions(self) -> Mapping[str, Restriction]:

@@ -43,6 +43,7 @@ def serve_command(service: str, arguments: Sequence[str]) -> int:
         if print_config:
             print(as_toml(settings), end="")
             return 0
+        settings.prepare_process()
         main = importlib.import_module(f"pollard.services.{service}.main")
         code: int | None = main.run(settings)
         return code or 0

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -41,13 +39,6 @@ _WAITING_CALLS = 16
 _MOST_GATHERED = 32
 """Requests that are read before those that came are run: more make larger batches, and keep
 others waiting."""
-
-EXPERIMENTS = "GRPC_EXPERIMENTS"
-
-THREADLESS = "-event_engine_listener,-event_engine_client"
-"""Value of GRPC_EXPERIMENTS with which the core reads and writes on the thread that polls, not on
-threads of its own that wake it: three quarters of the processor time of a small request, a fifth of
-the context switches. grpcio reads the variable when it is imported."""
 
 _NEEDED = (
     "CompletionQueue",
@@ -77,17 +68,6 @@ def missing_from_core() -> list[str]:
     missing = [name for name in _NEEDED if not hasattr(cygrpc, name)]
     server = getattr(cygrpc, "Server", None)
     return missing + [f"Server.{name}" for name in _NEEDED_OF_SERVER if not hasattr(server, name)]
-
-
-def begin_anew() -> None:
-    """Start this program again with GRPC_EXPERIMENTS set to `THREADLESS`, if it is not set.
-
-    It comes back from nowhere: the process stays the same and begins at its command line. Whoever
-    has set the variable has decided.
-    """
-    if EXPERIMENTS not in os.environ:
-        os.environ[EXPERIMENTS] = THREADLESS
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself
 
 
 class CoreFront:
@@ -165,9 +145,9 @@ class CoreFront:
         self.calls.stopping.set()
 
     async def stop(self, grace_seconds: float) -> None:
-        """Finish the calls in flight for at most `grace_seconds`, then close."""
+        """Finish the calls in flight for at most `grace_seconds`, then close; once is enough."""
         self.stop_streams()
-        if not self._started:
+        if not self._started or self._stopping:
             return
         ended = asyncio.Event()
         self._stopping = True
