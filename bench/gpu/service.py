@@ -46,7 +46,7 @@ def run(setup: Setup) -> None:
     told = flags(setup, joined)
     most = max(sizes.replicas)
     named = {f"core-{number}": [*told, "--frontend", "core"] for number in range(most)}
-    named["grpcio-0"] = told
+    named["grpcio-0"] = [*told, "--frontend", "grpcio"]
     with servers(setup, bundles, named) as running:
         say(f"{len(running)} servers are ready")
         plan = [

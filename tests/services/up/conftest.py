@@ -68,8 +68,9 @@ def fake_plans(tmp_path: Path) -> Callable[..., list[ServicePlan]]:
     """A function that makes plans: `fake_plans(inference="dies")`."""
     from pollard.services.up.plan import UpOptions, make_plan
 
-    def make(**behaviours: str) -> list[ServicePlan]:
-        _, plans = make_plan(UpOptions(data_dir=tmp_path / "data", port_base=0))
+    def make(*, replicas: int = 1, **behaviours: str) -> list[ServicePlan]:
+        options = UpOptions(data_dir=tmp_path / "data", port_base=0, replicas=replicas)
+        _, plans = make_plan(options)
         return [
             FakePlan(
                 plan.name,

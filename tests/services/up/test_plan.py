@@ -63,6 +63,32 @@ def test_each_service_knows_the_manager_and_its_own_folder(tmp_path: Path) -> No
         assert str(os.getpid()) in plan.command()
 
 
+def test_replicas_have_ports_folders_and_caches_of_their_own(tmp_path: Path) -> None:
+    options = UpOptions(data_dir=tmp_path, port_base=20100, replicas=3)
+    _, plans = make_plan(options)
+    ports = {plan.name: plan.port for plan in plans}
+    assert ports == {
+        "models": 20121,
+        "inference": 20101,
+        "inference-2": 20201,
+        "inference-3": 20301,
+        "preprocess": 20111,
+    }
+    replicas = [plan for plan in plans if plan.service == "inference"]
+    for plan in replicas:
+        assert "inference" in plan.command()
+        assert str(tmp_path / plan.name) in plan.arguments
+        assert plan.arguments[plan.arguments.index("--replicas") + 1] == "3"
+    others = [plan for plan in plans if plan.service != "inference"]
+    assert not any("--replicas" in plan.arguments for plan in others)
+    assert len(set(_ports(UpOptions(data_dir=tmp_path, port_base=0, replicas=5)).values())) == 7
+
+
+def test_replicas_beyond_the_last_port_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="choose a lower --inference-port"):
+        make_plan(UpOptions(data_dir=tmp_path, inference_port=65000, replicas=7))
+
+
 @pytest.mark.parametrize(
     ("host", "address"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("localhost", "localhost")]
 )

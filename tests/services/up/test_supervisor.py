@@ -80,16 +80,17 @@ async def watch() -> AsyncIterator[Callable[..., Watched]]:
 async def test_services_start_and_stop_in_order(
     watch: Any, fake_plans: Plans, tmp_path: Path
 ) -> None:
-    watched = watch(fake_plans())
+    watched = watch(fake_plans(replicas=2))
     await watched.run()
-    assert set(watched.pids) == {"models", "inference", "preprocess"}
+    assert set(watched.pids) == {"models", "inference", "inference-2", "preprocess"}
     pids = list(watched.pids.values())
     assert await watched.stop() == 0
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    journals = [tmp_path / f"{name}.journal" for name in ("preprocess", "inference", "models")]
-    assert all(journal.read_text().endswith("stopped\n") for journal in journals)
-    written = [journal.stat().st_mtime_ns for journal in journals]
-    assert written == sorted(written)
+    for inference in ("inference", "inference-2"):
+        journals = [tmp_path / f"{name}.journal" for name in ("preprocess", inference, "models")]
+        assert all(journal.read_text().endswith("stopped\n") for journal in journals)
+        written = [journal.stat().st_mtime_ns for journal in journals]
+        assert written == sorted(written)
     assert ("models", "hello from well") in watched.lines
 
 

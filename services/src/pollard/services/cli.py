@@ -74,6 +74,15 @@ def up(
     models_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of models; 0 takes a free one.")
     ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Inference servers, for where one process cannot feed the processor or the GPU. "
+            "Each next one listens 100 ports higher; images are spread over all of them.",
+        ),
+    ] = 1,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -137,6 +146,7 @@ def up(
         inference_port=inference_port,
         preprocess_port=preprocess_port,
         models_port=models_port,
+        replicas=replicas,
         insecure=insecure,
         config=config,
         ready_file=ready_file,

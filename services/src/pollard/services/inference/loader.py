@@ -38,6 +38,7 @@ from pollard.services.inference.options import (
     running,
     usable,
 )
+from pollard.services.inference.replicas import Replicas
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
 from pollard.services.inference.tensors import batches, zeros
 from pollard.services.inference.tuning import Tuning, Tunings, worth_handing_over_seconds
@@ -81,6 +82,7 @@ class Loader:
         tunings: Tunings | None = None,
         busy: Callable[[], bool] = lambda: True,
         trusted: TrustedKeys | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """Start the loader's thread.
 
@@ -91,8 +93,10 @@ class Loader:
             busy: Tells from any thread whether requests are being answered; revisions are measured
                 while they are not and nothing is loaded.
             trusted: Keys of which one must have signed a bundle; None asks for no signature.
+            replicas: Servers that load the same on this machine; None if there are no others.
         """
         self._trusted = trusted
+        self._replicas = replicas or Replicas()
         self._machine = machine
         if options.inline_seconds is None:
             worth = worth_handing_over_seconds(machine.cores)
@@ -211,6 +215,7 @@ class Loader:
             inline_seconds=how.inline_seconds,
             scheduling=scheduling,
         )
+        self._replicas.holds(outline.digest, loaded)
         self._measure_later(loaded, source, prepared)
         return loaded
 
@@ -225,14 +230,15 @@ class Loader:
         """Do the work of a load on the loader's thread."""
         outline = source.outline(self._machine)
         # Before anything is loaded: running out of memory would take down what runs.
+        to_come = self._replicas.still_to_load(outline.digest)
         try:
-            self._check_memory(outline)
+            self._check_memory(outline, to_come)
         except MemoryShort:
             if self._tuner is None:
                 raise
             # A measurement may hold copies of its model; it ends now that something is loaded.
             self._tuner.wait()
-            self._check_memory(outline)
+            self._check_memory(outline, to_come)
         _continue(abandoned)
         source.verify()
         _continue(abandoned)
@@ -315,7 +321,8 @@ class Loader:
         available = available_memory_bytes() - self._options.memory_headroom_bytes
         if needed > available:
             raise MemoryShort(
-                f"loading it beside what runs takes {needed // _MEBIBYTE} MiB and "
+                f"loading it{f' {copies} times' if copies > 1 else ''} beside what runs takes "
+                f"{needed // _MEBIBYTE} MiB and "
                 f"{max(0, available) // _MEBIBYTE} MiB are available; free memory on this server "
                 "or unload a revision",
                 needed_bytes=needed,

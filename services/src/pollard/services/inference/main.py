@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -28,6 +29,7 @@ from pollard.services.inference.frontends.experiments import begin_anew
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.memory import freeze_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
+from pollard.services.inference.replicas import Replicas
 from pollard.services.inference.repository import Limits, ModelRepository
 from pollard.services.inference.servicer import SERVICE_NAME, InferenceServicer
 from pollard.services.inference.settings import InferenceSettings
@@ -116,6 +118,7 @@ def build_server(
         tunings=tunings,
         busy=engine.busy,
         trusted=_trusted_keys(settings),
+        replicas=Replicas(settings.replicas, settings.replicas_dir),
     )
     member = InferenceMember(engine, loader)
     grpc_server, servicer = _front(settings, engine, member, make_front)
@@ -276,9 +279,11 @@ def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
 
 def _detect(settings: InferenceSettings) -> Machine:
     try:
-        return Machine.detect().without(settings.without_cpu_features)
+        machine = Machine.detect().without(settings.without_cpu_features)
     except RuntimeFault as error:
         raise StartupError(error.message) from error
+    # Replicas share the cores: as many workers each as there are cores would only get in the way.
+    return replace(machine, cores=max(1, machine.cores // settings.replicas))
 
 
 def run(settings: InferenceSettings) -> int:

@@ -94,6 +94,18 @@ class InferenceSettings(ServiceSettings):
         64 * 1024 * 1024, ge=0, description="Memory that must be left after loading a revision."
     )
 
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Servers on this machine that run the same models, this one included: a "
+        "revision is loaded only where there is memory for all of them, and each takes its share "
+        "of the cores.",
+    )
+    replicas_dir: Path | None = Field(
+        None, description="With --replicas: folder in which they mark what each of them holds."
+    )
+
     shared_memory: bool = Field(
         False,
         description="Let clients on this machine pass tensors in shared memory; they name objects "

@@ -83,7 +83,7 @@ def _write_log(name: str, line: str) -> None:
     tag = f"{f'[{name}]':<13}"
     # Plain writes, not rich: thousands of lines a second may come through here.
     if sys.stderr.isatty():
-        tag = f"\x1b[{_COLORS.get(name, '1')}m{tag}\x1b[0m"
+        tag = f"\x1b[{_COLORS.get(name.partition('-')[0], '1')}m{tag}\x1b[0m"
     _write(sys.stderr, f"{tag}{line}\n")
 
 
@@ -120,9 +120,10 @@ def _show(data_dir: Path, children: Mapping[str, Child]) -> None:
     text = io.StringIO()
     out = Console(file=text, highlight=False, width=120)
     table = Table("SERVICE", "ADDRESS", "PID", "WHAT", box=None)
-    for name in (INFERENCE, PREPROCESS, MODELS):
-        child = children[name]
-        table.add_row(name, child.plan.address, str(child.pid), _WHAT[name])
+    for service in (INFERENCE, PREPROCESS, MODELS):
+        for name, child in children.items():
+            if child.plan.service == service:
+                table.add_row(name, child.plan.address, str(child.pid), _WHAT[service])
     out.print(table)
     out.print(f"Data in {data_dir}", markup=False, soft_wrap=True)
     out.print(f"Stop with Ctrl-C, or: kill {os.getpid()}", markup=False)

@@ -17,7 +17,12 @@ INFERENCE, PREPROCESS, MODELS = "inference", "preprocess", "models"
 STOP_ORDER = (PREPROCESS, INFERENCE, MODELS)
 """Who depends on whom, first the one that nobody depends on."""
 
+_BETWEEN_REPLICAS = 100
+"""The second replica's port is so much above the first one's."""
+
 _OFFSETS = {INFERENCE: 1, PREPROCESS: 11, MODELS: 21}
+
+_LAST_PORT = 65535
 
 # Below the range from which Linux takes the ports of outgoing connections, so that none of those
 # can take a port between its choice and its use, or while a service is started again.
@@ -50,6 +55,8 @@ class UpOptions:
     """How long all services may take to be healthy."""
     grace_seconds: float = 10.0
     """How long requests in flight may take to end."""
+    replicas: int = 1
+    """Inference servers."""
     hang_seconds: float = 20.0
     """How long a service may leave health checks unanswered before it is started again; 0 for
     ever."""
@@ -62,13 +69,18 @@ class ServicePlan:
     """One service to be started."""
 
     name: str
-    """"inference", "preprocess" or "models"."""
+    """"inference", "preprocess" or "models"; "inference-2" and so on for further replicas."""
     host: str
     """Address that it listens on."""
     port: int
     """Port that it listens on."""
     arguments: tuple[str, ...]
-    """Arguments of `pollard serve NAME`."""
+    """Arguments of `pollard serve SERVICE`."""
+
+    @property
+    def service(self) -> str:
+        """ "inference", "preprocess" or "models"."""
+        return self.name.partition("-")[0]
 
     @property
     def address(self) -> str:
@@ -79,7 +91,7 @@ class ServicePlan:
     def command(self) -> list[str]:
         """Return the command line of its process, for a child of this process."""
         child = [sys.executable, "-m", "pollard.services.up.child", str(os.getpid())]
-        return [*child, self.name, *self.arguments]
+        return [*child, self.service, *self.arguments]
 
 
 def default_data_dir() -> Path:
@@ -89,7 +101,9 @@ def default_data_dir() -> Path:
 
 
 def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
-    """Choose directories and ports; return the data directory and the three services.
+    """Choose directories and ports; return the data directory and the services.
+
+    The manager comes first, then the inference servers, then preprocess.
 
     Raises:
         StartupError: A port is in use, or the directory cannot be made.
@@ -112,14 +126,21 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         common.append("--insecure")
     if options.config is not None:
         common += ["--config", str(options.config.absolute())]
-    own = {
-        MODELS: ["--store", str(data_dir / MODELS)],
-        INFERENCE: ["--manager", manager, "--cache-dir", str(data_dir / INFERENCE)],
-        PREPROCESS: ["--manager", manager, "--cache-dir", str(data_dir / PREPROCESS)],
-    }
+    together: list[str] = []
+    if options.replicas > 1:
+        together = ["--replicas", str(options.replicas)]
+        together += ["--replicas-dir", str(data_dir / "replicas")]
+
+    def own(plan: ServicePlan) -> list[str]:
+        if plan.service == MODELS:
+            return ["--store", str(data_dir / MODELS)]
+        told = ["--manager", manager, "--cache-dir", str(data_dir / plan.name)]
+        return told + together if plan.service == INFERENCE else told
+
+    replicas = [name for name in plans if name not in (MODELS, PREPROCESS)]
     return data_dir, [
-        replace(plans[name], arguments=(*common, "--port", str(plans[name].port), *own[name]))
-        for name in (MODELS, INFERENCE, PREPROCESS)
+        replace(plan, arguments=(*common, "--port", str(plan.port), *own(plan)))
+        for plan in (plans[name] for name in (MODELS, *replicas, PREPROCESS))
     ]
 
 
@@ -134,6 +155,15 @@ def _choose_ports(options: UpOptions) -> dict[str, int]:
             (MODELS, options.models_port),
         )
     }
+    for number in range(2, options.replicas + 1):
+        first = wanted[INFERENCE]
+        wanted[f"{INFERENCE}-{number}"] = first + (number - 1) * _BETWEEN_REPLICAS if first else 0
+    if max(wanted.values()) > _LAST_PORT:
+        raise StartupError(
+            f"{options.replicas} replicas take the ports from {wanted[INFERENCE]} on in steps of "
+            f"{_BETWEEN_REPLICAS}, which goes beyond {_LAST_PORT}; choose a lower "
+            "--inference-port, or 0 for free ones"
+        )
     fixed = [port for port in wanted.values() if port]
     if len(set(fixed)) != len(fixed):
         raise StartupError(
@@ -158,7 +188,7 @@ def _check_port(name: str, host: str, port: int) -> None:
         raise StartupError(
             f"port {port} on {host}, wanted for {name}, is in use, perhaps by another `pollard "
             f"up`; stop the other program, or choose other ports with --port-base or "
-            f"--{name}-port (0 takes a free one)"
+            f"--{name.partition('-')[0]}-port (0 takes a free one)"
         )
     raise StartupError(f"cannot listen on {host}:{port} for {name}: {problem.strerror or problem}")
 

@@ -324,27 +324,36 @@ class Supervisor:
     async def _stop_all(self) -> bool:
         """Stop the services one after another; say whether none had to be killed."""
         clean = True
-        for name in STOP_ORDER:
-            child = self.children.get(name)
-            if child is None or child.pid is None:
-                continue
-            child.signal(signal.SIGTERM)
-            ended = asyncio.create_task(child.wait())
-            hurry = asyncio.create_task(self._hurry.wait())
-            await asyncio.wait(
-                {ended, hurry},
-                timeout=self._grace + _KILL_AFTER_GRACE_SECONDS,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            hurry.cancel()
-            if not ended.done():
-                child.kill()
-                clean = False
-                self._notice(f"{name} did not stop in time and was killed")
-            code = await ended
-            if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
-                clean = False
-                self._notice(f"{name} {_how(code)} while stopping")
+        for service in STOP_ORDER:
+            alike = [
+                child
+                for child in self.children.values()
+                if child.plan.service == service and child.pid is not None
+            ]
+            clean = all(await asyncio.gather(*(self._stop(child) for child in alike))) and clean
+        return clean
+
+    async def _stop(self, child: Child) -> bool:
+        """Stop a service; say whether it stopped by itself and well."""
+        name = child.plan.name
+        child.signal(signal.SIGTERM)
+        ended = asyncio.create_task(child.wait())
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait(
+            {ended, hurry},
+            timeout=self._grace + _KILL_AFTER_GRACE_SECONDS,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        hurry.cancel()
+        clean = True
+        if not ended.done():
+            child.kill()
+            clean = False
+            self._notice(f"{name} did not stop in time and was killed")
+        code = await ended
+        if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
+            clean = False
+            self._notice(f"{name} {_how(code)} while stopping")
         return clean
 
 
