@@ -31,6 +31,7 @@ SECTIONS = {
     "raw": 70.0,
     "compressed": 30.0,
     "service": 85.0,
+    "replicas": 45.0,
     "swap": 45.0,
     "memory": 60.0,
 }
