@@ -207,8 +207,36 @@ class Go(Language):
         return {"GRPC_GO_RETRY": "on"}
 
 
+class Cpp(Language):
+    """The C++ library, with its contracts compiled by Debian's protoc."""
+
+    name = "cpp"
+    packages = ("cmake", "g++", "pkg-config", "libgrpc++-dev", "protobuf-compiler-grpc")
+    programs = ("cmake", "c++", "protoc", "grpc_cpp_plugin")
+    files = (Path("/usr/include/grpcpp/grpcpp.h"),)
+
+    def build(self) -> None:
+        folder = BUILD / "cpp"
+        self.run(
+            *("cmake", "-S", CLIENTS / "cpp", "-B", folder, "-DCMAKE_BUILD_TYPE=Release"),
+            # Half the time of the compiler for what the tests do not need.
+            *("-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_FLAGS=-Wall -Wextra"),
+            *("-DPOLLARD_BUILD_EXAMPLES=ON", "-DPOLLARD_BUILD_CONTRACT=ON"),
+        )
+        self.run("cmake", "--build", folder, "-j", "1")
+
+    def runner(self) -> list[str]:
+        return [str(BUILD / "cpp" / "contract")]
+
+    def example(self) -> list[str]:
+        return [str(BUILD / "cpp" / "classify")]
+
+    def environment(self) -> Mapping[str, str]:
+        return {"GRPC_VERBOSITY": "NONE"}
+
+
 LANGUAGES: Mapping[str, Language] = {
-    language.name: language for language in (Python(), PythonAsyncio(), TypeScript(), Go())
+    language.name: language for language in (Python(), PythonAsyncio(), TypeScript(), Go(), Cpp())
 }
 
 
