@@ -91,10 +91,10 @@ def zip_folder() -> Callable[[Path, Path, str], Path]:
 @pytest.fixture(scope="session")
 def digits_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of small-cnn-28, trained on digits for a few epochs."""
-    from pollard.compress.train import train
+    from pollard.compress.train import TrainOptions, train
 
     out = tmp_path_factory.mktemp("parent") / "parent.safetensors"
-    train("small-cnn-28", "digits", out, epochs=5, batch_size=64, threads=2)
+    train("small-cnn-28", "digits", out, options=TrainOptions(epochs=5, batch_size=64), threads=2)
     return out
 
 

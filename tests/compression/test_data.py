@@ -138,10 +138,31 @@ def test_images_outside_of_class_folders_are_an_error(write_images: Tree) -> Non
         load_data(root, SPEC)
 
 
+def test_folders_inside_class_folders_are_named(write_images: Tree) -> None:
+    root = write_images()
+    (root / "red" / "dark").mkdir()
+    for number in (1, 2):
+        (root / "red" / f"{number:03d}.jpg").rename(root / "red" / "dark" / f"{number}.jpg")
+    with pytest.raises(DataInvalid, match=r"red/dark/1\.jpg, red/dark/2\.jpg"):
+        load_data(root, SPEC)
+
+
+def test_shapes_are_the_same_every_time_and_can_be_told_apart() -> None:
+    spec = InputSpec(32, 32, 3, (0.0,) * 3, (1.0,) * 3)
+    data = load_data("shapes", spec)
+    assert data.classes == ["cross", "disc", "ring", "square", "triangle"]
+    assert len(data.train) == 5 * 144
+    assert data.digest == load_data("shapes", spec).digest
+    assert data.train.images.std(axis=(1, 2)).max(axis=1).min() > 12
+
+
 def test_a_class_missing_from_a_part_is_an_error(write_images: Tree) -> None:
     root = write_images("train", "test", per_class=4)
     for path in (root / "test" / "red").iterdir():
         path.unlink()
+    with pytest.raises(DataInvalid, match="folders are empty: test/red"):
+        load_data(root, SPEC)
+    (root / "test" / "red" / "notes.txt").write_text("none yet")
     with pytest.raises(DataInvalid, match="no image of red"):
         load_data(root, SPEC)
 

@@ -13,18 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pollard.compress import training
+from pollard.compress import augmentation, training
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
 from pollard.compress.progress import Reporter
+from pollard.compress.schedules import one_cycle
 from pollard.compress.spec import InputSpec
 from pollard.compress.training import (
     FitConfig,
     _loss,
-    augment,
     fit,
-    one_cycle,
     recalibrate_batch_norm,
 )
 
@@ -112,7 +111,8 @@ def test_augmentation_moves_pixels_and_invents_none(kind: str, seed: int) -> Non
     generator = np.random.default_rng(seed)
     images = generator.integers(1, 256, (6, 20, 16, 3)).astype(np.uint8)
     spec = InputSpec(20, 16, 3, (0.0,) * 3, (1.0,) * 3, augmentation=kind)  # type: ignore[arg-type]
-    moved = augment(images, spec, generator)
+    drawn = augmentation.draw(augmentation.of_spec(spec), len(images), spec, generator)
+    moved = augmentation.apply(images, drawn)
     assert moved.shape == images.shape
     assert moved.dtype == np.uint8
     for before, after in zip(images, moved, strict=True):

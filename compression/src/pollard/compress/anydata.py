@@ -37,9 +37,10 @@ from pollard.compress.macs import count_parameters, example_input, total_macs
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.recipe import CPU_TARGETS, IMPORTANCES, Importance, Target
+from pollard.compress.schedules import one_cycle
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.shrink import ShrinkConfig
-from pollard.compress.training import one_cycle, recalibrate_by, seed_everything
+from pollard.compress.training import recalibrate_by, seed_everything
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.bundle import write_durably
 from pollard.runtime.machine import Machine

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pollard.compress.errors import WeightsInvalid
 from pollard.runtime.bundle import write_durably
 
 SCHEMA_VERSION = 1
@@ -52,6 +53,22 @@ class Checkpoint:
             return None
         state: dict[str, Any] = content["state"]
         return state
+
+    def owner(self) -> str:
+        """Return the key of the work that the file belongs to; empty when there is none.
+
+        Raises:
+            WeightsInvalid: the file is damaged, or none of this version's.
+        """
+        if not self.path.is_file():
+            return ""
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            if content["schema_version"] == SCHEMA_VERSION:
+                return str(content["belongs_to"])
+        except Exception as error:  # torch.load raises whatever unpickling raises
+            raise WeightsInvalid(f"the checkpoint {self.path} is damaged") from error
+        raise WeightsInvalid(f"the checkpoint {self.path} is of another version of Pollard")
 
     @property
     def due(self) -> bool:

@@ -1,4 +1,4 @@
-"""The commands `compress`, `bundle`, `train` and `eval`; others are in `cli_*` beside this.
+"""The commands `compress` and `bundle`; the others are in `cli_*` beside this.
 
 Nothing heavy is imported before a command runs: this module is loaded whenever
 `pollard` starts.
@@ -73,6 +73,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     from pollard.compress.cli_eval import evaluate
     from pollard.compress.cli_profile import profile
+    from pollard.compress.cli_train import train
     from pollard.compress.cli_zoo import zoo
 
     app.command("compress")(compress)
@@ -390,50 +391,6 @@ def bundle(
             highlight=False,
         )
         _say_signed(console, signed)
-
-
-def train(
-    model: _Model,
-    data: _Data,
-    out: Annotated[
-        Path, typer.Option("--out", help="Weights file to write, .safetensors.", show_default=False)
-    ],
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Default by model.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Default by model.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=2, help="Default by model.")
-    ] = None,
-    train_images: _TrainImages = None,
-    seed: _Seed = 0,
-    threads: _Threads = None,
-    input_size: _Size = None,
-    mean: _Mean = "0",
-    std: _Std = "1",
-    json_file: _Json = None,
-    force: _Force = False,
-) -> None:
-    """Train a model from scratch and write its weights."""
-    with errors(json_file) as console:
-        from pollard.compress import train as training
-
-        result = training.train(
-            model,
-            data,
-            out,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_train_images=train_images,
-            seed=seed,
-            threads=threads,
-            spec=make_spec(input_size, mean, std),
-            force=force,
-            reporter=make_reporter(console),
-        )
-        write_json(json_file, result.to_json())
-        console.print(f"Accuracy {result.accuracy}\nWeights: {out}", highlight=False)
 
 
 def make_spec(size: str | None, mean: str, std: str) -> InputSpec | None:

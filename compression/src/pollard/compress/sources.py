@@ -1,4 +1,4 @@
-"""Where images come from: directories, zip files and scikit-learn's digits."""
+"""Where images come from: directories, zip files, scikit-learn's digits, drawn shapes."""
 
 from __future__ import annotations
 
@@ -62,10 +62,25 @@ class DirectorySource:
         self.name = root.name or str(root)
         self.root = root
         paths: list[str] = []
-        for directory, names, files in os.walk(root):
+        empty: list[str] = []
+        unreadable: list[str] = []
+
+        def note(error: OSError) -> None:
+            unreadable.append(f"{error.filename} ({error.strerror})")
+
+        for directory, names, files in os.walk(root, onerror=note):
             names.sort()
             below = Path(directory).relative_to(root)
             paths.extend((below / file).as_posix() for file in sorted(files))
+            if not names and not files and not _hidden(below.parts):
+                empty.append(below.as_posix())
+        if unreadable:
+            raise DataInvalid(f"{root}: these folders cannot be read: {_some(unreadable)}")
+        if empty and paths:
+            raise DataInvalid(
+                f"{root}: these folders are empty: {_some(empty)}. A class needs images; take the "
+                "folders away, or fill them"
+            )
         self._real, self.items, self.ignored = _classify(paths, str(root))
 
     def read(self, item: Item) -> bytes:
@@ -123,6 +138,68 @@ class DigitsSource:
         return self._pixels[int(item.path)]
 
 
+class ShapesSource:
+    """Discs, squares, triangles, crosses and rings, drawn with chance: 5 × 240 colour images.
+
+    Always the same images, 32 × 32 pixels: something to learn where there are no data.
+    """
+
+    NAMES = ("cross", "disc", "ring", "square", "triangle")
+    PER_CLASS = 240
+
+    def __init__(self) -> None:
+        self.name = "shapes"
+        self.ignored = 0
+        self.items = [
+            Item(f"{label}/{number:03d}", label, "")
+            for label in self.NAMES
+            for number in range(self.PER_CLASS)
+        ]
+
+    def read(self, item: Item) -> NDArray[np.uint8]:
+        """Return uint8 pixels, 32 × 32 × 3."""
+        label, _, number = item.path.partition("/")
+        return _draw(label, int(number) + self.PER_CLASS * self.NAMES.index(label))
+
+
+def _draw(label: str, seed: int) -> NDArray[np.uint8]:
+    generator = np.random.default_rng(seed)
+    size = 32
+    middle = generator.uniform(12, 20, 2)
+    radius = generator.uniform(6, 11)
+    angle = generator.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] + 0.5
+    y, x = y - middle[0], x - middle[1]
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    distance = np.hypot(x, y)
+    if label == "disc":
+        inside = distance < radius
+    elif label == "ring":
+        inside = (distance < radius) & (distance > 0.55 * radius)
+    elif label == "square":
+        inside = np.maximum(abs(u), abs(v)) < 0.8 * radius
+    elif label == "cross":
+        arms = np.minimum(abs(u), abs(v)) < 0.25 * radius
+        inside = arms & (np.maximum(abs(u), abs(v)) < radius)
+    else:
+        inside = (v > -0.5 * radius) & (v < radius - 1.732 * abs(u))
+    ground, ink = generator.uniform(0, 255, (2, 3))
+    # Far enough from each other to be seen.
+    ink = np.where(abs(ink - ground).max() < 90, (ground + 128) % 256, ink)
+    picture = np.where(inside[..., None], ink, ground) + generator.normal(0, 12, (size, size, 3))
+    pixels: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
+    return pixels
+
+
+def _hidden(parts: Iterable[str]) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
 def _enlarge(image: NDArray[np.float64]) -> NDArray[np.uint8]:
     # 16 grey levels in the original; bicubic keeps the strokes crisp.
     levels = np.round(image * (255.0 / 16.0)).astype(np.uint8)
@@ -133,20 +210,22 @@ def open_source(reference: str | Path) -> ImageSource:
     """Find a data set.
 
     Args:
-        reference: "digits", a directory, or a zip file.
+        reference: "digits", "shapes", a directory, or a zip file.
 
     Raises:
         DataInvalid: there is none, or it holds no images.
     """
     if str(reference) == "digits":
         return DigitsSource()
+    if str(reference) == "shapes":
+        return ShapesSource()
     path = Path(reference)
     if path.is_dir():
         return DirectorySource(path)
     if path.is_file():
         return ZipSource(path)
     raise DataInvalid(
-        f'there is no data at {path}: give "digits", a directory or a zip file with '
+        f'there is no data at {path}: give "digits", "shapes", a directory or a zip file with '
         "train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg"
     )
 
@@ -156,7 +235,7 @@ def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[It
     others: Counter[str] = Counter()
     for path in paths:
         parts = PurePosixPath(path).parts
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        if _hidden(parts):
             continue
         if PurePosixPath(path).suffix.lower() not in EXTENSIONS:
             others[PurePosixPath(path).suffix.lower() or "no extension"] += 1
@@ -177,6 +256,7 @@ def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[It
     )
     real: dict[str, str] = {}
     items: list[Item] = []
+    nested: list[str] = []
     for path, parts in kept:
         part = PARTS[parts[0].lower()] if split else ""
         inner = parts[1:] if split else parts
@@ -188,4 +268,12 @@ def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[It
         name = "/".join(parts)
         real[name] = path
         items.append(Item(name, inner[0], part))
+        if len(inner) > 2:
+            nested.append(path)
+    if nested:
+        raise DataInvalid(
+            f"{where}: images lie in folders inside class folders, and it cannot be told which "
+            f"folder is the class: {_some(nested)}. The layout is CLASS/image.jpg, or "
+            "train/CLASS/image.jpg and test/CLASS/image.jpg"
+        )
     return real, items, sum(others.values())

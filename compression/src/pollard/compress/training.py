@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pollard.compress import augmentation
+from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
 from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
+from pollard.compress.parallel import Team
 from pollard.compress.progress import Reporter
+from pollard.compress.schedules import Schedule, schedule
 from pollard.compress.spec import InputSpec
+from pollard.compress.transfer import Frozen
+from pollard.compress.zoo.inception import InceptionV3
+
+# Weight of an auxiliary classifier's loss, as in the paper of Inception v3.
+_AUXILIARY = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,31 @@ class FitConfig:
     epochs: int
     batch_size: int = 64
     learning_rate: float = 1e-3
-    """Peak of a one-cycle schedule (Smith and Topin, 2017)."""
+    """Peak of the schedule."""
     weight_decay: float = 1e-4
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     seed: int = 0
     distill_weight: float = 0.0
     """Share of the loss that is distillation (Hinton et al., 2015); the rest is
     cross-entropy."""
     distill_temperature: float = 4.0
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = True
+    """Whether SGD looks ahead by its momentum."""
+    schedule: Schedule = "one-cycle"
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """"mse" is the squared distance of the probabilities from the label (Brier's score)."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes (Szegedy et al., 2016)."""
+    augment: Augment | None = None
+    """What is done to images; None: what the model's input says."""
+    bf16: bool = False
+    """Whether convolutions and products run in bfloat16; weights stay float32."""
+    ema: float = 0.0
+    """Decay of a mean of the weights over the steps, which is what is judged and kept; 0: none."""
+    patience: int = 0
+    """Epochs without a better one after which training ends; 0: never."""
 
 
 @dataclass
@@ -55,16 +82,35 @@ class History:
     """Why it ended early; empty when it did not."""
 
 
+class Observer(Protocol):
+    """Is told of every step and epoch."""
+
+    def step(self, step: int, loss: float, learning_rate: float) -> None:
+        """Take the loss of a step, which is counted from 1."""
+
+    def epoch(self, epoch: int, loss: float, score: float, best: bool) -> None:
+        """Take the mean loss of an epoch, the accuracy behind it, and whether it is the best."""
+
+
 def seed_everything(seed: int) -> None:
     """Seed PyTorch's and NumPy's global generators."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
 
-def choose_accuracy(module: nn.Module, spec: InputSpec, part: Part) -> float:
+def choose_accuracy(
+    module: nn.Module, spec: InputSpec, part: Part, team: Team | None = None
+) -> float:
     """Return the module's accuracy on ``part``, 0 to 1."""
-    logits = predict_part(torch_predictor(module, spec), part, 256)
-    return float(right_answers(logits, part).mean())
+    own, team = part, team or Team()
+    if team.size > 1:
+        turn = slice(team.rank, None, team.size)
+        own = Part(part.name, part.images[turn], part.labels[turn])
+    right = 0.0
+    if len(own):
+        logits = predict_part(torch_predictor(module, spec), own, 256)
+        right = float(right_answers(logits, own).sum())
+    return team.sum(right) / len(part)
 
 
 def fit(
@@ -77,6 +123,9 @@ def fit(
     reporter: Reporter | None = None,
     title: str = "Training",
     checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
+    team: Team | None = None,
+    observer: Observer | None = None,
 ) -> History:
     """Fit ``module`` in place; it ends with the best state on the choosing part.
 
@@ -92,39 +141,56 @@ def fit(
         title: What to call the work.
         checkpoint: Where to note now and then how far it is, and from where to go on
             if something is there; the result is the same, to the bit, as without a break.
+        frozen: Which layers learn, and from when on; all from the start when None.
+        team: The processes that share the batches; all must call this with the same.
+        observer: Told of steps and epochs.
 
     Raises:
         OSError: the checkpoint cannot be written.
         TrainingDiverged: the state before the first epoch gives answers that
             are not finite, or nothing good was reached from scratch.
     """
-    reporter = reporter or Reporter()
-    run = _Run.begin(module, data, spec, config)
+    reporter, team = reporter or Reporter(), team or Team()
+    run = _Run.begin(module, data, spec, config, team)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         run.restore(saved)
     history, total = run.history, run.steps * config.epochs
+    diverged = ""
     if teacher is not None:
         teacher.eval()
     with reporter.step(title, total) as step:
         step.advance(run.done)
         while run.epoch <= config.epochs and not history.stopped:
             module.train()
+            if frozen is not None:
+                frozen.apply(module, run.epoch)
             while run.position < len(data.train):
-                images, labels = run.batch(data.train)
-                inputs = spec.normalize(augment(images, spec, run.generator))
-                loss = _loss(module, teacher, inputs, torch.from_numpy(labels), config)
-                if not torch.isfinite(loss):
-                    history.stopped = f"the loss was {loss.item()} in epoch {run.epoch}"
+                inputs, labels, mixed, weight = run.batch(data.train, spec, config)
+                loss = _loss(module, teacher, inputs, labels, config, mixed)
+                value = team.sum(weight * loss.item())
+                if not math.isfinite(value):
+                    diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
                     break
-                run.learn(loss)
-                step.advance(note=f"loss {run.losses[-1]:.3f}, best {run.best:.2%}")
-                if checkpoint is not None and checkpoint.due:
+                run.learn(weight * loss, value)
+                step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
+                if observer is not None:
+                    observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
+                if checkpoint is not None and team.leads and checkpoint.due:
                     checkpoint.save(run.state())
             if not history.stopped:
-                run.end_epoch(choose_accuracy(module, spec, data.choose))
-                if checkpoint is not None and checkpoint.due:
+                team.average_statistics(module)
+                with run.judged():
+                    run.end_epoch(choose_accuracy(module, spec, data.choose, team))
+                if observer is not None:
+                    last = run.epoch - 1
+                    score, better = history.choose_accuracy[-1], history.best_epoch == last
+                    observer.epoch(last, history.loss[-1], score, better)
+                waited = run.epoch - 1 - history.best_epoch
+                if config.patience and waited >= config.patience and run.epoch <= config.epochs:
+                    history.stopped = f"no epoch of the last {waited} was better"
+                if checkpoint is not None and team.leads and checkpoint.due:
                     checkpoint.save(run.state())
-    if history.stopped and history.best_epoch == 0 and teacher is None:
+    if diverged and history.best_epoch == 0 and teacher is None:
         raise TrainingDiverged(
             f"{history.stopped}, before any good state; lower the learning rate "
             f"(it is {config.learning_rate:g})"
@@ -134,51 +200,10 @@ def fit(
             f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
         )
     module.load_state_dict(run.best_state)
+    if frozen is not None:
+        module.requires_grad_(True)
     module.eval()
     return history
-
-
-def one_cycle(total: int) -> Callable[[int], float]:
-    """Return the share of the peak learning rate at each of ``total`` steps.
-
-    It rises for a fifth of the time and falls to nothing, both along a cosine.
-    """
-    rise = max(1, round(0.2 * total))
-
-    def share(step: int) -> float:
-        if step < rise:
-            return 0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2
-        return max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2)
-
-    return share
-
-
-def augment(
-    images: NDArray[np.uint8], spec: InputSpec, generator: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Move each image by up to a tenth (and mirror it), filling with black.
-
-    Args:
-        images: uint8 [n, height, width, channels].
-        spec: Says what is done.
-        generator: Source of chance.
-    """
-    if spec.augmentation == "none":
-        return images
-    count, height, width, _ = images.shape
-    reach_y, reach_x = max(1, height // 10), max(1, width // 10)
-    if spec.augmentation == "crop-flip":
-        reach_y, reach_x = max(1, height // 8), max(1, width // 8)
-    padded = np.pad(images, ((0, 0), (reach_y, reach_y), (reach_x, reach_x), (0, 0)))
-    rows = generator.integers(0, 2 * reach_y + 1, count)[:, None] + np.arange(height)
-    columns = generator.integers(0, 2 * reach_x + 1, count)[:, None] + np.arange(width)
-    if spec.augmentation == "crop-flip":
-        mirrored = generator.random(count) < 0.5
-        columns[mirrored] = columns[mirrored, ::-1]
-    moved: NDArray[np.uint8] = padded[
-        np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
-    return moved
 
 
 def recalibrate_batch_norm(
@@ -210,15 +235,14 @@ def recalibrate_by(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
+        ahead = config.nesterov and config.momentum > 0
         return torch.optim.SGD(
-            parameters,
-            lr=config.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=config.weight_decay,
+            parameters, lr=rate, momentum=config.momentum, nesterov=ahead, weight_decay=decay
         )
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=rate, weight_decay=decay)
 
 
 @dataclass
@@ -233,6 +257,8 @@ class _Run:
     batch_size: int
     steps: int
     """Of an epoch."""
+    team: Team
+    mean_decay: float
     history: History
     best: float
     best_state: dict[str, Tensor]
@@ -243,28 +269,37 @@ class _Run:
     """In ``order``, of the next image."""
     losses: list[float] = field(default_factory=list)
     """Of this epoch."""
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """Mean of the weights over the steps; empty when none is kept."""
 
     @classmethod
-    def begin(cls, module: nn.Module, data: Dataset, spec: InputSpec, config: FitConfig) -> _Run:
+    def begin(
+        cls, module: nn.Module, data: Dataset, spec: InputSpec, config: FitConfig, team: Team
+    ) -> _Run:
         seed_everything(config.seed)
         generator = np.random.default_rng(config.seed)
-        start = choose_accuracy(module, spec, data.choose)
+        start = choose_accuracy(module, spec, data.choose, team)
         parameters = [p for p in module.parameters() if p.requires_grad]
         steps = math.ceil(len(data.train) / config.batch_size)
         optimizer = _optimizer(parameters, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
+        rates = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, schedule(config.schedule, steps * config.epochs)
+        )
         return cls(
             module,
             parameters,
             optimizer,
-            schedule,
+            rates,
             generator,
             config.batch_size,
             steps,
+            team,
+            config.ema,
             History(start_accuracy=start),
             start,
             copy.deepcopy(module.state_dict()),
             generator.permutation(len(data.train)),
+            mean=copy.deepcopy(module.state_dict()) if config.ema else {},
         )
 
     @property
@@ -272,22 +307,66 @@ class _Run:
         """Steps behind it."""
         return (self.epoch - 1) * self.steps + len(self.losses)
 
-    def batch(self, part: Part) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def batch(
+        self, part: Part, spec: InputSpec, config: FitConfig
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, float] | None, float]:
+        """Return this process's share of the next batch.
+
+        Inputs, labels; the partners' labels and the share of the image itself where
+        images are mixed; and the weight of this share's mean loss.
+        """
         chosen = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
         # Batch norm cannot train on a single image.
-        if len(chosen) == 1:
-            chosen = np.concatenate([chosen, self.order[:1]])
+        if (lacking := 2 * self.team.size - len(chosen)) > 0:
+            chosen = np.concatenate([chosen, np.resize(self.order, lacking)])
         chosen = np.sort(chosen)  # sequential reads when the images are in a file
-        return part.images[chosen], part.labels[chosen]
+        how = augmentation.of_spec(spec) if config.augment is None else config.augment
+        drawn = augmentation.draw(how, len(chosen), spec, self.generator)
+        own = self.team.share(len(chosen))
+        images = augmentation.apply(part.images[chosen[own]], drawn.part(own))
+        inputs, labels = spec.normalize(images), torch.from_numpy(part.labels[chosen[own]])
+        mixed = None
+        if drawn.partner is not None:
+            partners = drawn.partner[own]
+            if self.team.size == 1:
+                others = inputs[torch.from_numpy(partners)]
+            else:
+                pixels = part.images[chosen[partners]]
+                others = spec.normalize(augmentation.apply(pixels, drawn.part(partners)))
+            inputs = augmentation.mix(inputs, others, drawn)
+            mixed = (torch.from_numpy(part.labels[chosen[partners]]), drawn.share)
+        return inputs, labels, mixed, self.team.weight(len(chosen))
 
-    def learn(self, loss: Tensor) -> None:
+    def learn(self, loss: Tensor, value: float) -> None:
+        """Take a step down this share's loss; ``value`` is that of all shares."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.team.sum_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.schedule.step()
-        self.losses.append(loss.item())
+        self.losses.append(value)
+        # At first a shorter mean, or it would hold on to the random start.
+        decay = min(self.mean_decay, (1 + self.done) / (10 + self.done))
+        for key, value_now in self.module.state_dict().items() if self.mean else ():
+            if value_now.is_floating_point():
+                self.mean[key].lerp_(value_now, 1 - decay)
+            else:
+                self.mean[key].copy_(value_now)
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Put the mean of the weights into the module meanwhile, if there is one."""
+        if not self.mean:
+            yield
+            return
+        kept = copy.deepcopy(self.module.state_dict())
+        self.module.load_state_dict(self.mean)
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(kept)
 
     def end_epoch(self, score: float) -> None:
         self.history.loss.append(float(np.mean(self.losses)))
@@ -315,6 +394,7 @@ class _Run:
             "epoch": self.epoch,
             "position": self.position,
             "losses": self.losses,
+            "mean": self.mean,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -328,6 +408,7 @@ class _Run:
         self.order = saved["order"].numpy()
         self.epoch, self.position = saved["epoch"], saved["position"]
         self.losses = list(saved["losses"])
+        self.mean = saved.get("mean", {})
 
 
 def _loss(
@@ -336,22 +417,45 @@ def _loss(
     inputs: Tensor,
     labels: Tensor,
     config: FitConfig,
+    mixed: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    logits = module(inputs)
-    hard = functional.cross_entropy(logits, labels)
+    second = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        if teacher is None and isinstance(module, InceptionV3):
+            logits, second = module.forward_with_auxiliary(inputs)
+        else:
+            logits = module(inputs)
+    hard = _hard_loss(logits.float(), labels, config, mixed)
+    if second is not None:
+        hard = hard + _AUXILIARY * _hard_loss(second.float(), labels, config, mixed)
     if teacher is None or config.distill_weight == 0:
         return hard
     with torch.no_grad():
         wanted = teacher(inputs)
     t = config.distill_temperature
     soft = functional.kl_div(
-        functional.log_softmax(logits / t, 1),
+        functional.log_softmax(logits.float() / t, 1),
         functional.log_softmax(wanted / t, 1),
         reduction="batchmean",
         log_target=True,
     )
     # T² keeps the gradients of both parts of one size.
     return config.distill_weight * t * t * soft + (1 - config.distill_weight) * hard
+
+
+def _hard_loss(
+    logits: Tensor, labels: Tensor, config: FitConfig, mixed: tuple[Tensor, float] | None
+) -> Tensor:
+    if mixed is not None:
+        others, share = mixed
+        own = _hard_loss(logits, labels, config, None)
+        return share * own + (1 - share) * _hard_loss(logits, others, config, None)
+    if config.loss == "cross-entropy":
+        return functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    classes = logits.shape[1]
+    wanted = functional.one_hot(labels, classes) * (1 - config.label_smoothing)
+    wanted = wanted + config.label_smoothing / classes
+    return (logits.softmax(1) - wanted).square().sum(1).mean()
 
 
 def _finite(module: nn.Module) -> bool:
