@@ -13,6 +13,10 @@
     ├── ModelError             a model file cannot be run
     │   ├── RequirementsNotMet   this machine lacks something that the variant needs
     │   ├── ModelLoadFailed      onnxruntime refuses the file
+    │   │   └── ProviderMissing    the provider asked for cannot be used on this machine
+    │   ├── DeviceFault          the GPU, or its driver, failed
+    │   │   ├── DeviceMemoryShort  the GPU has not enough free memory
+    │   │   └── DeviceLost         the GPU cannot be used any more by this process
     │   ├── SignatureMismatch    the graph's inputs or outputs are not those of the manifest
     │   └── GoldenMismatch       the outputs for the golden inputs are not the recorded ones
     ├── TensorInvalid          an input tensor does not fit the model
@@ -110,6 +114,30 @@ class ModelLoadFailed(ModelError):
     """onnxruntime refuses the file."""
 
     reason = "MODEL_LOAD_FAILED"
+
+
+class ProviderMissing(ModelLoadFailed):
+    """The execution provider asked for cannot be used on this machine."""
+
+    reason = "PROVIDER_MISSING"
+
+
+class DeviceFault(ModelError):
+    """The GPU, or its driver, failed."""
+
+    reason = "DEVICE_FAULT"
+
+
+class DeviceMemoryShort(DeviceFault):
+    """The GPU has not enough free memory."""
+
+    reason = "DEVICE_MEMORY_SHORT"
+
+
+class DeviceLost(DeviceFault):
+    """The GPU cannot be used any more by this process."""
+
+    reason = "DEVICE_LOST"
 
 
 class SignatureMismatch(ModelError):

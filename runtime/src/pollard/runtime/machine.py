@@ -21,6 +21,9 @@ PROVIDERS = {
     "tensorrt-int8": "TensorrtExecutionProvider",
 }
 
+_PROVIDER_NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+"""Providers of GPUs by the name that users give them."""
+
 # Either kind of VNNI gives the exact 8-bit products that an unreduced U8S8 model needs.
 _EQUIVALENT_FEATURES = ({"avx512_vnni", "avx_vnni"},)
 
@@ -86,6 +89,38 @@ class Machine:
                 gone |= group
         return replace(self, cpu_features=self.cpu_features - gone)
 
+    def with_provider(self, provider: str, device_id: int = 0) -> Machine:
+        """Return this machine with only the providers that are wanted and can be used.
+
+        onnxruntime names what it was built with, also where there is no GPU. Nothing is looked at
+        where it was built for processors alone.
+
+        Args:
+            provider: "auto" for all that can be used, or "cpu", "cuda" or "tensorrt".
+            device_id: The GPU.
+
+        Raises:
+            ProviderMissing: "cuda" or "tensorrt" cannot be used; the message says what is missing.
+        """
+        from pollard.runtime import cuda
+
+        offered = self.execution_providers
+        if provider == "cpu":
+            return replace(self, execution_providers=_without_gpu(offered))
+        if provider != "auto":
+            wanted = _PROVIDER_NAMES[provider]
+            cuda.require(device_id, wanted)
+            # The processor is none in its place.
+            return replace(self, execution_providers=(wanted,))
+        if not any(name in offered for name in _PROVIDER_NAMES.values()):
+            return self
+        if cuda.problems(device_id):
+            return replace(self, execution_providers=_without_gpu(offered))
+        if _PROVIDER_NAMES["tensorrt"] in offered and cuda.tensorrt_problems():
+            kept = tuple(name for name in offered if name != _PROVIDER_NAMES["tensorrt"])
+            return replace(self, execution_providers=kept)
+        return self
+
     def offers(self, feature: str) -> bool:
         """Tell whether the processor has ``feature`` or an equivalent one."""
         for group in _EQUIVALENT_FEATURES:
@@ -132,6 +167,10 @@ def select_variant(manifest: bundle_pb2.Manifest, machine: Machine) -> bundle_pb
     if not runnable:
         raise RequirementsNotMet("this machine can run no variant: " + "; ".join(reasons))
     return min(runnable, key=lambda variant: variant.target.startswith("cpu-"))
+
+
+def _without_gpu(providers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in providers if name not in _PROVIDER_NAMES.values())
 
 
 def available_memory_bytes() -> int:

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle, Golden
-from pollard.runtime.errors import GoldenMismatch, ModelLoadFailed, SignatureMismatch
+from pollard.runtime.cuda import CudaOptions
+from pollard.runtime.errors import (
+    DeviceFault,
+    GoldenMismatch,
+    ModelLoadFailed,
+    SignatureMismatch,
+)
 from pollard.runtime.machine import PROVIDERS
 from pollard.runtime.tensors import FROM_ONNXRUNTIME, describe, protocol_name
 
@@ -58,6 +64,19 @@ class Session:
                 "carry only one of the two in one run. Let the graph cast BF16 from or to FP32"
             )
 
+    @property
+    def lost(self) -> str:
+        """Why it cannot run any more, if its device is gone; empty while it can."""
+        return ""
+
+    @property
+    def stages(self) -> bool:
+        """Whether several requests are better given to :meth:`run_parts` than joined before."""
+        return False
+
+    def close(self) -> None:
+        """Free what is not freed with the object; nothing may run any more."""
+
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
@@ -73,7 +92,21 @@ class Session:
         values = self.raw.run(names, dict(feeds))
         return dict(zip(names, values, strict=True))
 
-    def _run_by_value(self, feeds: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
+    def run_parts(
+        self, parts: Sequence[Mapping[str, Array]], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run several requests as one batch, in their order; see :meth:`run`.
+
+        Args:
+            parts: Arrays by input name, of each request; the first dimension is the batch.
+            outputs: Names of the outputs wanted; all when None.
+        """
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return self.run(joined, outputs)
+
+    def _run_by_value(
+        self, feeds: Mapping[str, Array], names: list[str], raw: Any = None
+    ) -> dict[str, Array]:
         """Run with onnxruntime's own values, which can hold types that NumPy lacks."""
         import onnxruntime
 
@@ -88,7 +121,7 @@ class Session:
             )
             for name, array in arrays.items()
         }
-        results = self.raw.run_with_ort_values(names, values)
+        results = (raw or self.raw).run_with_ort_values(names, values)
         return {
             name: _bits(value) if self._types[name] == "BF16" else value.numpy()
             for name, value in zip(names, results, strict=True)
@@ -109,6 +142,7 @@ def open_session(
     intra_op_threads: int = 1,
     spinning: bool = False,
     optimised: bool = True,
+    cuda: CudaOptions | None = None,
 ) -> Session:
     """Load an ONNX model.
 
@@ -120,20 +154,18 @@ def open_session(
             cost of the processor time of everybody else.
         optimised: Rewrite the graph and lay its weights out for speed. Without
             it a large model is loaded sooner: enough to look at it.
+        cuda: How it is run on a GPU; only for targets that are not the
+            processor's. None takes the first GPU.
 
     Raises:
-        ModelLoadFailed: onnxruntime refuses the model, or falls back to
-            another provider than the target's.
+        ModelLoadFailed: onnxruntime refuses the model; a `ProviderMissing` if
+            the target's provider cannot be used here, and never another
+            provider in its place.
+        DeviceFault: the GPU is full, or failed.
     """
     import onnxruntime
 
     provider = PROVIDERS[target]
-    if provider not in onnxruntime.get_available_providers():
-        raise ModelLoadFailed(
-            f"target {target} needs {provider}; onnxruntime {onnxruntime.__version__} here offers "
-            f"{', '.join(onnxruntime.get_available_providers())}",
-            target=target,
-        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
@@ -142,26 +174,30 @@ def open_session(
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-    providers = [provider] if provider.startswith("CPU") else [provider, "CPUExecutionProvider"]
+    if not provider.startswith("CPU"):
+        from pollard.runtime.providers import open_on_device
+
+        return open_on_device(model, target, options, cuda or CudaOptions())
     source = model if isinstance(model, bytes) else str(model)
     try:
-        raw = onnxruntime.InferenceSession(source, options, providers=providers)
+        raw = onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base class but this
-        newest = re.search(r"domain (\S+) is till opset (\d+)", str(error))
-        if newest is not None:
-            raise ModelLoadFailed(
-                f"the model asks for a newer opset of {newest[1]} than {newest[2]}, the newest "
-                f"of onnxruntime {onnxruntime.__version__} here; export it for an older one",
-                newest_opset=newest[2],
-            ) from error
-        raise ModelLoadFailed(f"onnxruntime cannot load the model: {_first_line(error)}") from error
-    if raw.get_providers()[0] != provider:
-        raise ModelLoadFailed(
-            f"onnxruntime fell back from {provider} to {raw.get_providers()[0]}; "
-            "check the driver and the CUDA libraries",
-            target=target,
-        )
+        raise load_failed(error) from error
     return Session(raw, target)
+
+
+def load_failed(error: Exception) -> ModelLoadFailed:
+    """Return the error of a model that onnxruntime refuses."""
+    newest = re.search(r"domain (\S+) is till opset (\d+)", str(error))
+    if newest is not None:
+        import onnxruntime
+
+        return ModelLoadFailed(
+            f"the model asks for a newer opset of {newest[1]} than {newest[2]}, the newest "
+            f"of onnxruntime {onnxruntime.__version__} here; export it for an older one",
+            newest_opset=newest[2],
+        )
+    return ModelLoadFailed(f"onnxruntime cannot load the model: {_first_line(error)}")
 
 
 def check_signature(session: Session, manifest: bundle_pb2.Manifest) -> None:
@@ -216,6 +252,8 @@ def compare_golden(session: Session, golden: Golden, tolerance: bundle_pb2.Toler
     """
     try:
         actual = session.run(golden.inputs, list(golden.outputs))
+    except DeviceFault:
+        raise  # says nothing of the model
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise GoldenMismatch(f"the golden inputs cannot be run: {_first_line(error)}") from error
     for name, expected in golden.outputs.items():

@@ -46,6 +46,13 @@ class Outline:
     """Threads that run its requests; 0 leaves it to the server."""
     threads: int = 0
     """Threads that one run uses; 0 leaves it to the server."""
+    devices: tuple[int, ...] = ()
+    """GPU of each worker; empty leaves it to the server."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it runs on a GPU."""
+        return not self.target.startswith("cpu")
 
 
 @dataclass(frozen=True)

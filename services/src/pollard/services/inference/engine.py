@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -84,6 +84,9 @@ class Engine:
         self._shadows = ShadowRunner(self._has_idle_worker)
         self._retiring: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called when a revision's device is found to be gone, and after switches from then on."""
+        self._any_lost = False
 
     def resolve(
         self, model: str, version: str = "", alias: str = "", sticky_key: str = ""
@@ -101,7 +104,7 @@ class Engine:
         Raises:
             RequestInvalid: the version is not an integer.
             ModelUnknown: there is no such model, revision or alias.
-            ModelNotReady: it is known but not loaded.
+            ModelNotReady: it is known but not loaded, or its device is gone.
             ServerStopping: the server takes no new requests.
         """
         if self._stopping:
@@ -123,7 +126,7 @@ class Engine:
                     model=model,
                     version=number,
                 )
-            return revision
+            return _running(revision)
         if served is None:
             if not self.settled or self.known.get(model):
                 raise ModelNotReady(
@@ -139,7 +142,7 @@ class Engine:
                 model=model,
                 alias=wanted,
             )
-        return served.revisions[number_or_none]
+        return _running(served.revisions[number_or_none])
 
     def enter(
         self, model: str, version: str = "", alias: str = "", sticky_key: str = ""
@@ -232,17 +235,30 @@ class Engine:
             # Counters only grow while the server runs, also where a revision comes back.
             revision.counters = self._counters.setdefault((model.name, number), revision.counters)
             revision.shadow = None
+            revision.on_lost = self._lost
         for rule in model.shadows.values():
             if not rule.transform_again:
                 base = model.revisions[rule.base_revision]
                 base.shadow = base.shadow or Shadowing(self._shadows)
                 base.shadow.add(model.revisions[rule.revision], rule.share, rule.output)
         self.table = self.table.with_model(model)
+        if self._any_lost:
+            self.on_lost()
         if before is not None:
             kept = set(map(id, model.revisions.values()))
             for revision in before.revisions.values():
                 if id(revision) not in kept:
                     self.retire(revision)
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing that is loaded can run any more, because devices are gone."""
+        revisions = [r for model in self.table.models.values() for r in model.revisions.values()]
+        return bool(revisions) and all(revision.lost for revision in revisions)
+
+    def _lost(self) -> None:
+        self._any_lost = True
+        self.on_lost()
 
     def retire(self, revision: LoadedRevision) -> asyncio.Task[None]:
         """Free a revision once its requests in flight are answered; return the task that waits."""
@@ -284,6 +300,22 @@ class Engine:
                 self.retire(revision)
         while self._retiring:
             await asyncio.gather(*self._retiring, return_exceptions=True)
+
+
+def _running(revision: LoadedRevision) -> LoadedRevision:
+    """Return a revision if its device is there.
+
+    Raises:
+        ModelNotReady: it is not.
+    """
+    if lost := revision.lost:
+        raise ModelNotReady(
+            f"'{revision.info.model}' version {revision.info.revision} is not at ready state: its "
+            f"GPU is lost ({lost}); the server must be started again",
+            model=revision.info.model,
+            version=revision.info.revision,
+        )
+    return revision
 
 
 def parse_version(version: str) -> int:

@@ -15,6 +15,7 @@
     ├── QueueFull          more requests wait than may wait
     ├── QueueTimeout       it waited longer than it may
     ├── ServerStopping     the server, or the revision, takes no new requests
+    ├── DeviceFailed       the GPU failed, is full or is lost
     ├── ControlDisabled    models are not loaded and unloaded by request here
     └── ProtocolRestricted the call lacks the key that its method is restricted to
     DeadlineExceeded
@@ -130,6 +131,13 @@ class ServerStopping(errors.Unavailable):
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message, reason="SERVER_STOPPING", **metadata)
+
+
+class DeviceFailed(errors.Unavailable):
+    """The GPU failed on the request, has no memory for it, or is lost."""
+
+    def __init__(self, message: str, *, reason: str = "DEVICE_FAULT", **metadata: object) -> None:
+        super().__init__(message, reason=reason, **metadata)
 
 
 class RequestExpired(errors.DeadlineExceeded):

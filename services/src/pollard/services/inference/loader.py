@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from pollard.runtime.device_session import DeviceSession
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine, available_memory_bytes
 from pollard.runtime.sessions import Array, Session, open_session
@@ -27,6 +28,7 @@ from pollard.services.inference.description import (
     Outline,
     best_joined_batch,
 )
+from pollard.services.inference.devices import check_device_memory, cuda_options, warm_on_device
 from pollard.services.inference.errors import LoadRefused, MemoryShort
 from pollard.services.inference.idle_tuning import IdleTuner, Subject, lower_priority
 from pollard.services.inference.options import (
@@ -175,6 +177,7 @@ class Loader:
             description,
             tuning,
             prepared.row_seconds,
+            on_device=outline.on_device,
         )
         info = RevisionInfo(
             model=outline.model,
@@ -239,23 +242,47 @@ class Loader:
             # A measurement may hold copies of its model; it ends now that something is loaded.
             self._tuner.wait()
             self._check_memory(outline, to_come)
+        if outline.on_device:
+            check_device_memory(self._options, outline)
         _continue(abandoned)
         source.verify()
         _continue(abandoned)
         key, tuning = self._measured(outline)
         threads = counts(self._options, self._machine.cores, given_by(self._options, outline))[1]
         session = self._open(outline, tuning.threads if tuning else threads)
+        try:
+            return self._checked(source, abandoned, outline, session, key, tuning)
+        except BaseException:
+            session.close()
+            raise
+
+    def _checked(
+        self,
+        source: ModelSource,
+        abandoned: threading.Event,
+        outline: Outline,
+        session: Session,
+        key: str,
+        tuning: Tuning | None,
+    ) -> _Prepared:
+        """Check and warm an open model on the loader's thread."""
         description = source.describe(session)
         _continue(abandoned)
-        source.check(session)
-        _continue(abandoned)
-        row_seconds = _warm(session, description, abandoned)
+        if isinstance(session, DeviceSession):
+            # Before the check, which so looks at batches as they are served.
+            warm_on_device(session, description, lambda: _continue(abandoned))
+            row_seconds = math.inf
+            source.check(session)
+        else:
+            source.check(session)
+            _continue(abandoned)
+            row_seconds = _warm(session, description, abandoned)
         given = given_by(self._options, outline, description)
         return _Prepared(outline, description, session, given, row_seconds, key, tuning)
 
     def _measured(self, outline: Outline) -> tuple[str, Tuning | None]:
         """Return under what a measurement of a version is kept, and what was found before."""
-        if self._tunings is None or not outline.target.startswith("cpu"):
+        if self._tunings is None or outline.on_device:
             return "", None
         key = self._tunings.key(outline.model_file, outline.digest, self._options.optimize)
         return key, usable(self._tunings.find(key), given_by(self._options, outline))
@@ -299,19 +326,25 @@ class Loader:
         )
 
     def _open(self, outline: Outline, threads: int) -> Session:
+        cuda = cuda_options(self._options, outline) if outline.on_device else None
+
         def opened() -> Session:
             return open_session(
-                outline.model_file, target=outline.target, intra_op_threads=threads, spinning=False
+                outline.model_file,
+                target=outline.target,
+                intra_op_threads=threads,
+                spinning=False,
+                cuda=cuda,
             )
 
-        if threads == 1:
+        if threads == 1 and cuda is None:
             return opened()
         # Threads that onnxruntime starts inherit the loader's low priority, which cannot be raised
         # again.
         return self._opener.submit(opened).result()
 
     def _check_memory(self, outline: Outline, copies: int = 1) -> None:
-        needed = outline.needed_bytes
+        needed = 0 if outline.on_device else outline.needed_bytes
         if not needed:
             # No figure: the file once as read, once as laid out for the processor.
             file = outline.model_file

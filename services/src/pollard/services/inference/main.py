@@ -10,13 +10,13 @@ from typing import Any
 import structlog
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
-from pollard.runtime import signing
+from pollard.runtime import cuda, signing
 from pollard.runtime.errors import RuntimeFault
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
-from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
+from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service, spawn
 from pollard.services.common.logs import configure_logging
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
@@ -63,11 +63,18 @@ class InferenceServer:
         self._servicer = servicer
         self._advertise = advertise
         self._becoming_ready: asyncio.Task[Any] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        engine.on_lost = self.device_lost
 
     @property
     def address(self) -> str:
         """Target under which this machine reaches the server."""
         return self.grpc.address
+
+    def device_lost(self) -> None:
+        """Tell health and the manager that revisions cannot run any more."""
+        self.member.devices_changed()
+        spawn(self._tasks, _set_health(self.grpc, self.engine, self.member.ready), "health")
 
     async def start(self) -> None:
         """Listen, run what the cache holds, then follow the manager.
@@ -153,11 +160,17 @@ class StandaloneServer:
         self.grpc = grpc_server
         self._servicer = servicer
         self._becoming_ready: asyncio.Task[Any] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        engine.on_lost = self.device_lost
 
     @property
     def address(self) -> str:
         """Target under which this machine reaches the server."""
         return self.grpc.address
+
+    def device_lost(self) -> None:
+        """Tell health that models cannot run any more."""
+        spawn(self._tasks, _set_health(self.grpc, self.engine, self.models.ready), "health")
 
     async def start(self) -> None:
         """Listen and load the models; health says SERVING once that is done.
@@ -265,6 +278,13 @@ def _by_grpcio(settings: InferenceSettings) -> bool:
     return bool(missing)
 
 
+async def _set_health(
+    front: GrpcServer | EnvoyFront | CoreFront, engine: Engine, ready: bool
+) -> None:
+    """Tell health whether anything that is loaded can still run."""
+    await front.set_serving(ready and not engine.lost and not engine.stopping)
+
+
 def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
     if settings.trusted_keys is None:
         return None
@@ -280,10 +300,15 @@ def _trusted_keys(settings: InferenceSettings) -> TrustedKeys | None:
 def _detect(settings: InferenceSettings) -> Machine:
     try:
         machine = Machine.detect().without(settings.without_cpu_features)
+        chosen = machine.with_provider(settings.provider, settings.device_id)
     except RuntimeFault as error:
         raise StartupError(error.message) from error
+    built_for_gpu = "CUDAExecutionProvider" in machine.execution_providers
+    if settings.provider == "auto" and built_for_gpu:
+        for problem in cuda.problems(settings.device_id):
+            _log.warning("models run on the processor, for CUDA cannot be used", reason=problem)
     # Replicas share the cores: as many workers each as there are cores would only get in the way.
-    return replace(machine, cores=max(1, machine.cores // settings.replicas))
+    return replace(chosen, cores=max(1, machine.cores // settings.replicas))
 
 
 def run(settings: InferenceSettings) -> int:

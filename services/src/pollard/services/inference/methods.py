@@ -94,7 +94,9 @@ class ProtocolMethods:
 
     async def server_ready(self, _: pb.ServerReadyRequest, __: Call) -> pb.ServerReadyResponse:
         """Tell whether requests are taken."""
-        return pb.ServerReadyResponse(ready=self._catalogue.ready and not self._engine.stopping)
+        return pb.ServerReadyResponse(
+            ready=self._catalogue.ready and not self._engine.stopping and not self._engine.lost
+        )
 
     async def server_metadata(
         self, _: pb.ServerMetadataRequest, __: Call

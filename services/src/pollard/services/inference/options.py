@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from pollard.runtime.cuda import CudaOptions
 from pollard.services.inference.description import ModelDescription, Outline
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.tuning import Tuning
 
 _MEBIBYTE = 1 << 20
+
+_DEVICE_WORKERS = 2
+"""On a GPU: one copies while the other computes; four gave hardly more than two on an H200."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class EngineOptions:
     """Most requests of a revision that wait."""
     memory_headroom_bytes: int = 64 * _MEBIBYTE
     """Memory that must be left after a load."""
+    cuda: CudaOptions = field(default_factory=CudaOptions)
+    """How revisions are run on a GPU; `instances` is set for each revision."""
+    device_headroom_bytes: int = 256 * _MEBIBYTE
+    """Memory of the GPU that must be left after a load."""
 
     def threads(self, cores: int) -> tuple[int, int]:
         """Return the number of workers and of threads of one run, on so many cores."""
@@ -110,6 +118,8 @@ def running(
     description: ModelDescription,
     tuning: Tuning | None,
     row_seconds: float,
+    *,
+    on_device: bool = False,
 ) -> Running:
     """Decide how a revision is run.
 
@@ -120,7 +130,16 @@ def running(
         description: Of the revision.
         tuning: What was measured of it; None if nothing was.
         row_seconds: Time of a run of one row, if it was not measured; infinite if unknown.
+        on_device: Whether it runs on a GPU, of which nothing is measured.
     """
+    if on_device:
+        return Running(
+            device_workers(given),
+            1,
+            # Larger batches are where a GPU is fast; they form from what waits.
+            min(given.joined_batch or largest_batch(description), largest_batch(description)),
+            0,
+        )
     workers, threads = counts(options, cores, given)
     joined = given.joined_batch or description.joined_batch or 1
     if tuning is not None:
@@ -140,6 +159,11 @@ def running(
         inline_rows,
         options.inline_seconds or 0.0,
     )
+
+
+def device_workers(given: Given) -> int:
+    """Return the workers, and so the instances, of a revision on a GPU."""
+    return given.workers or _DEVICE_WORKERS
 
 
 def counts(options: EngineOptions, cores: int, given: Given) -> tuple[int, int]:

@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pollard.inference import model_config_pb2 as config_pb
+from pollard.runtime import cuda
 from pollard.runtime.machine import Machine
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.runtime.tensors import NUMPY
@@ -42,6 +43,12 @@ from pollard.services.inference.errors import LoadRefused, RequestInvalid
 from pollard.services.inference.tensors import from_raw
 
 CONFIG_FILE = "config.pbtxt"
+
+_GPU_TARGETS = {
+    "CUDAExecutionProvider": "cuda-fp16",
+    "TensorrtExecutionProvider": "tensorrt-int8",
+}
+"""Target of a plain model by provider; CUDA comes first where there are both."""
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Path, size, time of change and inode of each file: what tells that something has changed."""
@@ -201,23 +208,16 @@ class RepositoryModel:
                 model=entry.name,
             )
         groups = [group for group in config.instance_group if not group.passive]
-        has_gpu = "CUDAExecutionProvider" in machine.execution_providers
-        wants_gpu = any(group.kind == config_pb.ModelInstanceGroup.KIND_GPU for group in groups)
-        if wants_gpu and not has_gpu:
-            raise LoadRefused(
-                f"instance group of model '{entry.name}' is of kind KIND_GPU but no GPUs are "
-                "available; leave kind out, or set KIND_CPU",
-                model=entry.name,
-            )
-        on_cpu = any(group.kind == config_pb.ModelInstanceGroup.KIND_CPU for group in groups)
+        target, devices = _placed(entry.name, groups, machine)
         return Outline(
             model=entry.name,
             version=self._version,
             model_file=file,
-            target="cuda-fp16" if wants_gpu or (has_gpu and not on_cpu) else "cpu-fp32",
+            target=target,
             size_bytes=sum(size for path, size, *_ in entry.stamp if self._owns(path)),
-            workers=sum(max(1, group.count) for group in groups),
+            workers=len(devices) or sum(max(1, group.count) for group in groups),
             threads=threads_of(config),
+            devices=devices,
         )
 
     def verify(self) -> None:
@@ -325,6 +325,48 @@ class RepositoryModel:
             return generator.integers(0x3F80, 0x4000, shape).astype(kind)
         data = generator.bytes(math.prod(shape) * kind.itemsize)
         return from_raw(data, spec.datatype, shape, spec.name, self._entry.name)
+
+
+def _placed(
+    model: str, groups: Sequence[config_pb.ModelInstanceGroup], machine: Machine
+) -> tuple[str, tuple[int, ...]]:
+    """Return where the instance groups of a model put it: the target, and the GPU of each worker.
+
+    Raises:
+        LoadRefused: there is no such GPU, or none at all, or the server may not use the processor.
+    """
+    kinds = {group.kind for group in groups}
+    kind = config_pb.ModelInstanceGroup
+    gpu = next((name for name in _GPU_TARGETS if name in machine.execution_providers), "")
+    if kind.KIND_GPU in kinds and not gpu:
+        raise LoadRefused(
+            f"instance group of model '{model}' is of kind KIND_GPU but no GPUs are available; "
+            "leave kind out, or set KIND_CPU",
+            model=model,
+        )
+    if not gpu or (kind.KIND_CPU in kinds and kind.KIND_GPU not in kinds):
+        if "CPUExecutionProvider" not in machine.execution_providers:
+            raise LoadRefused(
+                f"instance group of model '{model}' is of kind KIND_CPU, and this server runs "
+                "models on the GPU only; start it with --provider auto",
+                model=model,
+            )
+        return "cpu-fp32", ()
+    placed: list[int] = []
+    for group in groups:
+        if group.kind != kind.KIND_CPU:
+            placed += [device for device in group.gpus for _ in range(max(1, group.count))]
+    if placed:
+        there = [device.index for device in cuda.devices()]
+        for device in placed:
+            if device not in there:
+                raise LoadRefused(
+                    f"instance group of model '{model}' specifies invalid or unsupported gpu id "
+                    f"{device}. GPUs available: {', '.join(map(str, there)) or 'none'}",
+                    model=model,
+                    device=device,
+                )
+    return _GPU_TARGETS[gpu], tuple(placed)
 
 
 def _inside(folder: Path, name: str, entry: RepositoryEntry) -> Path:

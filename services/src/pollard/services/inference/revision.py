@@ -132,6 +132,8 @@ class LoadedRevision:
         self._retiring = False
         self._idle = asyncio.Event()
         self._closed = asyncio.Event()
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called on the event loop's thread when its device is found to be gone."""
         self.freed = asyncio.Event()
         """Set when the session has been freed."""
         self._workers = Workers(
@@ -141,6 +143,7 @@ class LoadedRevision:
             max_queue=max_queue,
             name=f"{info.model}-{info.revision}",
             on_closed=self._on_workers_closed,
+            on_lost=lambda: _call_on(self._loop, lambda: self.on_lost()),
             scheduling=self._scheduling,
         )
 
@@ -339,6 +342,12 @@ class LoadedRevision:
     def retiring(self) -> bool:
         """Whether it gets no new requests any more."""
         return self._retiring
+
+    @property
+    def lost(self) -> str:
+        """Why it cannot run any more, if its device is gone; empty while it can."""
+        session = self._workers.session
+        return session.lost if session is not None else ""
 
     @property
     def session(self) -> Session | None:

@@ -8,10 +8,17 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
+from pollard.runtime.cuda import ConvSearch, CudaOptions
 from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.frontends.experiments import choose_threadless
 from pollard.services.inference.options import EngineOptions
 from pollard.services.inference.restrictions import Restriction, parse_restrictions
+
+_CONV_SEARCH: Mapping[str, ConvSearch] = {
+    "heuristic": "HEURISTIC",
+    "exhaustive": "EXHAUSTIVE",
+    "default": "DEFAULT",
+}
 
 
 class InferenceSettings(ServiceSettings):
@@ -48,6 +55,37 @@ class InferenceSettings(ServiceSettings):
         description="Load only bundles that a key of this directory (*.pub, *.pem) has signed; "
         "read at the start.",
     )
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto",
+        description="What runs models: the GPU where a model and this machine allow it (auto), "
+        "only the processor, or only CUDA or TensorRT, without which the server does not start.",
+    )
+    device_id: int = Field(
+        0, ge=0, description="GPU for models, as CUDA counts them, where a model names none."
+    )
+    gpu_memory_limit: int = Field(
+        0,
+        ge=0,
+        description="Most memory of the GPU in bytes that one revision may take for weights and "
+        "activations, all its workers together; 0 for no limit.",
+    )
+    gpu_memory_headroom: int = Field(
+        256 * 1024 * 1024,
+        ge=0,
+        description="Memory of the GPU in bytes that must be left after loading a revision.",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="Replay CUDA graphs, one for each size of a batch. Faster for small batches; "
+        "while one is recorded, at a load, all other models on GPUs pause for milliseconds.",
+    )
+    prefer_nhwc: bool = Field(
+        True, description="Run convolutions on the GPU with the channels last."
+    )
+    conv_search: Literal["heuristic", "exhaustive", "default"] = Field(
+        "heuristic",
+        description="How cuDNN's algorithms are chosen; exhaustive times them at a load.",
+    )
     optimize: Literal["latency", "throughput"] = Field(
         "throughput",
         description="One caller with all cores (latency) or one caller a core (throughput).",
@@ -56,7 +94,7 @@ class InferenceSettings(ServiceSettings):
         0,
         ge=0,
         description="Threads that run requests of a model; 0 follows what was measured, or else "
-        "--optimize.",
+        "--optimize. On a GPU each has a session of its own, and 0 means 2.",
     )
     intra_op_threads: int = Field(
         0,
@@ -188,4 +226,12 @@ class InferenceSettings(ServiceSettings):
             ),
             max_queue=self.max_queue,
             memory_headroom_bytes=self.memory_headroom_bytes,
+            cuda=CudaOptions(
+                device_id=self.device_id,
+                memory_limit_bytes=self.gpu_memory_limit,
+                prefer_nhwc=self.prefer_nhwc,
+                conv_search=_CONV_SEARCH[self.conv_search],
+                graphs=self.cuda_graphs,
+            ),
+            device_headroom_bytes=self.gpu_memory_headroom,
         )

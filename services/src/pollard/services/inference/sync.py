@@ -22,7 +22,7 @@ from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
 from pollard.services.inference.engine import Engine, Route, ServedModel
-from pollard.services.inference.errors import ControlDisabled
+from pollard.services.inference.errors import ControlDisabled, DeviceFailed
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.revision import LoadedRevision
 
@@ -296,8 +296,27 @@ class InferenceMember:
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
+    def devices_changed(self) -> None:
+        """Report the revisions whose device is gone as failed."""
+        for model in self._engine.table.models.values():
+            for revision in model.revisions.values():
+                if revision.lost:
+                    self._set_lost(revision)
+
+    def _set_lost(self, revision: LoadedRevision) -> None:
+        info = revision.info
+        current = self._statuses.get((info.model, info.revision))
+        if current is None or current.state != fleet_pb.REVISION_STATE_FAILED:
+            status = self._set(info.model, info.revision, fleet_pb.REVISION_STATE_FAILED)
+            status.variant = info.variant
+            lost = DeviceFailed(f"its GPU is lost: {revision.lost}", reason="DEVICE_LOST")
+            status.error.CopyFrom(to_proto(lost))
+
     def _set_ready(self, revision: LoadedRevision) -> None:
         info = revision.info
+        if revision.lost:
+            self._set_lost(revision)
+            return
         current = self._statuses.get((info.model, info.revision))
         if current is not None and current.state == fleet_pb.REVISION_STATE_READY:
             return

@@ -18,8 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
+from pollard.runtime.errors import DeviceFault
 from pollard.runtime.sessions import Array, Session
 from pollard.services.inference.errors import (
+    DeviceFailed,
     ExecutionFailed,
     QueueTimeout,
     RequestExpired,
@@ -128,6 +130,7 @@ class Workers:
         max_queue: int,
         name: str,
         on_closed: Callable[[], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
         scheduling: Scheduling | None = None,
     ) -> None:
         """Start the threads.
@@ -139,6 +142,7 @@ class Workers:
             max_queue: Most requests that wait.
             name: For the threads' names.
             on_closed: Called by the last thread, after the session has been let go.
+            on_lost: Called on any thread, after a run found that its device is gone.
             scheduling: Priorities, and how long a batch may form; its queue limits go before
                 `max_queue` where it has priorities.
         """
@@ -157,6 +161,7 @@ class Workers:
         self._alive = count
         self._lock = threading.Lock()
         self._on_closed = on_closed
+        self._on_lost = on_lost
         self._name = name
         self._started = 0
         """Threads that were ever started."""
@@ -311,7 +316,11 @@ class Workers:
 
     def _execute(self, batch: Sequence[Work]) -> None:
         assert self._session is not None  # noqa: S101 - let go only after the last run
-        _hand_over(self._outcomes(self._session, batch))
+        session = self._session
+        _hand_over(self._outcomes(session, batch))
+        if session.lost and self._on_lost is not None:
+            on_lost, self._on_lost = self._on_lost, None
+            on_lost()
 
     def _outcomes(self, session: Session, batch: Sequence[Work]) -> list[_Settled]:
         """Run requests as one batch and return what each of them gets."""
@@ -320,12 +329,16 @@ class Workers:
         total = sum(work.batch for work in batch)
         timing = Timing(total, time.perf_counter_ns())
         try:
-            feeds = {
-                name: np.concatenate([work.feeds[name] for work in batch])
-                for name in batch[0].feeds
-            }
-            timing.ready = time.perf_counter_ns()
-            outputs = session.run(feeds, batch[0].outputs)
+            if session.stages:
+                timing.ready = timing.started
+                outputs = session.run_parts([work.feeds for work in batch], batch[0].outputs)
+            else:
+                feeds = {
+                    name: np.concatenate([work.feeds[name] for work in batch])
+                    for name in batch[0].feeds
+                }
+                timing.ready = time.perf_counter_ns()
+                outputs = session.run(feeds, batch[0].outputs)
             timing.run = time.perf_counter_ns()
             if any(array.shape[:1] != (total,) for array in outputs.values()):
                 raise ValueError("an output does not follow the batch")
@@ -358,7 +371,10 @@ class Workers:
             self._alive -= 1
             last = self._alive == 0
         if last:
-            self._session = None
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+            del session
             if self._on_closed is not None:
                 self._on_closed()
 
@@ -377,7 +393,9 @@ def _still_wanted(work: Work) -> bool:
     return True
 
 
-def _execution_failed(error: Exception) -> ExecutionFailed:
+def _execution_failed(error: Exception) -> DeviceFailed | ExecutionFailed:
+    if isinstance(error, DeviceFault):
+        return DeviceFailed(error.message, reason=error.reason, **error.metadata)
     # onnxruntime's exceptions share no base class but Exception.
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ExecutionFailed(f"onnxruntime could not run the request: {first_line}")
