@@ -362,6 +362,9 @@ class Watched:
             raise ValueError("negative\nmore")
         return self.session.run(feeds, outputs)
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.session, name)
+
 
 @pytest.fixture
 def watch() -> type[Watched]:
