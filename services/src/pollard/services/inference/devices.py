@@ -31,11 +31,16 @@ def cuda_options(options: EngineOptions, outline: Outline) -> CudaOptions:
     return replace(options.cuda, instances=workers, devices=outline.devices)
 
 
-def check_device_memory(options: EngineOptions, outline: Outline) -> None:
+def check_device_memory(options: EngineOptions, outline: Outline, copies: int = 1) -> None:
     """Check that the GPU has memory for a version beside what runs, before it is loaded.
 
     What activations take shows only in the runs that follow; if those find the memory too small,
     the load ends there, and what runs goes on in the memory that it has already.
+
+    Args:
+        options: Of the server.
+        outline: Of the version.
+        copies: Servers on this machine that will load it, this one included.
 
     Raises:
         MemoryShort: it has not, or the limit for one revision is smaller than the weights.
@@ -57,7 +62,7 @@ def check_device_memory(options: EngineOptions, outline: Outline) -> None:
     one = max(outline.needed_bytes, size + _WORKSPACE_BYTES)
     for device_id, count in Counter(placed).items():
         cuda.require(device_id)
-        needed = one * count
+        needed = one * count * copies
         free, total = cuda.memory(device_id)
         available = max(0, free - options.device_headroom_bytes)
         if needed > available:

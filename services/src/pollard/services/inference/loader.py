@@ -243,7 +243,7 @@ class Loader:
             self._tuner.wait()
             self._check_memory(outline, to_come)
         if outline.on_device:
-            check_device_memory(self._options, outline)
+            check_device_memory(self._options, outline, to_come)
         _continue(abandoned)
         source.verify()
         _continue(abandoned)
