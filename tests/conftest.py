@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import io
+import ipaddress
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -180,3 +182,79 @@ def postgres() -> Iterator[Any]:
     server = module.Postgres()
     yield server
     server.close()
+
+
+class Authority:
+    """An authority for certificates, and what it signs."""
+
+    def __init__(self, folder: Path) -> None:
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.ca = folder / "ca.pem"
+        self._name = self._named(folder.name)
+        whole = x509.BasicConstraints(ca=True, path_length=None)
+        self._write(self.ca, self._sign(self._name, self._key, whole, critical=True))
+
+    def issue(self, name: str, host: str = "127.0.0.1", days: int = 30) -> tuple[Path, Path]:
+        """Return the files of a certificate for an address and of its key."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate, key_file = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        address = (
+            x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+        )
+        names = x509.SubjectAlternativeName([address])
+        self._write(certificate, self._sign(self._named(name), key, names, days=days))
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return certificate, key_file
+
+    @staticmethod
+    def _named(name: str) -> Any:
+        from cryptography import x509
+        from cryptography.x509.oid import NameOID
+
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    def _sign(
+        self, name: Any, key: Any, extension: Any, *, critical: bool = False, days: int = 30
+    ) -> Any:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes
+
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=60))
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(extension, critical=critical)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    @staticmethod
+    def _write(file: Path, certificate: Any) -> None:
+        from cryptography.hazmat.primitives import serialization
+
+        file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+@pytest.fixture
+def make_authority(tmp_path: Path) -> Callable[[str], Authority]:
+    """Returns a function that makes an authority of a name."""
+    return lambda name: Authority(tmp_path / "authorities" / name)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.client import ImageLike, Prediction
+from pollard.client.environment import connection
 from pollard.compress.data import PartName, load_part, part_items
 from pollard.compress.errors import DataInvalid, LabelsMismatch, UsageInvalid
 from pollard.compress.evaluate import predict_part, session_predictor, torch_predictor
@@ -193,7 +194,7 @@ def _ask_server(
     labels: list[int] = []
     damaged: list[str] = []
     served: set[int] = set()
-    with VisionClient(server) as vision, ThreadPoolExecutor(2) as pool:
+    with VisionClient(server, **connection()) as vision, ThreadPoolExecutor(2) as pool:
 
         def ask(start: int) -> list[Prediction | str]:
             """Return an answer for each image of a batch, or why there is none."""

@@ -86,9 +86,43 @@ def up(
     insecure: Annotated[
         bool,
         typer.Option(
-            "--insecure", help="Allow an address that is not loopback without TLS and a token."
+            "--insecure",
+            help="Allow an address that is not loopback though nobody has to show a certificate.",
         ),
     ] = False,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file with the certificate chain that all three services show; read again "
+            "when it changes. Needs --tls-key and --tls-ca.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file with the certificate's key.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file with the authority of that certificate: the services trust each other "
+            "by it.",
+        ),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file with the authorities of clients: whoever connects must show a "
+            "certificate of one of them, the services too.",
+        ),
+    ] = None,
+    tls_name: Annotated[
+        str,
+        typer.Option(
+            help="Name in the certificate, if it does not hold the address of this machine."
+        ),
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="TOML file with the services' settings."),
@@ -128,6 +162,7 @@ def up(
     Ctrl-C or SIGTERM stops them cleanly. A service that dies or hangs is started again. Kept data
     lies in --data-dir; the same directory gives the same models again.
     """
+    from pollard.services.common.tls_files import TlsFiles
     from pollard.services.up.command import run_up
     from pollard.services.up.plan import UpOptions
 
@@ -148,6 +183,7 @@ def up(
         models_port=models_port,
         replicas=replicas,
         insecure=insecure,
+        tls=TlsFiles(tls_certificate, tls_key, tls_client_ca, tls_ca, tls_name),
         config=config,
         ready_file=ready_file,
         start_timeout_seconds=start_timeout,

@@ -29,6 +29,8 @@ from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.status import to_proto
+from pollard.services.common.tls import open_channel
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 _log = structlog.get_logger("pollard.fleet")
 
@@ -100,6 +102,8 @@ class AgentOptions:
     """Longest time between reports, unless the manager says otherwise."""
     max_backoff_seconds: float = 5.0
     """Longest pause before the stream is opened again."""
+    tls: TlsFiles = PLAIN
+    """How the managers are reached."""
 
 
 class FleetAgent:
@@ -130,6 +134,7 @@ class FleetAgent:
         self._outbox: asyncio.Queue[fleet_pb.SyncRequest] | None = None
         self._report_wanted = asyncio.Event()
         self._report_seconds = options.report_seconds
+        self._tls = options.tls
         self._heard = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -144,7 +149,7 @@ class FleetAgent:
         manager.
         """
         for manager in self._managers:
-            self._channels[manager] = grpc.aio.insecure_channel(manager, options=_CHANNEL_OPTIONS)
+            self._channels[manager] = open_channel(manager, self._tls, _CHANNEL_OPTIONS)
         saved = await asyncio.to_thread(self.cache.load_state)
         if saved is not None:
             _log.info("starting from the cache", version=saved.version, models=len(saved.models))

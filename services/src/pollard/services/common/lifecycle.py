@@ -21,6 +21,8 @@ from grpc_reflection.v1alpha import reflection
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.reflection import reflection_pool
+from pollard.services.common.tls import server_credentials
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 _log = structlog.get_logger("pollard.lifecycle")
 
@@ -35,9 +37,25 @@ class Listen:
     max_message_bytes: int = 64 * 1024 * 1024
     """Largest message, both ways, in bytes."""
     insecure: bool = False
-    """Allow an address that is not loopback without TLS and a token."""
+    """Allow an address that is not loopback though nobody has to show anything."""
     unix_socket: str | None = None
-    """Also listen on this Unix socket."""
+    """Also listen on this Unix socket, which the rights of its file guard."""
+    tls: TlsFiles = PLAIN
+    """How the port speaks TLS, if it does."""
+
+    def check(self) -> None:
+        """Check that not everybody can get in.
+
+        Raises:
+            StartupError: others reach the address, and nobody has to show anything.
+        """
+        if self.insecure or is_loopback(self.host) or self.tls.knows_clients:
+            return
+        raise StartupError(
+            f"refusing to listen on {self.host}: anybody who reaches it could use and change the "
+            "models. Let clients show a certificate (--tls-certificate, --tls-key and "
+            "--tls-client-ca), listen on 127.0.0.1, or give --insecure if the network is trusted"
+        )
 
 
 def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -77,12 +95,8 @@ class GrpcServer:
     """The port in use, after :meth:`start`."""
 
     def __post_init__(self) -> None:
-        if not self.listen.insecure and not is_loopback(self.listen.host):
-            raise StartupError(
-                f"refusing to listen on {self.listen.host} without TLS and a token: anybody who "
-                "reaches it could use and change the models. Listen on 127.0.0.1, or give "
-                "--insecure if the network is trusted"
-            )
+        self.listen.check()
+        self._credentials = server_credentials(self.listen.tls)
         self.server = grpc.aio.server(
             interceptors=list(self.interceptors),
             options=server_options(self.listen.max_message_bytes),
@@ -104,7 +118,11 @@ class GrpcServer:
         host = f"[{self.listen.host}]" if ":" in self.listen.host else self.listen.host
         address = f"{host}:{self.listen.port}"
         try:
-            self.port = self.server.add_insecure_port(address)
+            self.port = (
+                self.server.add_insecure_port(address)
+                if self._credentials is None
+                else self.server.add_secure_port(address, self._credentials)
+            )
         except RuntimeError as error:
             raise StartupError(
                 f"cannot listen on {address}: the port is in use or the address is not this "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -15,6 +15,7 @@ from pydantic_settings import (
 )
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.tls_files import TlsFiles
 
 
 class ServiceSettings(BaseSettings):
@@ -28,7 +29,29 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     insecure: bool = Field(
-        False, description="Allow an address that is not loopback without TLS and a token."
+        False,
+        description="Allow an address that is not loopback though nobody shows a certificate.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate chain that the service shows; TLS is off "
+        "without it. It is read again when it changes.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's key.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the authorities of clients: whoever connects must show a "
+        "certificate that one of them has signed.",
+    )
+    tls_ca: Path | None = Field(
+        None,
+        description="PEM file with the authorities of the other services, which are then "
+        "reached by TLS, and shown this service's certificate if they ask.",
+    )
+    tls_name: str = Field(
+        "",
+        description="Name in the certificates of the other services, when they are reached "
+        "under another.",
     )
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
@@ -45,6 +68,21 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="Log lines for people or for collectors."
     )
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key are given together or not at all")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
+
+    @property
+    def tls(self) -> TlsFiles:
+        """The files of TLS."""
+        return TlsFiles(
+            self.tls_certificate, self.tls_key, self.tls_client_ca, self.tls_ca, self.tls_name
+        )
 
     def prepare_process(self) -> None:
         """Set what libraries read from the environment; called before they are imported."""

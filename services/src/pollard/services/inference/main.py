@@ -138,6 +138,7 @@ def build_server(
             server_id=settings.server_id,
             software_version=software_version(),
             capabilities=_capabilities(machine),
+            tls=settings.tls,
         ),
     )
     member.on_change = agent.report_soon
@@ -254,6 +255,7 @@ def _front(
         max_message_bytes=settings.max_message_bytes,
         insecure=settings.insecure,
         unix_socket=settings.unix_socket,
+        tls=settings.tls,
     )
     if make_front is None and _by_grpcio(settings):
         grpc_server = GrpcServer(listen, [SERVICE_NAME])

@@ -75,7 +75,7 @@ class ModelsService:
             report_interval_seconds=settings.report_interval_seconds,
             check=lambda session: self.leadership.check(session),
         )
-        self.relay = Relay()
+        self.relay = Relay(settings.tls)
         self.leadership = Leadership(
             self.store,
             begin=lambda after_another: self.fleet.start(after_another=after_another),
@@ -89,6 +89,7 @@ class ModelsService:
                 port=settings.port,
                 max_message_bytes=settings.max_message_bytes,
                 insecure=settings.insecure,
+                tls=settings.tls,
             ),
             service_names=SERVICES,
             interceptors=[ErrorInterceptor()],

@@ -16,6 +16,8 @@ from pollard.models.v1 import fleet_service_pb2 as pb
 from pollard.models.v1 import fleet_service_pb2_grpc as pb_grpc
 from pollard.services.common.errors import Unavailable
 from pollard.services.common.status import RelayedError
+from pollard.services.common.tls import open_channel
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 _MARK = "pollard-relayed"
 """Metadata of a call that was handed on: it is not handed on again."""
@@ -33,7 +35,9 @@ _OPTIONS = [
 class Relay:
     """Calls to the manager that leads."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles = PLAIN) -> None:
+        """Reach managers by `tls`."""
+        self._tls = tls
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
 
@@ -109,7 +113,7 @@ class Relay:
         if leader != self._address or self._channel is None:
             await self.close()
             self._address = leader
-            self._channel = grpc.aio.insecure_channel(leader, options=_OPTIONS)
+            self._channel = open_channel(leader, self._tls, _OPTIONS)
         return pb_grpc.FleetServiceStub(self._channel)
 
 

@@ -21,6 +21,8 @@ from pollard.inference import grpc_service_pb2 as pb
 from pollard.runtime.tensors import FROM_NUMPY, NUMPY
 from pollard.services.common.lifecycle import cancel, spawn
 from pollard.services.common.shadows import SHADOW_METADATA
+from pollard.services.common.tls import open_channel
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.preprocess.errors import (
     InferenceFailed,
     InferenceUnavailable,
@@ -75,14 +77,21 @@ class Work:
 class InferenceClient:
     """Channels to the inference servers, kept open."""
 
-    def __init__(self, max_message_bytes: int = 64 * 1024**2, drain_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        max_message_bytes: int = 64 * 1024**2,
+        drain_seconds: float = 30.0,
+        tls: TlsFiles = PLAIN,
+    ) -> None:
         """Open nothing yet.
 
         Args:
             max_message_bytes: Largest message, both ways, in bytes.
             drain_seconds: Longest wait for calls in flight before a channel
                 that is no longer needed is closed.
+            tls: How the servers are reached.
         """
+        self._tls = tls
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -197,7 +206,7 @@ class InferenceClient:
 
     def _channel(self, address: str) -> Any:
         if address not in self._channels:
-            channel = grpc.aio.insecure_channel(address, options=self._options)
+            channel = open_channel(address, self._tls, self._options)
             # No serialisers: the same bytes may go to several servers.
             self._channels[address] = (channel, channel.unary_unary(_METHOD))
         return self._channels[address][1]

@@ -111,7 +111,9 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     """
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
-    client = InferenceClient(settings.max_message_bytes, drain_seconds=settings.max_request_seconds)
+    client = InferenceClient(
+        settings.max_message_bytes, drain_seconds=settings.max_request_seconds, tls=settings.tls
+    )
     counts = Counts()
     member = PreprocessMember(current, client, settings.worker_limits.image_limits, counts=counts)
     predictor = Predictor(current, pool, client, settings.max_message_bytes, counts)
@@ -125,6 +127,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             max_message_bytes=settings.max_message_bytes,
             insecure=settings.insecure,
             unix_socket=settings.unix_socket,
+            tls=settings.tls,
         ),
         [PREPROCESS_SERVICE, VISION_SERVICE],
         [ErrorInterceptor()],
@@ -144,6 +147,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             cache_dir=settings.cache_dir,
             server_id=settings.server_id,
             software_version=_software_version(),
+            tls=settings.tls,
         ),
     )
     member.on_change = agent.report_soon

@@ -63,6 +63,7 @@ async def _run(options: UpOptions) -> int:
         start_timeout_seconds=options.start_timeout_seconds,
         grace_seconds=options.grace_seconds,
         hang_seconds=options.hang_seconds,
+        tls=options.tls,
     )
     install_signals(supervisor)
     if options.ready_file is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 INFERENCE, PREPROCESS, MODELS = "inference", "preprocess", "models"
 
@@ -46,7 +47,9 @@ class UpOptions:
     models_port: int | None = None
     """0 takes a free one; None follows `port_base`."""
     insecure: bool = False
-    """Allow an address that is not loopback without TLS and a token."""
+    """Allow an address that is not loopback though nobody has to show anything."""
+    tls: TlsFiles = PLAIN
+    """How the services speak TLS, with others and among themselves."""
     config: Path | None = None
     """TOML file with the services' settings."""
     ready_file: Path | None = None
@@ -126,6 +129,7 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         common.append("--insecure")
     if options.config is not None:
         common += ["--config", str(options.config.absolute())]
+    common += _tls_arguments(options.tls)
     together: list[str] = []
     if options.replicas > 1:
         together = ["--replicas", str(options.replicas)]
@@ -142,6 +146,30 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         replace(plan, arguments=(*common, "--port", str(plan.port), *own(plan)))
         for plan in (plans[name] for name in (MODELS, *replicas, PREPROCESS))
     ]
+
+
+def _tls_arguments(tls: TlsFiles) -> list[str]:
+    if (tls.certificate is None) != (tls.key is None):
+        raise StartupError("--tls-certificate and --tls-key are given together or not at all")
+    if tls.certificate is not None and tls.ca is None:
+        raise StartupError(
+            "--tls-certificate needs --tls-ca, the authority that signed it: the services reach "
+            "each other by TLS too, and must know whom to trust"
+        )
+    if tls.certificate is None and (tls.ca is not None or tls.client_ca is not None):
+        raise StartupError("--tls-ca and --tls-client-ca need --tls-certificate and --tls-key")
+    arguments: list[str] = []
+    for flag, file in (
+        ("--tls-certificate", tls.certificate),
+        ("--tls-key", tls.key),
+        ("--tls-client-ca", tls.client_ca),
+        ("--tls-ca", tls.ca),
+    ):
+        if file is not None:
+            arguments += [flag, str(file.absolute())]
+    if tls.name:
+        arguments += ["--tls-name", tls.name]
+    return arguments
 
 
 def _choose_ports(options: UpOptions) -> dict[str, int]:

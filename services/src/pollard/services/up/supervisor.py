@@ -17,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import cancel
+from pollard.services.common.tls import open_channel
+from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.up.plan import STOP_ORDER, ServicePlan
 
 _FIRST_BACKOFF_SECONDS = 0.2
@@ -124,6 +126,7 @@ class Supervisor:
         start_timeout_seconds: float = 60.0,
         grace_seconds: float = 10.0,
         hang_seconds: float = 20.0,
+        tls: TlsFiles = PLAIN,
     ) -> None:
         """Make a supervisor; nothing is started yet.
 
@@ -136,7 +139,9 @@ class Supervisor:
             grace_seconds: How long requests in flight may take to end.
             hang_seconds: How long a service may leave health checks without an answer before it is
                 killed and started again; 0 for ever.
+            tls: How the services are reached.
         """
+        self._tls = tls
         self.children = {plan.name: Child(plan) for plan in plans}
         self._notice = notice
         self._write_line = write_line
@@ -285,7 +290,7 @@ class Supervisor:
         if self._hang <= 0:
             await asyncio.Event().wait()
         pause = self._hang / _CHECKS_BEFORE_HUNG
-        async with _channel(child) as channel:
+        async with self._channel(child) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 try:
@@ -302,6 +307,10 @@ class Supervisor:
                 else:
                     await asyncio.sleep(pause)
 
+    def _channel(self, child: Child) -> grpc.aio.Channel:
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
+        return open_channel(child.plan.address, self._tls, options)
+
     async def _announce(self, child: Child) -> None:
         await self._healthy(child)
         self._notice(f"{child.plan.name} is healthy again")
@@ -309,7 +318,7 @@ class Supervisor:
 
     async def _healthy(self, child: Child) -> None:
         """Return when a service says that it serves."""
-        async with _channel(child) as channel:
+        async with self._channel(child) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 try:
@@ -355,11 +364,6 @@ class Supervisor:
             clean = False
             self._notice(f"{name} {_how(code)} while stopping")
         return clean
-
-
-def _channel(child: Child) -> grpc.aio.Channel:
-    options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
-    return grpc.aio.insecure_channel(child.plan.address, options=options)
 
 
 def _how(code: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import grpc
 
 from pollard.client import ModelsClient, PollardError, RequestFailed, RetryPolicy
+from pollard.client.environment import connection
 
 _PATIENCE_SECONDS = 3.0
 _NAMED = 5
@@ -29,7 +30,10 @@ def hint(error: RequestFailed) -> str:
     model = error.metadata.get("model", "")
     try:
         with ModelsClient(
-            error.address, timeout=_PATIENCE_SECONDS, retry=RetryPolicy.none()
+            error.address,
+            timeout=_PATIENCE_SECONDS,
+            retry=RetryPolicy.none(),
+            **connection(),
         ) as client:
             return _of_what_there_is(client, error, model)
     except (PollardError, ValueError):

@@ -24,6 +24,7 @@ from pollard.client.cli._common import (
     size,
     warn,
 )
+from pollard.client.environment import connection
 
 
 def register(app: typer.Typer) -> None:
@@ -87,8 +88,8 @@ def copy(
     if revision is not None and alias is not None:
         raise typer.BadParameter("give REVISION or --alias, not both")
     with (
-        ModelsClient(server, timeout=timeout) as source,
-        ModelsClient(to, timeout=timeout) as target,
+        ModelsClient(server, timeout=timeout, **connection()) as source,
+        ModelsClient(to, timeout=timeout, **connection()) as target,
         TransferBar(f"copying {model}") as moved,
     ):
         done = source.copy(

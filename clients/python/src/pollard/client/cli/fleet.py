@@ -25,6 +25,7 @@ from pollard.client.cli._common import (
     show_picture,
     stdout,
 )
+from pollard.client.environment import connection
 
 _LOOK_SECONDS = 1.0
 _NOBODY = "No server has reported yet; `pollard up` or `pollard serve` starts some."
@@ -50,7 +51,7 @@ def fleet(
 
     With --json everything about each server, with --watch too a line whenever something changed.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         servers = client.servers()
         if watch:
             try:

@@ -40,6 +40,7 @@ from pollard.client.cli._common import (
 )
 from pollard.client.cli.signing import SignOption, signer
 from pollard.client.cli.tuning import known_servers, runs_of, show_runs
+from pollard.client.environment import connection
 
 app = typer.Typer(
     help="Put models into the registry, and decide which revision is served.",
@@ -91,7 +92,7 @@ def push(
     make_signature = signer(sign)
     with (
         _as_bundle(source, labels, quiet=as_json) as directory,
-        ModelsClient(server, timeout=timeout) as client,
+        ModelsClient(server, timeout=timeout, **connection()) as client,
     ):
         if make_signature is not None:
             make_signature(directory)
@@ -161,7 +162,7 @@ def list_models(
     as_json: JsonOption = False, server: Server = MODELS_SERVER, timeout: TimeoutOption = _TIMEOUT
 ) -> None:
     """List the models."""
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         found = client.models()
     if as_json:
         print_json(found)
@@ -198,7 +199,7 @@ def show(
     Both with how each inference server runs them: workers, threads and joined batches. For one
     revision also what the server measured to choose these.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         if revision is not None:
             found = client.revision(model, revision=revision)
             servers = known_servers(server, timeout)
@@ -243,7 +244,7 @@ def alias(
     """Point an alias at a revision, or remove it. Requests go on while it moves."""
     if delete == (revision is not None):
         raise typer.BadParameter("give either a REVISION or --delete")
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         if revision is None:
             client.delete_alias(model, name)
             say(f"{model}: {name} is removed.")
@@ -274,7 +275,7 @@ def rollback(
 
     By default production. Requests go on while it moves.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         found = client.rollback(
             model,
             alias or "production",
@@ -306,7 +307,7 @@ def pull(
     if revision is not None and alias is not None:
         raise typer.BadParameter("give --revision or --alias, not both")
     with (
-        ModelsClient(server, timeout=timeout) as client,
+        ModelsClient(server, timeout=timeout, **connection()) as client,
         TransferBar(f"pulling {model}") as moved,
     ):
         found = client.pull(model, directory, revision=revision, alias=alias, progress=moved)
@@ -337,7 +338,7 @@ def delete(
     if not yes and not _confirmed(f"Delete {what}?"):
         fail("nothing was deleted; --yes deletes without asking")
         raise typer.Exit(1)
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         client.delete(model, revision=revision, force=force)
     again = f"{model} --revision {revision}" if revision else model
     say(f"Deleted {what}. For 30 days, to bring it back: pollard models undelete {again}")
@@ -355,7 +356,7 @@ def undelete(
     A model comes back with the revisions that were deleted with it, and without its aliases:
     `pollard models alias` serves it again.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         client.undelete(model, revision=revision)
     what = f"revision {revision} of {model}" if revision else model
     say(f"{what} is back. To serve it: pollard models alias {model} production {revision or 'N'}")
@@ -378,7 +379,7 @@ def events(
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
     """List the newest changes in the registry."""
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         found = client.events(model, limit=limit)
     if as_json:
         print_json(found)
@@ -411,7 +412,10 @@ def verify(
     Exits with 1 if something is. Nothing is changed. Push the bundle of a damaged file again to
     make it whole.
     """
-    with ModelsClient(server, timeout=timeout) as client, TransferBar("verifying") as moved:
+    with (
+        ModelsClient(server, timeout=timeout, **connection()) as client,
+        TransferBar("verifying") as moved,
+    ):
         found = client.verify(model, progress=moved)
     if as_json:
         print_json(found)

@@ -33,6 +33,7 @@ from pollard.client.cli._common import (
     show_table,
 )
 from pollard.client.cli._pictures import Pictures
+from pollard.client.environment import connection
 
 # A request's deadline must do for all of a batch; half of a message leaves room for the rest.
 _BATCH_IMAGES = 16
@@ -130,7 +131,7 @@ def predict(
     rows: list[list[str]] = []
     failed = 0
     boxes = False
-    with VisionClient(server, timeout=timeout) as client:
+    with VisionClient(server, timeout=timeout, **connection()) as client:
         ask = functools.partial(
             client.predict_batch,
             model=model,

@@ -24,6 +24,7 @@ from pollard.client.cli._common import (
     show_table,
 )
 from pollard.client.cli.rollout_view import where
+from pollard.client.environment import connection
 
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -117,7 +118,7 @@ def rollout(
     orders = [pause, resume, promote, abort].count(True)
     if orders > 1 or (orders and revision is not None):
         raise typer.BadParameter("give a REVISION, or one of --pause, --resume, --promote, --abort")
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         if revision is not None:
             found = client.start_rollout(
                 model,

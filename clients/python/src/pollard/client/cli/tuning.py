@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pollard.client import ModelsClient, PollardError, Server, ServerRevision, Tuning, TuningPoint
 from pollard.client.cli._common import ago, say, show_table, warn
+from pollard.client.environment import connection
 
 _LONGEST_SECONDS = 5.0
 """What servers do comes beside; nobody waits longer for it."""
@@ -18,7 +19,9 @@ def known_servers(address: str, timeout: float) -> list[Server]:
     the servers, or may just have lost the other one that knows them.
     """
     try:
-        with ModelsClient(address, timeout=min(timeout, _LONGEST_SECONDS)) as client:
+        with ModelsClient(
+            address, timeout=min(timeout, _LONGEST_SECONDS), **connection()
+        ) as client:
             return client.servers()
     except PollardError as error:
         warn(f"how servers run it is not known: {error}")

@@ -30,6 +30,7 @@ from pollard.client.cli._common import (
     print_json_line,
     stdout,
 )
+from pollard.client.environment import connection
 
 _DRAW_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
@@ -63,7 +64,7 @@ def watch(
     In a pipe, or with --json, one line for each event. A manager that goes away is waited for, and
     no event is lost or told twice.
     """
-    with ModelsClient(server, timeout=timeout) as client:
+    with ModelsClient(server, timeout=timeout, **connection()) as client:
         models = [client.model(model)] if model is not None else client.models()
         try:
             if stdout().is_terminal and not as_json:

@@ -18,13 +18,15 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import grpc
 import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled module
 
 from pollard.services.common.errors import StartupError
-from pollard.services.common.lifecycle import Listen, is_loopback, server_options
+from pollard.services.common.lifecycle import Listen, server_options
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
+from pollard.services.common.tls import server_credentials
 from pollard.services.inference.frontends.calls import MODEL_INFER, Headers, ServerCalls
 from pollard.services.inference.frontends.core_calls import InferCall, LoopCall
 from pollard.services.inference.revision import LoadedRevision
@@ -79,12 +81,7 @@ class CoreFront:
         Raises:
             StartupError: the address would be open to everybody, or grpcio's core is another one.
         """
-        if not listen.insecure and not is_loopback(listen.host):
-            raise StartupError(
-                f"refusing to listen on {listen.host} without TLS and a token: anybody who reaches "
-                "it could use the models. Listen on 127.0.0.1, or give --insecure if the network "
-                "is trusted"
-            )
+        listen.check()
         missing = missing_from_core()
         if missing:
             raise StartupError(
@@ -96,6 +93,7 @@ class CoreFront:
         self.engine = calls.engine
         self.loop = asyncio.get_running_loop()
         self._listen = listen
+        self._credentials = server_credentials(listen.tls)
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(server_options(listen.max_message_bytes)), False)
         self._server.register_completion_queue(self._queue)
@@ -120,7 +118,7 @@ class CoreFront:
         self.calls.set_serving(False)
         host = f"[{self._listen.host}]" if ":" in self._listen.host else self._listen.host
         address = f"{host}:{self._listen.port}"
-        self.port = self._bind(address)
+        self.port = self._bind(address, self._credentials)
         if not self.port:
             raise StartupError(
                 f"cannot listen on {address}: the port is in use or the address is not this "
@@ -165,9 +163,13 @@ class CoreFront:
         """Run a small request with those that came with it; on the polling thread."""
         self._gathered.append((revision, work))
 
-    def _bind(self, address: str) -> int:
+    def _bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         try:
-            port: int = self._server.add_http2_port(address.encode())
+            port: int = self._server.add_http2_port(
+                address.encode(),
+                # As grpcio's servers do it.
+                None if credentials is None else credentials._credentials,  # type: ignore[attr-defined]
+            )
         except RuntimeError:
             return 0
         return port

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from pollard.services.common.errors import StartupError
-from pollard.services.common.lifecycle import is_loopback
+from pollard.services.common.lifecycle import Listen
 from pollard.services.inference.frontends.asgi import GrpcApplication, Scope, Send
 from pollard.services.inference.frontends.receiving import Receive
 from pollard.services.inference.settings import InferenceSettings
@@ -85,12 +85,9 @@ def run(settings: InferenceSettings) -> int:
         ) from None
     if settings.unix_socket:
         raise StartupError("--frontend envoy listens on no Unix socket; leave --unix-socket out")
-    if not settings.insecure and not is_loopback(settings.host):
-        raise StartupError(
-            f"refusing to listen on {settings.host} without TLS and a token: anybody who reaches "
-            "it could use the models. Listen on 127.0.0.1, or give --insecure if the network is "
-            "trusted"
-        )
+    if settings.tls_certificate is not None:
+        raise StartupError("--frontend envoy does not speak TLS; leave --frontend out")
+    Listen(settings.host, insecure=settings.insecure).check()
     del pyvoy
     return asyncio.run(_supervise(settings))
 
