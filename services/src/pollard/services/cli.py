@@ -5,6 +5,7 @@ This module is imported by every `pollard` command, so it imports nothing heavy 
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
         _add_service(serve, name, text)
     app.add_typer(serve, name="serve")
     app.command()(up)
+    app.command()(doctor)
     app.add_typer(drill, name="drill")
     app.add_typer(store, name="store")
 
@@ -192,3 +194,42 @@ def up(
         quiet=quiet,
     )
     raise typer.Exit(run_up(options))
+
+
+class _Provider(enum.StrEnum):
+    """Where models are to run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def doctor(
+    provider: Annotated[
+        _Provider, typer.Option(help="Where models are to run; cuda makes a GPU necessary.")
+    ] = _Provider.AUTO,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="POLLARD_DATA_DIR", help="As of pollard up."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address that the services would listen on.")] = (
+        "127.0.0.1"
+    ),
+    port_base: Annotated[int, typer.Option(help="As of pollard up.", min=1, max=65500)] = 8000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look whether this machine can run Pollard, and say what it lacks; changes nothing.
+
+    Exits with 1 if something does not run.
+    """
+    from pollard.services.doctor.command import run
+
+    raise typer.Exit(
+        run(
+            provider=provider.value,
+            data_dir=data_dir,
+            host=host,
+            port_base=port_base,
+            as_json=as_json,
+        )
+    )

@@ -1,0 +1,1 @@
+"""`pollard doctor`: whether this machine can run Pollard, and what it lacks."""
