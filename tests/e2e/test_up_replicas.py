@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import pytest
 
 from pollard.client import AsyncModelsClient
-from pollard.client.load import IMAGE, Load
+from pollard.client.load import IMAGE, TENSOR, Load
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 from pollard.runtime.bundle import Bundle
@@ -52,6 +53,46 @@ async def test_replicas_share_the_images_and_cover_for_each_other(
             await running
     assert load.traffic.problems == []
     assert {item.revision for item in load.traffic.answered} == {1, 2}
+    assert up.stop() == 0
+
+
+async def test_a_client_with_one_channel_uses_all_replicas_through_the_balancer(
+    start_up: Callable[..., Any],
+    make_bundle: Callable[..., Bundle],
+    make_samples: Callable[[int], Any],
+) -> None:
+    pytest.importorskip("envoy")
+    up = start_up("--replicas", "2", "--balance")
+    samples = make_samples(16)
+    bundle = make_bundle(seed=82)
+    async with AsyncModelsClient(up.address("models")) as models:
+        await models.push(bundle.path, "shared", alias="production")
+    clients = 2
+    load = Load(
+        model="shared",
+        vision=up.address("preprocess"),
+        inference=up.address("balancer"),
+        samples=samples,
+        references={1: Reference(bundle, samples)},
+        clients=clients,
+        kinds=(TENSOR,),
+    )
+    load.traffic.serving = 1
+    running = asyncio.create_task(load.run())
+    try:
+        for name in _REPLICAS:
+            await _until_used(up, name, 1)
+        up.kill("inference")
+        answered = len(load.traffic.answered)
+        # The other one goes on alone; what the killed one had in hand may be lost.
+        async with asyncio.timeout(60):
+            while len(load.traffic.answered) < answered + 50:
+                await asyncio.sleep(0.05)
+    finally:
+        load.finish()
+        await running
+    assert all(item.revision == 1 for item in load.traffic.answered)
+    assert len(load.traffic.problems) <= clients
     assert up.stop() == 0
 
 

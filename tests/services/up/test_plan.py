@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.tls_files import TlsFiles
 from pollard.services.up.plan import UpOptions, default_data_dir, make_plan
 
 
@@ -82,6 +84,27 @@ def test_replicas_have_ports_folders_and_caches_of_their_own(tmp_path: Path) -> 
     others = [plan for plan in plans if plan.service != "inference"]
     assert not any("--replicas" in plan.arguments for plan in others)
     assert len(set(_ports(UpOptions(data_dir=tmp_path, port_base=0, replicas=5)).values())) == 7
+
+
+def test_the_balancer_has_the_port_that_clients_know(tmp_path: Path) -> None:
+    pytest.importorskip("envoy")
+    options = UpOptions(data_dir=tmp_path, port_base=20400, replicas=2, balance=True)
+    _, plans = make_plan(options)
+    ports = {plan.name: plan.port for plan in plans}
+    assert (ports["balancer"], ports["inference"], ports["inference-2"]) == (20401, 20501, 20601)
+    balancer = plans[-1]
+    assert balancer.name == "balancer"
+    told = json.loads(balancer.arguments[balancer.arguments.index("--config-yaml") + 1])
+    (cluster,) = told["static_resources"]["clusters"]
+    behind = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    found = [each["endpoint"]["address"]["socket_address"]["port_value"] for each in behind]
+    assert found == [20501, 20601]
+
+
+def test_the_balancer_and_tls_exclude_each_other(tmp_path: Path) -> None:
+    files = TlsFiles(certificate=tmp_path / "c.pem", key=tmp_path / "k.pem", ca=tmp_path / "a.pem")
+    with pytest.raises(StartupError, match="--balance and TLS exclude each other"):
+        make_plan(UpOptions(data_dir=tmp_path, port_base=0, balance=True, tls=files))
 
 
 def test_replicas_beyond_the_last_port_are_refused(tmp_path: Path) -> None:

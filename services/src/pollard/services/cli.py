@@ -85,6 +85,15 @@ def up(
             "Each next one listens 100 ports higher; images are spread over all of them.",
         ),
     ] = 1,
+    balance: Annotated[
+        bool,
+        typer.Option(
+            "--balance",
+            help="With --replicas: Envoy listens on the inference port and spreads the requests "
+            "of all clients over the replicas, which move 100 ports up. Needs "
+            "pollard-services[envoy].",
+        ),
+    ] = False,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -184,6 +193,7 @@ def up(
         preprocess_port=preprocess_port,
         models_port=models_port,
         replicas=replicas,
+        balance=balance,
         insecure=insecure,
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca, tls_ca, tls_name),
         config=config,

@@ -114,7 +114,7 @@ class Services:
         """Stop them in order; who does not stop is killed and counts as a death."""
         await cancel(*self._keepers)
         for name in STOP_ORDER:
-            process = self._services[name].process
+            process = self._services[name].process if name in self._services else None
             if process is None or process.poll() is not None:
                 continue
             with contextlib.suppress(ProcessLookupError):

@@ -30,6 +30,11 @@ def main() -> None:
     """Run `child PARENT_PID SERVICE ARGUMENTS…`."""
     parent, service, *arguments = sys.argv[1:]
     signal_when_parent_ends(int(parent), signal.SIGKILL)
+    if service == "balancer":
+        from pollard.services.up.balancer import become_envoy
+
+        # The kernel's promise outlasts the change of the program.
+        become_envoy(arguments)
     # Services start child processes by fork and exec; gRPC's own handlers, meant for forks without
     # exec, would only write warnings about them. It reads this when it is imported.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -14,15 +14,16 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from pollard.services.up.plan import INFERENCE, MODELS, PREPROCESS, UpOptions, make_plan
+from pollard.services.up.plan import BALANCER, INFERENCE, MODELS, PREPROCESS, UpOptions, make_plan
 from pollard.services.up.supervisor import Child, Supervisor, install_signals
 
-# ANSI colours: cyan, green, magenta.
-_COLORS = {INFERENCE: "36", PREPROCESS: "32", MODELS: "35"}
+# ANSI colours: cyan, green, magenta, blue.
+_COLORS = {INFERENCE: "36", PREPROCESS: "32", MODELS: "35", BALANCER: "34"}
 _WHAT = {
     INFERENCE: "tensors in, tensors out",
     PREPROCESS: "images in, answers out",
     MODELS: "registry, aliases, swaps",
+    BALANCER: "tensors in, tensors out: spreads requests over the inference servers",
 }
 
 
@@ -121,7 +122,7 @@ def _show(data_dir: Path, children: Mapping[str, Child]) -> None:
     text = io.StringIO()
     out = Console(file=text, highlight=False, width=120)
     table = Table("SERVICE", "ADDRESS", "PID", "WHAT", box=None)
-    for service in (INFERENCE, PREPROCESS, MODELS):
+    for service in (BALANCER, INFERENCE, PREPROCESS, MODELS):
         for name, child in children.items():
             if child.plan.service == service:
                 table.add_row(name, child.plan.address, str(child.pid), _WHAT[service])

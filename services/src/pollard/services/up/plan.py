@@ -12,11 +12,15 @@ from pathlib import Path
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.tls_files import PLAIN, TlsFiles
+from pollard.services.up import balancer
 
 INFERENCE, PREPROCESS, MODELS = "inference", "preprocess", "models"
+BALANCER = "balancer"
+"""Envoy in front of several inference servers."""
 
-STOP_ORDER = (PREPROCESS, INFERENCE, MODELS)
-"""Who depends on whom, first the one that nobody depends on."""
+STOP_ORDER = (PREPROCESS, INFERENCE, BALANCER, MODELS)
+"""Who depends on whom, first the one that nobody depends on; but the balancer passes on the answers
+of the inference servers until these have given their last."""
 
 _BETWEEN_REPLICAS = 100
 """The second replica's port is so much above the first one's."""
@@ -60,6 +64,8 @@ class UpOptions:
     """How long requests in flight may take to end."""
     replicas: int = 1
     """Inference servers."""
+    balance: bool = False
+    """Put Envoy on the inference port, and the replicas behind it."""
     hang_seconds: float = 20.0
     """How long a service may leave health checks unanswered before it is started again; 0 for
     ever."""
@@ -78,18 +84,23 @@ class ServicePlan:
     port: int
     """Port that it listens on."""
     arguments: tuple[str, ...]
-    """Arguments of `pollard serve SERVICE`."""
+    """Arguments of `pollard serve SERVICE`, or of Envoy."""
 
     @property
     def service(self) -> str:
-        """ "inference", "preprocess" or "models"."""
+        """ "inference", "preprocess", "models" or "balancer"."""
         return self.name.partition("-")[0]
 
     @property
     def address(self) -> str:
         """Target under which this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
+        host = self.dialled
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @property
+    def dialled(self) -> str:
+        """Address under which this machine reaches it, without the port."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
 
     def command(self) -> list[str]:
         """Return the command line of its process, for a child of this process."""
@@ -141,11 +152,24 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         told = ["--manager", manager, "--cache-dir", str(data_dir / plan.name)]
         return told + together if plan.service == INFERENCE else told
 
-    replicas = [name for name in plans if name not in (MODELS, PREPROCESS)]
-    return data_dir, [
+    replicas = [plan for plan in plans.values() if plan.service == INFERENCE]
+    made = [
         replace(plan, arguments=(*common, "--port", str(plan.port), *own(plan)))
-        for plan in (plans[name] for name in (MODELS, *replicas, PREPROCESS))
+        for plan in (plans[MODELS], *replicas, plans[PREPROCESS])
     ]
+    if options.balance:
+        if options.tls.certificate is not None:
+            raise StartupError(
+                "--balance and TLS exclude each other: the balancer does not speak it yet. Leave "
+                "--balance out and let clients open a channel to each replica"
+            )
+        balancer.envoy_path()
+        front = plans[BALANCER]
+        behind = [(plan.dialled, plan.port) for plan in replicas]
+        made.append(
+            replace(front, arguments=tuple(balancer.arguments(front.host, front.port, behind)))
+        )
+    return data_dir, made
 
 
 def _tls_arguments(tls: TlsFiles) -> list[str]:
@@ -183,8 +207,12 @@ def _choose_ports(options: UpOptions) -> dict[str, int]:
             (MODELS, options.models_port),
         )
     }
+    first = wanted[INFERENCE]
+    if options.balance:
+        # It has the port that clients know.
+        wanted[BALANCER] = first
+        first = wanted[INFERENCE] = first + _BETWEEN_REPLICAS if first else 0
     for number in range(2, options.replicas + 1):
-        first = wanted[INFERENCE]
         wanted[f"{INFERENCE}-{number}"] = first + (number - 1) * _BETWEEN_REPLICAS if first else 0
     if max(wanted.values()) > _LAST_PORT:
         raise StartupError(
@@ -216,7 +244,7 @@ def _check_port(name: str, host: str, port: int) -> None:
         raise StartupError(
             f"port {port} on {host}, wanted for {name}, is in use, perhaps by another `pollard "
             f"up`; stop the other program, or choose other ports with --port-base or "
-            f"--{name.partition('-')[0]}-port (0 takes a free one)"
+            f"--{name.partition('-')[0].replace(BALANCER, INFERENCE)}-port (0 takes a free one)"
         )
     raise StartupError(f"cannot listen on {host}:{port} for {name}: {problem.strerror or problem}")
 
