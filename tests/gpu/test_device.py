@@ -260,3 +260,50 @@ def _environment() -> dict[str, str]:
     root = Path(__file__).parents[2]
     sources = [str(root / part / "src") for part in ("protos/python", "runtime", "services")]
     return {**os.environ, "PYTHONPATH": ":".join([*sources, os.environ.get("PYTHONPATH", "")])}
+
+
+_SHARE = """
+import ctypes, sys
+from pollard.runtime import cuda
+runtime = cuda.Runtime.get()
+pointer, handle = ctypes.c_void_p(), cuda.IpcHandle()
+runtime.call("cudaSetDevice", 0)
+runtime.call("cudaMalloc", ctypes.byref(pointer), 1 << 20)
+data = bytes(range(256))
+runtime.call("cudaMemcpy", pointer, data, len(data), cuda.HOST_TO_DEVICE)
+runtime.call("cudaIpcGetMemHandle", ctypes.byref(handle), pointer)
+print(bytes(handle).hex(), flush=True)
+sys.stdin.readline()
+back = ctypes.create_string_buffer(256)
+runtime.call("cudaMemcpy", back, pointer, 256, cuda.DEVICE_TO_HOST)
+print(back.raw.hex(), flush=True)
+"""
+
+
+def test_memory_that_another_process_shares() -> None:
+    from pollard.runtime.cuda_memory import HANDLE_BYTES, CudaMemory
+
+    with subprocess.Popen(
+        [sys.executable, "-c", _SHARE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        handle = bytes.fromhex(client.stdout.readline())
+        assert len(handle) == HANDLE_BYTES
+        memory = CudaMemory()
+        address, size = memory.open(handle, 0)
+        assert size >= 1 << 20
+        assert memory.read(address + 10, 5, 0) == bytes(range(10, 15))
+        memory.write(address + 100, b"hello", 0)
+        memory.close(address, 0)
+        client.stdin.write("go on\n")
+        client.stdin.flush()
+        seen = bytes.fromhex(client.stdout.readline())
+        assert seen[100:105] == b"hello"
+        assert seen[:100] == bytes(range(100))
+    with pytest.raises(DeviceFault):
+        memory.open(b"x" * HANDLE_BYTES, 0)

@@ -11,6 +11,7 @@ import structlog
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime import cuda, signing
+from pollard.runtime.cuda_memory import CudaMemory
 from pollard.runtime.errors import RuntimeFault
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
@@ -128,7 +129,7 @@ def build_server(
         replicas=Replicas(settings.replicas, settings.replicas_dir),
     )
     member = InferenceMember(engine, loader)
-    grpc_server, servicer = _front(settings, engine, member, make_front)
+    grpc_server, servicer = _front(settings, engine, member, machine, make_front)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -224,7 +225,7 @@ def build_standalone_server(
             default_batch_size=settings.default_max_batch_size, max_queue=settings.max_queue
         ),
     )
-    grpc_server, servicer = _front(settings, engine, models, make_front)
+    grpc_server, servicer = _front(settings, engine, models, machine, make_front)
     return StandaloneServer(engine, models, grpc_server, servicer)
 
 
@@ -245,9 +246,11 @@ def _front(
     settings: InferenceSettings,
     engine: Engine,
     catalogue: Catalogue,
+    machine: Machine,
     make_front: MakeFront | None,
 ) -> tuple[GrpcServer | EnvoyFront | CoreFront, InferenceServicer | EnvoyFront | CoreFront]:
-    shared = SharedMemory(enabled=settings.shared_memory)
+    has_gpu = any(not target.startswith("cpu") for target in machine.targets)
+    shared = SharedMemory(enabled=settings.shared_memory, gpu=CudaMemory() if has_gpu else None)
     methods = ProtocolMethods(engine, catalogue, shared)
     listen = Listen(
         host=settings.host,

@@ -19,10 +19,10 @@ from pollard.services.common.errors import NotFound, Unavailable
 from pollard.services.inference.catalogue import Catalogue, LoadParameter
 from pollard.services.inference.config import config_of
 from pollard.services.inference.engine import Engine, parse_version
-from pollard.services.inference.errors import FeatureNotOffered, RegionUnknown, RequestInvalid
+from pollard.services.inference.errors import FeatureNotOffered, RequestInvalid
 from pollard.services.inference.log_settings import log_settings, trace_settings
 from pollard.services.inference.revision import LoadedRevision
-from pollard.services.inference.shared_memory import SharedMemory
+from pollard.services.inference.shared_memory import CudaRegion, SharedMemory
 
 PLATFORM = "onnxruntime_onnx"
 
@@ -105,6 +105,8 @@ class ProtocolMethods:
         extensions = [*_EXTENSIONS]
         if self._shared.enabled:
             extensions.append("system_shared_memory")
+            if self._shared.has_gpu:
+                extensions.append("cuda_shared_memory")
         return pb.ServerMetadataResponse(
             name="pollard", version=software_version(), extensions=extensions
         )
@@ -236,28 +238,26 @@ class ProtocolMethods:
     async def cuda_status(
         self, request: pb.CudaSharedMemoryStatusRequest, _: Call
     ) -> pb.CudaSharedMemoryStatusResponse:
-        """List regions of CUDA memory: there are none."""
-        self._shared.require()
-        if request.name:
-            raise RegionUnknown(
-                f"Unable to find cuda shared memory region: '{request.name}'", region=request.name
-            )
-        return pb.CudaSharedMemoryStatusResponse()
+        """List regions of CUDA memory."""
+        response = pb.CudaSharedMemoryStatusResponse()
+        for region in self._shared.cuda_status(request.name):
+            response.regions[region.name].CopyFrom(region)
+        return response
 
     async def cuda_register(
         self, request: pb.CudaSharedMemoryRegisterRequest, _: Call
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        """Refuse: regions of CUDA memory are not offered."""
-        raise FeatureNotOffered(
-            f"failed to register CUDA shared memory region: '{request.name}', GPUs not supported",
-            region=request.name,
+        """Register a region of CUDA memory."""
+        self._shared.register_cuda(
+            request.name, request.raw_handle, request.device_id, request.byte_size
         )
+        return pb.CudaSharedMemoryRegisterResponse()
 
     async def cuda_unregister(
-        self, _: pb.CudaSharedMemoryUnregisterRequest, __: Call
+        self, request: pb.CudaSharedMemoryUnregisterRequest, _: Call
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        """Forget regions of CUDA memory: there are none."""
-        self._shared.require()
+        """Forget one region of CUDA memory, or all."""
+        self._shared.unregister(request.name, CudaRegion)
         return pb.CudaSharedMemoryUnregisterResponse()
 
     async def trace_setting(

@@ -20,7 +20,7 @@ from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RegionFailed, RequestInvalid
 from pollard.services.inference.parameters import Place, RequestOptions, request_options
 from pollard.services.inference.revision import RevisionInfo
-from pollard.services.inference.shared_memory import Region, SharedMemory
+from pollard.services.inference.shared_memory import SharedMemory, Span
 from pollard.services.inference.tensors import (
     WantedOutput,
     decode_inputs,
@@ -125,7 +125,7 @@ class PreparedRequest:
     options: RequestOptions
     wanted: Sequence[WantedOutput]
     feeds: dict[str, Array]
-    regions: Mapping[str, Region]
+    regions: Mapping[str, Span]
     """Where in shared memory outputs go, by output."""
     _held: contextlib.ExitStack | None
 
@@ -157,7 +157,7 @@ def prepare(
         ServiceError: as in `errors`.
     """
     held: contextlib.ExitStack | None = None
-    regions: dict[str, Region] = {}
+    regions: dict[str, Span] = {}
 
     def read_shared(place: Place) -> bytes:
         with shared.use(place.region) as region:
@@ -186,7 +186,7 @@ def _encode(
     info: RevisionInfo,
     wanted: Sequence[WantedOutput],
     outputs: Outputs,
-    regions: Mapping[str, Region],
+    regions: Mapping[str, Span],
 ) -> pb.ModelInferResponse:
     response = pb.ModelInferResponse(
         model_name=info.model, model_version=str(info.revision), id=request_id

@@ -3,10 +3,12 @@
 Regions are read and written with system calls, not through a mapping: a client that shrinks the
 memory object under a mapping kills the process that touches it; a read only comes back short. The
 price is one copy, which also means that a client cannot change a tensor after it was checked.
+Memory of a GPU is copied through the host, too.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import stat
@@ -16,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.runtime.cuda_memory import HANDLE_BYTES, GpuMemory
+from pollard.runtime.errors import DeviceFault, ProviderMissing
 from pollard.services.inference.errors import (
     FeatureNotOffered,
     RegionExists,
@@ -28,16 +32,65 @@ _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 
 
 @dataclass(eq=False)
-class Region:
-    """A part of a shared memory object, open as long as it is registered or used."""
+class Span:
+    """Registered memory of some kind, kept as long as it is registered or used."""
 
     name: str
-    key: str
-    offset: int
     byte_size: int
-    descriptor: int
     users: int = field(default=0, init=False)
     forgotten: bool = field(default=False, init=False)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes that start `offset` bytes into the region.
+
+        Raises:
+            RequestInvalid: they are not all within the region.
+            RegionFailed: they are not there any more.
+        """
+        raise NotImplementedError
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put `data` `offset` bytes into the region.
+
+        Raises:
+            RequestInvalid: it is not all within the region.
+            RegionFailed: it cannot be put there.
+        """
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let go of the memory; nobody uses it any more."""
+        raise NotImplementedError
+
+    def check(self, offset: int, size: int) -> None:
+        """Check that a range lies within the region.
+
+        Raises:
+            RequestInvalid: it does not.
+        """
+        if not 0 <= offset <= self.byte_size:
+            raise RequestInvalid(
+                f"Invalid offset for shared memory region: '{self.name}': {offset} is not within "
+                f"its {self.byte_size} bytes",
+                region=self.name,
+                offset=offset,
+            )
+        if not 0 <= size <= self.byte_size - offset:
+            raise RequestInvalid(
+                f"Invalid offset + byte size for shared memory region: '{self.name}': {size} bytes "
+                f"from {offset} on are not within its {self.byte_size} bytes",
+                region=self.name,
+                byte_size=size,
+            )
+
+
+@dataclass(eq=False)
+class Region(Span):
+    """A part of a shared memory object, open as long as it is registered or used."""
+
+    key: str
+    offset: int
+    descriptor: int
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes that start `offset` bytes into the region.
@@ -72,26 +125,11 @@ class Region:
         if written != len(data):
             raise self._gone(offset, len(data))
 
-    def check(self, offset: int, size: int) -> None:
-        """Check that a range lies within the region.
-
-        Raises:
-            RequestInvalid: it does not.
-        """
-        if not 0 <= offset <= self.byte_size:
-            raise RequestInvalid(
-                f"Invalid offset for shared memory region: '{self.name}': {offset} is not within "
-                f"its {self.byte_size} bytes",
-                region=self.name,
-                offset=offset,
-            )
-        if not 0 <= size <= self.byte_size - offset:
-            raise RequestInvalid(
-                f"Invalid offset + byte size for shared memory region: '{self.name}': {size} bytes "
-                f"from {offset} on are not within its {self.byte_size} bytes",
-                region=self.name,
-                byte_size=size,
-            )
+    def release(self) -> None:
+        """Close the object."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def _gone(self, offset: int, size: int) -> RegionFailed:
         return RegionFailed(
@@ -101,19 +139,101 @@ class Region:
         )
 
 
+@dataclass(eq=False)
+class CudaRegion(Span):
+    """Memory of a GPU that a client shares by its handle."""
+
+    device_id: int
+    address: int
+    gpu: GpuMemory
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the region; see `Span.read`."""
+        self.check(offset, size)
+        try:
+            return self.gpu.read(self.address + offset, size, self.device_id) if size else b""
+        except DeviceFault as error:
+            raise self._failed("read", error) from error
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put bytes into the region; see `Span.write`."""
+        self.check(offset, len(data))
+        try:
+            if data:
+                self.gpu.write(self.address + offset, data, self.device_id)
+        except DeviceFault as error:
+            raise self._failed("write", error) from error
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self.address:
+            self.gpu.close(self.address, self.device_id)
+            self.address = 0
+
+    def _failed(self, verb: str, error: DeviceFault) -> RegionFailed:
+        return RegionFailed(
+            f"cannot {verb} cuda shared memory region '{self.name}': {error.message}; the process "
+            "that made it may have ended",
+            region=self.name,
+        )
+
+
+def open_cuda_region(
+    gpu: GpuMemory, name: str, raw_handle: bytes, device_id: int, byte_size: int
+) -> CudaRegion:
+    """Open memory of a GPU by its handle, as bytes or in base64; see `register_cuda`."""
+    handle = raw_handle
+    if len(handle) != HANDLE_BYTES:
+        with contextlib.suppress(ValueError):
+            handle = base64.b64decode(raw_handle, validate=True)
+    refused = f"failed to register CUDA shared memory region '{name}'"
+    if len(handle) != HANDLE_BYTES:
+        raise RequestInvalid(
+            f"{refused}: its handle has {len(raw_handle)} bytes, and a CUDA handle has "
+            f"{HANDLE_BYTES}",
+            region=name,
+        )
+    if device_id < 0 or byte_size <= 0:
+        raise RequestInvalid(
+            f"{refused}: invalid args: {byte_size} bytes on GPU {device_id}", region=name
+        )
+    try:
+        address, size = gpu.open(handle, device_id)
+    except (DeviceFault, ProviderMissing) as error:
+        raise RegionFailed(
+            f"{refused}: failed to open CUDA IPC handle: {error.message}", region=name
+        ) from error
+    region = CudaRegion(name, byte_size, device_id, address, gpu)
+    if byte_size > size:
+        region.release()
+        raise RequestInvalid(
+            f"{refused}: invalid args: {byte_size} bytes are not within the {size} bytes of the "
+            "memory",
+            region=name,
+        )
+    return region
+
+
 class SharedMemory:
     """The regions that clients have registered. May be used on any thread."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, gpu: GpuMemory | None = None) -> None:
         """Start without regions.
 
         Args:
             enabled: Whether clients may register any: they name objects of this machine that the
                 server then reads and writes with its own rights.
+            gpu: How memory of GPUs is reached; None if there is none.
         """
         self.enabled = enabled
-        self._regions: dict[str, Region] = {}
+        self._gpu = gpu
+        self._regions: dict[str, Span] = {}
         self._lock = threading.Lock()
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether memory of GPUs can be registered."""
+        return self._gpu is not None
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Open a region of the object `key`.
@@ -143,12 +263,55 @@ class SharedMemory:
         except BaseException:
             os.close(descriptor)
             raise
-        region = Region(name, key, offset, byte_size, descriptor)
+        self._add(Region(name, byte_size, key, offset, descriptor))
+
+    def register_cuda(self, name: str, raw_handle: bytes, device_id: int, byte_size: int) -> None:
+        """Open memory of a GPU by its CUDA handle.
+
+        Raises:
+            FeatureNotOffered: shared memory is off, or there is no GPU.
+            RegionExists: the name is taken.
+            RegionFailed: the handle names no memory.
+            RequestInvalid: the handle is none, or the region is empty or larger than the memory.
+        """
+        if self._gpu is None:
+            raise FeatureNotOffered(
+                f"failed to register CUDA shared memory region: '{name}', GPUs not supported",
+                region=name,
+            )
+        self.require()
+        if name in self._regions:
+            raise _taken(name)
+        if not name:
+            raise RequestInvalid("a shared memory region needs a name")
+        self._add(open_cuda_region(self._gpu, name, raw_handle, device_id, byte_size))
+
+    def cuda_status(self, name: str) -> list[pb.CudaSharedMemoryStatusResponse.RegionStatus]:
+        """Describe one region of GPU memory, or all of them if the name is empty.
+
+        Raises:
+            FeatureNotOffered: shared memory is off.
+            RegionUnknown: there is no such region.
+        """
+        self.require()
         with self._lock:
-            if self._regions.setdefault(name, region) is region:
+            regions = [each for each in self._regions.values() if isinstance(each, CudaRegion)]
+        found = [each for each in regions if name in ("", each.name)]
+        if name and not found:
+            raise RegionUnknown(f"Unable to find cuda shared memory region: '{name}'", region=name)
+        return [
+            pb.CudaSharedMemoryStatusResponse.RegionStatus(
+                name=region.name, device_id=region.device_id, byte_size=region.byte_size
+            )
+            for region in found
+        ]
+
+    def _add(self, region: Span) -> None:
+        with self._lock:
+            if self._regions.setdefault(region.name, region) is region:
                 return
-        os.close(descriptor)
-        raise _taken(name)
+        region.release()
+        raise _taken(region.name)
 
     def status(self, name: str) -> list[pb.SystemSharedMemoryStatusResponse.RegionStatus]:
         """Describe one region, or all of them if the name is empty.
@@ -159,7 +322,10 @@ class SharedMemory:
         """
         self.require()
         with self._lock:
-            regions = [self._find(name)] if name else list(self._regions.values())
+            given = [self._find(name)] if name else list(self._regions.values())
+        regions = [region for region in given if isinstance(region, Region)]
+        if name and not regions:
+            raise _unknown(name)
         return [
             pb.SystemSharedMemoryStatusResponse.RegionStatus(
                 name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
@@ -167,21 +333,22 @@ class SharedMemory:
             for region in regions
         ]
 
-    def unregister(self, name: str) -> None:
-        """Forget one region, or all of them if the name is empty.
+    def unregister(self, name: str, kind: type[Span] = Region) -> None:
+        """Forget one region of a kind, or all of them if the name is empty.
 
         Requests that use it already go on to do so.
         """
         self.require()
         with self._lock:
             for each in [name] if name else list(self._regions):
-                region = self._regions.pop(each, None)
-                if region is not None:
+                region = self._regions.get(each)
+                if isinstance(region, kind):
+                    del self._regions[each]
                     region.forgotten = True
                     _close_if_idle(region)
 
     @contextlib.contextmanager
-    def use(self, name: str) -> Iterator[Region]:
+    def use(self, name: str) -> Iterator[Span]:
         """Keep a region open while it is used.
 
         Raises:
@@ -202,7 +369,7 @@ class SharedMemory:
     def close(self) -> None:
         """Forget all regions."""
         if self.enabled:
-            self.unregister("")
+            self.unregister("", Span)
 
     def require(self) -> None:
         """Check that shared memory is on.
@@ -216,13 +383,15 @@ class SharedMemory:
                 "--shared-memory if every client on its machine is trusted"
             )
 
-    def _find(self, name: str) -> Region:
+    def _find(self, name: str) -> Span:
         region = self._regions.get(name)
         if region is None:
-            raise RegionUnknown(
-                f"Unable to find system shared memory region: '{name}'", region=name
-            )
+            raise _unknown(name)
         return region
+
+
+def _unknown(name: str) -> RegionUnknown:
+    return RegionUnknown(f"Unable to find system shared memory region: '{name}'", region=name)
 
 
 def _taken(name: str) -> RegionExists:
@@ -244,7 +413,6 @@ def _open(key: str) -> int:
         ) from None
 
 
-def _close_if_idle(region: Region) -> None:
-    if region.forgotten and region.users == 0 and region.descriptor >= 0:
-        os.close(region.descriptor)
-        region.descriptor = -1
+def _close_if_idle(region: Span) -> None:
+    if region.forgotten and region.users == 0:
+        region.release()
