@@ -6,24 +6,31 @@ import asyncio
 import dataclasses
 from types import MappingProxyType
 
+import grpc
 import numpy as np
 import onnxruntime
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.device_errors import DeviceState
 from pollard.runtime.device_session import DeviceSession, Instance
+from pollard.runtime.machine import Machine
 from pollard.runtime.sessions import TensorInfo
 from pollard.runtime.staging import PageableStaging
 from pollard.services.inference import devices
 from pollard.services.inference.config import config_of
-from pollard.services.inference.description import Outline
+from pollard.services.inference.description import ModelDescription, Outline
 from pollard.services.inference.engine import Engine, ServedModel
 from pollard.services.inference.errors import DeviceFailed, MemoryShort, ModelNotReady
-from pollard.services.inference.loader import EngineOptions
+from pollard.services.inference.loader import EngineOptions, Loader
+from pollard.services.inference.main import build_standalone_server
 from pollard.services.inference.methods import Call, ProtocolMethods
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
+from pollard.services.inference.settings import InferenceSettings
 from pollard.services.inference.shared_memory import SharedMemory
+from pollard.services.inference.sync import InferenceMember
 
 LOST = "CUDA failure 719: unspecified launch failure ; GPU=0 ; hostname=h"
 FULL = "CUDA failure 2: out of memory ; GPU=0 ; hostname=h"
@@ -67,6 +74,12 @@ class Loaded:
         self.revision = LoadedRevision(info, session, workers=1, joined_batch=8, max_queue=64)
 
 
+def served(name: str, revision: LoadedRevision) -> ServedModel:
+    return ServedModel(
+        name, MappingProxyType({1: revision}), MappingProxyType({"production": ((1, 1),)})
+    )
+
+
 @pytest.fixture
 async def engine(make_bundle):
     """An engine with two models, each on a GPU of its own; yields it and their sessions."""
@@ -76,13 +89,7 @@ async def engine(make_bundle):
     for name in ("one", "two"):
         loaded = Loaded(name, Raw(bundle.model_path("cpu-fp32").read_bytes()))
         raws[name] = loaded.raw
-        engine.switch(
-            ServedModel(
-                name,
-                MappingProxyType({1: loaded.revision}),
-                MappingProxyType({"production": ((1, 1),)}),
-            )
-        )
+        engine.switch(served(name, loaded.revision))
     yield engine, raws
     for raw in raws.values():
         raw.fails = ""
@@ -197,9 +204,59 @@ def test_memory_that_is_short_in_the_first_runs_ends_the_load(session_in_loading
 
 @pytest.fixture
 def session_in_loading(make_bundle):
-    from pollard.services.inference.description import ModelDescription
-
     raw = Raw(make_bundle(1.0).model_path("cpu-fp32").read_bytes())
     session = DeviceSession([Instance(raw, DeviceState(0), PageableStaging())], "cuda-fp16")
     tensor = TensorInfo("x", "FP32", (-1, 4))
     return session, raw, ModelDescription((tensor,), (dataclasses.replace(tensor, name="y"),), 8)
+
+
+async def health(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return (await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)).status
+
+
+@pytest.mark.parametrize("frontend", ["grpcio", "core"])
+async def test_health_says_when_nothing_can_run_any_more(tmp_path, make_bundle, frontend) -> None:
+    (tmp_path / "models").mkdir()
+    server = build_standalone_server(
+        InferenceSettings(
+            port=0, repository=tmp_path / "models", frontend=frontend, cache_dir=tmp_path / "cache"
+        )
+    )
+    await server.start()
+    try:
+        serving = health_pb2.HealthCheckResponse
+        while await health(server.address) != serving.SERVING:
+            await asyncio.sleep(0.02)
+        loaded = Loaded("one", Raw(make_bundle(1.0).model_path("cpu-fp32").read_bytes()))
+        server.engine.switch(served("one", loaded.revision))
+        loaded.raw.fails = LOST
+        with pytest.raises(DeviceFailed):
+            await ask(server.engine, "one")
+        while await health(server.address) != serving.NOT_SERVING:
+            await asyncio.sleep(0.02)
+        # What still runs is worth to be sent requests.
+        other = Loaded("two", Raw(make_bundle(2.0).model_path("cpu-fp32").read_bytes()))
+        server.engine.switch(served("two", other.revision))
+        while await health(server.address) != serving.SERVING:
+            await asyncio.sleep(0.02)
+        assert (await ask(server.engine, "two") == 4).all()
+    finally:
+        await server.stop(1.0)
+
+
+async def test_the_manager_is_told_that_the_revision_failed(engine, make_bundle) -> None:
+    engine, raws = engine
+    loader = Loader(Machine.detect(), EngineOptions(inline_seconds=0.0))
+    told = asyncio.Event()
+    member = InferenceMember(engine, loader, told.set)
+    engine.on_lost = member.devices_changed
+    raws["one"].fails = LOST
+    with pytest.raises(DeviceFailed):
+        await ask(engine, "one")
+    await asyncio.wait_for(told.wait(), 30)
+    (status,) = member.statuses()
+    assert (status.model, status.state) == ("one", fleet_pb.REVISION_STATE_FAILED)
+    assert "its GPU is lost" in status.error.message
+    await member.close()
