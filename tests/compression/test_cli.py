@@ -186,3 +186,39 @@ def test_the_zoo_is_listed_with_what_its_models_cost(invoke: Invoke, tmp_path: P
     assert models["vgg16"]["macs"] == 15_470_264_320
     assert models["inception-v3"]["input"]["height"] == 299
     assert models["small-cnn-28"]["classes"] == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds 0 label"),
+        ("one\n\ntwo\n", "line 2 of"),
+        ("only\n", "holds 1 label"),
+        (None, "cannot be read"),
+    ],
+)
+def test_labels_that_are_none_are_refused(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "labels.txt").write_text(content)
+    done = invoke(
+        "bundle", "small-cnn-28", "--weights", digits_parent, "--out", tmp_path / "b",
+        "--labels", tmp_path / "labels.txt",
+    )  # fmt: skip
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert not (tmp_path / "b").exists()
+
+
+def test_labels_must_be_as_many_as_the_logits(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    common = ["bundle", "small-cnn-28", "--weights", digits_parent, "--out", tmp_path / "b"]
+    done = invoke(*common, "--labels", tmp_path / "labels.txt")
+    assert done.exit_code == 1
+    assert "fc2.bias ([10] in the file, [3] in the model)" in done.output
+    done = invoke(*common, "--labels", tmp_path / "labels.txt", "--data", "digits")
+    assert done.exit_code == 2
+    assert "either --data, or --labels" in done.output

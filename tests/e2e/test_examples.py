@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pollard.client import ModelsClient
+from pollard.compress.zoo import find
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -93,6 +95,50 @@ def test_a_model_of_your_own_is_trained_compressed_and_bundled(tmp_path: Path):
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["inputs"][0]["shape"] == ["-1", "32", "32", "3"]
     assert (tmp_path / "figures.json").exists()
+
+
+def test_a_published_state_dict_is_loaded_packed_and_asked_about_a_photograph(up, tmp_path: Path):
+    # Weights in torchvision's format: what is shown here does not depend on what they know.
+    torch.manual_seed(0)
+    network = find("resnet18").build(5)
+    with torch.no_grad():
+        # Statistics of what flows through it, and answers that are far from each other.
+        network(torch.randn(8, 3, 64, 64))
+        network.fc.weight *= 20
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("ant\nbee\ncat\ndog\neel\n")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 20, 3)).astype(np.uint8)
+    Image.fromarray(noise).resize((400, 300)).save(tmp_path / "photo.jpg")
+    words = ["resnet18", *(str(tmp_path / n) for n in ("weights.pth", "labels.txt"))]
+    words.append(str(tmp_path / "photo.jpg"))
+
+    here = run(str(EXAMPLES / "load_preprocess_predict.py"), *words)
+    assert "(1, 3, 224, 224)" in here
+    served = run(
+        str(EXAMPLES / "photo_to_predict.py"),
+        *words,
+        POLLARD_VISION_ADDRESS=up.address("preprocess"),
+        POLLARD_MODELS_ADDRESS=up.address("models"),
+    )
+    assert "without data no accuracy was measured" in served
+    assert served.splitlines()[-3:] == here.splitlines()[-3:]
+
+
+def test_new_classes_are_learnt_on_an_old_backbone(tmp_path: Path):
+    torch.manual_seed(0)
+    torch.save(find("resnet20-cifar").build(10).state_dict(), tmp_path / "w.pth")
+    for name, color in {"red": (200, 40, 40), "green": (40, 200, 40)}.items():
+        for index in range(24):
+            picture(tmp_path / "images" / name / f"{index}.png", color, index)
+    out = run(
+        str(EXAMPLES / "transfer_learning.py"),
+        *(str(tmp_path / name) for name in ("images", "w.pth", "out.safetensors")),
+        "resnet20-cifar",
+        "3",
+    )
+    assert "the head is new, for other classes" in out
+    assert "macro mean" in out
+    assert (tmp_path / "out.safetensors").exists()
 
 
 def test_digits_go_from_training_to_traffic(up, tmp_path: Path):

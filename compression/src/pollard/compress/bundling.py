@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnx
 import psutil
 
 from pollard.bundle.v1 import bundle_pb2
-from pollard.compress.data import Dataset
+from pollard.compress.candidates import Candidate
 from pollard.compress.devices import CUDA, Device
 from pollard.compress.errors import OutputExists
 from pollard.compress.evaluate import Accuracy
@@ -46,7 +46,9 @@ class Origin:
     source: str
     recipe_json: str
     seed: int
-    data: Dataset
+    classes: list[str]
+    data_digest: str
+    """Of the images that it was measured with; empty when there were none."""
     parent_digest: str
     """SHA-256 of the parent's weights."""
 
@@ -151,15 +153,52 @@ def assemble(
         OSError: it cannot be written.
     """
     candidate = chosen.candidate
-    raw = candidate.path.read_bytes()
     # Where there is no GPU, the processor's float32 arithmetic stands in for it: golden outputs
     # are allowed to differ by more than that.
     runs_here = candidate.target if candidate.target != CUDA or device.timed else "cpu-fp32"
+    return write_variant(
+        directory,
+        candidate,
+        measurement(chosen, machine, device, compared=parent is not None),
+        None if parent is None else measurement(parent, machine, device),
+        origin,
+        spec,
+        {"report.json": report[0], "report.html": report[1]},
+        runs_here,
+    )
+
+
+def write_variant(
+    directory: Path,
+    candidate: Candidate,
+    figures: bundle_pb2.Measurement,
+    parent: bundle_pb2.Measurement | None,
+    origin: Origin,
+    spec: InputSpec,
+    files: Mapping[str, bytes],
+    runs_here: str,
+) -> Bundle:
+    """Write a bundle of one file and check it as a server would.
+
+    Args:
+        directory: Empty.
+        candidate: The file.
+        figures: What is known of it.
+        parent: What is known of its parent.
+        origin: Where it comes from.
+        spec: What it takes.
+        files: Further files of the bundle.
+        runs_here: Target that this machine can run it as.
+
+    Raises:
+        RuntimeFault, OSError: as :func:`assemble`.
+    """
+    raw = candidate.path.read_bytes()
     session = open_session(raw, target=runs_here)
     golden, tolerance = make_golden(session, raw, spec, candidate.target)
     variant = candidate.target
     model_file, golden_file = f"{variant}/model.onnx", f"{variant}/golden.npz"
-    classes = origin.data.classes
+    classes = origin.classes
     manifest = bundle_pb2.Manifest(
         name=origin.name,
         task=bundle_pb2.TASK_CLASSIFICATION,
@@ -186,12 +225,12 @@ def assemble(
             ),
             labels_file="labels.txt",
         ),
-        parent=None if parent is None else measurement(parent, machine, device),
+        parent=parent,
         provenance=bundle_pb2.Provenance(
             recipe_json=origin.recipe_json,
             seed=origin.seed,
             tool_versions=tool_versions(),
-            data_digest=origin.data.digest,
+            data_digest=origin.data_digest,
             parent_digest=origin.parent_digest,
             source=origin.source,
         ),
@@ -215,7 +254,7 @@ def assemble(
                     else 0
                 ),
             ),
-            measurement=measurement(chosen, machine, device, compared=parent is not None),
+            measurement=figures,
             max_batch_size=MAX_BATCH,
         )
     )
@@ -227,8 +266,7 @@ def assemble(
             model_file: raw,
             golden_file: golden,
             "labels.txt": labels.encode(),
-            "report.json": report[0],
-            "report.html": report[1],
+            **files,
         },
     )
     return _check_as_served(directory, variant, spec, runs_here)

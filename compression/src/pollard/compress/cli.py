@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 _Model = Annotated[
     str, typer.Argument(help="zoo:NAME, or package.module:factory.", show_default=False)
 ]
-_Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="digits, or a directory or zip with train/CLASS/* and test/CLASS/*, or CLASS/*.",
-        show_default=False,
-    ),
-]
 _Weights = Annotated[
     str, typer.Option("--weights", help="Trained parent: .pt state dict or .safetensors.")
 ]
@@ -353,8 +345,18 @@ def _given(context: typer.Context, name: str) -> bool:
 
 def bundle(
     model: _Model,
-    data: _Data,
     out: _Out,
+    data: Annotated[
+        str, typer.Option("--data", help="As for the other commands; judges the bundle.")
+    ] = "",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            help="Instead of --data, where it is not here: a text file with one label a line. "
+            "The bundle then claims no accuracy.",
+        ),
+    ] = None,
     weights: _Weights = "",
     seed: _Seed = 0,
     threads: _Threads = None,
@@ -367,9 +369,29 @@ def bundle(
 ) -> None:
     """Pack a trained model as it is, in float: verified and measured, without any gate."""
     with errors(json_file) as console:
-        from pollard.compress import pipeline
+        from pollard.compress import packing, pipeline
+        from pollard.compress.errors import UsageInvalid
         from pollard.compress.recipe import Recipe
 
+        if bool(data) == (labels is not None):
+            raise UsageInvalid("give either --data, or --labels where the data are not here")
+        make_signature = _signer(sign)
+        if labels is not None:
+            made = packing.pack(
+                model, labels, out, weights=weights, spec=make_spec(input_size, mean, std),
+                threads=threads, force=force, reporter=make_reporter(console),
+            )  # fmt: skip
+            signed = make_signature(out) if make_signature is not None else ""
+            variant = made.manifest.variants[0].measurement
+            figures = {"size_bytes": variant.size_bytes, "macs": variant.macs}
+            write_json(json_file, {"kind": "bundle", "bundle": str(out), "summary": figures})
+            console.print(
+                f"{variant.size_bytes:,} bytes; without data no accuracy was measured\n"
+                f"Bundle: {out}",
+                highlight=False,
+            )
+            _say_signed(console, signed)
+            return
         recipe = Recipe(
             model=model,
             data=data,
@@ -380,7 +402,6 @@ def bundle(
             threads=threads,
             spec=make_spec(input_size, mean, std),
         )
-        make_signature = _signer(sign)
         result = pipeline.bundle_parent(recipe, out, force=force, reporter=make_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
         write_json(json_file, result.report)

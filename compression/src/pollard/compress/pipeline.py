@@ -307,7 +307,13 @@ def _write(
     device: Device,
 ) -> Bundle:
     origin = bundling.Origin(
-        source.name, source.reference, recipe.to_json(), recipe.seed, data, parent.weights_digest
+        source.name,
+        source.reference,
+        recipe.to_json(),
+        recipe.seed,
+        data.classes,
+        data.digest,
+        parent.weights_digest,
     )
     return bundling.assemble(
         stage / bundling.BUNDLE,
