@@ -77,9 +77,9 @@ class Language:
         if done.returncode:
             raise BuildFailed(f"{self.name}: {' '.join(map(str, command))}\n{done.stdout}")
 
-    def once(self, result: Path, sources: Sequence[Path], *command: str | Path) -> None:
-        """Run a command of the build, unless `result` came from the same sources."""
-        digest = hashlib.sha256(str(command).encode())
+    def once(self, result: Path, sources: Sequence[Path], *commands: Sequence[str | Path]) -> None:
+        """Run the commands of a build, unless `result` came from the same sources by the same."""
+        digest = hashlib.sha256(str(commands).encode())
         for source in sources:
             for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
                 if path.is_file():
@@ -87,7 +87,8 @@ class Language:
         stamp = BUILD / f"{self.name}-{result.name}.sha256"
         if result.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
             return
-        self.run(*command)
+        for command in commands:
+            self.run(*command)
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest.hexdigest())
 
@@ -132,7 +133,7 @@ class TypeScript(Language):
     def build(self) -> None:
         folder = CLIENTS / "typescript"
         sources = [folder / "src", folder / "package-lock.json", folder / "build.mjs"]
-        self.once(folder / "dist", sources, "node", folder / "build.mjs")
+        self.once(folder / "dist", sources, ["node", folder / "build.mjs"])
 
     def runner(self) -> list[str]:
         # Node warns of an IP address as the name of a TLS server, which is all that the tests have.
@@ -235,8 +236,101 @@ class Cpp(Language):
         return {"GRPC_VERBOSITY": "NONE"}
 
 
+class Java(Language):
+    """The Java library, against Debian's libraries; without Maven, so offline."""
+
+    name = "java"
+    packages = (
+        "default-jdk-headless",
+        "libgrpc-java",
+        "libprotobuf-java",
+        "libnetty-java",
+        # Debian's Netty has TLS with ALPN by OpenSSL only.
+        "libnetty-tcnative-java",
+        "libnetty-tcnative-jni",
+        "libperfmark-java",
+        "libguava-java",
+        "libgoogle-gson-java",
+        "liberror-prone-java",
+        "libjsr305-java",
+        "libgeronimo-annotation-1.3-spec-java",
+        "protobuf-compiler-grpc-java-plugin",
+        "protobuf-compiler",
+    )
+    programs = ("java", "javac", "protoc", "grpc_java_plugin")
+    jars = (
+        *("grpc-api", "grpc-context", "grpc-core", "grpc-netty", "grpc-protobuf"),
+        *("grpc-protobuf-lite", "grpc-stub", "protobuf", "protobuf-util"),
+        *("netty-buffer", "netty-codec", "netty-codec-http", "netty-codec-http2", "netty-common"),
+        *("netty-handler", "netty-handler-proxy", "netty-resolver", "netty-transport"),
+        *("netty-tcnative", "netty-transport-native-unix-common", "perfmark-api", "guava", "gson"),
+        *("error_prone_annotations", "jsr305", "geronimo-annotation-1.3-spec"),
+    )
+    files = tuple(Path(f"/usr/share/java/{jar}.jar") for jar in jars)
+
+    def build(self) -> None:
+        folder, source = BUILD / "java", CLIENTS / "java" / "src"
+        generated, classes = folder / "generated", folder / "classes"
+        # Netty takes its library only by another name than Debian gives it, and no link to it.
+        (folder / "lib").mkdir(parents=True, exist_ok=True)
+        (folder / "logging.properties").write_text(
+            "handlers = java.util.logging.ConsoleHandler\n.level = WARNING\n"
+        )
+        for native in Path("/usr/lib").glob("*/jni/libnetty-tcnative.so"):
+            shutil.copyfile(native, folder / "lib" / "libnetty_tcnative.so")
+        shutil.rmtree(generated, ignore_errors=True)
+        generated.mkdir(parents=True)
+        # Google's messages too: Debian's package of them is older than google.rpc.ErrorInfo.
+        names = ["google/api/field_behavior", "google/rpc/status", "google/rpc/error_details"]
+        for package in ("inference", "pollard"):
+            paths = sorted((PROTOS / package).rglob("*.proto"))
+            names += [path.relative_to(PROTOS).with_suffix("").as_posix() for path in paths]
+        self.once(
+            classes,
+            [source, PROTOS / "inference", PROTOS / "pollard", PROTOS / "third_party"],
+            [
+                *("protoc", f"-I{PROTOS}", f"-I{PROTOS / 'third_party'}"),
+                *(f"--java_out={generated}", f"--grpc-java_out={generated}"),
+                f"--plugin=protoc-gen-grpc-java={shutil.which('grpc_java_plugin')}",
+                *(f"{name}.proto" for name in names),
+            ],
+            ["sh", "-c", f'find "{generated}" -name "*.java" > "{folder}/generated.txt"'],
+            ["sh", "-c", f'find "{source}" -name "*.java" > "{folder}/sources.txt"'],
+            [
+                *("javac", "--release", "17", "-nowarn", "-d", classes),
+                *("-cp", self.path(), f"@{folder / 'generated.txt'}"),
+            ],
+            [
+                *("javac", "--release", "17", "-Xlint:all,-processing,-classfile", "-Werror"),
+                *("-d", classes, "-cp", self.path(), f"@{folder / 'sources.txt'}"),
+            ],
+        )
+
+    def path(self) -> str:
+        """Where the classes lie."""
+        return os.pathsep.join([str(BUILD / "java" / "classes"), *map(str, self.files)])
+
+    def java(self, name: str) -> list[str]:
+        """Return the command that runs a class."""
+        return [
+            "java",
+            # A program that runs for seconds is not worth a second compiler and several collectors.
+            *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),
+            f"-Djava.library.path={BUILD / 'java' / 'lib'}",
+            f"-Djava.util.logging.config.file={BUILD / 'java' / 'logging.properties'}",
+            *("-cp", self.path(), name),
+        ]
+
+    def runner(self) -> list[str]:
+        return self.java("ai.pollard.contract.ContractRunner")
+
+    def example(self) -> list[str]:
+        return self.java("ai.pollard.examples.Classify")
+
+
 LANGUAGES: Mapping[str, Language] = {
-    language.name: language for language in (Python(), PythonAsyncio(), TypeScript(), Go(), Cpp())
+    language.name: language
+    for language in (Python(), PythonAsyncio(), TypeScript(), Go(), Cpp(), Java())
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 VECTORS = Path(__file__).parent / "vectors"
-LANGUAGES = ("python", "python-asyncio", "typescript", "go", "cpp")
+LANGUAGES = ("python", "python-asyncio", "typescript", "go", "cpp", "java")
 REQUIRED = "POLLARD_REQUIRE_CLIENTS"
 """Languages, with commas, whose toolchain must be there: what else would be skipped fails."""
 
