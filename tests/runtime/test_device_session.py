@@ -67,7 +67,10 @@ def rows_model() -> bytes:
 def make(model: bytes | None = None, *, instances: int = 1, states=None) -> DeviceSession:
     states = states or [DeviceState(0)] * instances
     return DeviceSession(
-        [Instance(Raw(model or rows_model()), state, PageableStaging()) for state in states],
+        [
+            Instance(Raw(model or rows_model()), state, PageableStaging(), device="cpu")
+            for state in states
+        ],
         "cuda-fp16",
     )
 

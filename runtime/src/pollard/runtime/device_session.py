@@ -96,23 +96,21 @@ class Instance:
             for name, view in buffers.inputs.items():
                 view[start:end] = part[name]
             start = end
-        if buffers.on_device:
-            self._run_on_device(buffers, rows)
-        else:
-            with running(self.graphs):
-                self.raw.run_with_iobinding(buffers.binding, buffers.options)
+        self._run_on_device(buffers, rows)
         return {name: view[:rows].copy() for name, view in buffers.outputs.items()}
 
     def _run_on_device(self, buffers: _Bucket, rows: int) -> None:
-        with running(True):
+        with running(self.graphs):
             for name, view in buffers.inputs.items():
                 self._staging.upload(buffers.on_device[name].data_ptr(), _bytes(view[:rows]))
-        if not buffers.captured:
+        if self.graphs and not buffers.captured:
             buffers.captured = True
             self._capture(buffers)
-        with running(True):
+        with running(self.graphs):
             self.raw.run_with_iobinding(buffers.binding, buffers.options)
-        with running(True):
+        # Copied here, and not by binding outputs to the host: onnxruntime then returns before its
+        # copy into pinned memory is made.
+        with running(self.graphs):
             for name, view in buffers.outputs.items():
                 self._staging.download(_bytes(view[:rows]), buffers.on_device[name].data_ptr())
 
@@ -134,8 +132,8 @@ class Instance:
         if self.graphs:
             buffers.options = _options(str(bucket))
         for infos, views, bind in (
-            (layout.inputs, buffers.inputs, buffers.binding.bind_input),
-            (layout.outputs, buffers.outputs, buffers.binding.bind_output),
+            (layout.inputs, buffers.inputs, buffers.binding.bind_ortvalue_input),
+            (layout.outputs, buffers.outputs, buffers.binding.bind_ortvalue_output),
         ):
             for info in infos:
                 kind, shape = NUMPY[info.datatype], (bucket, *info.shape[1:])
@@ -144,14 +142,10 @@ class Instance:
                     size = math.prod(info.shape[1:]) * kind.itemsize * layout.largest
                     self._memory[info.name] = self._staging.allocate(size)
                 memory = self._memory[info.name][: math.prod(shape) * kind.itemsize]
-                view = views[info.name] = memory.view(kind).reshape(shape)
-                if not self.graphs:
-                    bind(info.name, "cpu", 0, kind, shape, view.ctypes.data)
-                    continue
+                views[info.name] = memory.view(kind).reshape(shape)
                 place = _on_device(shape, kind, self._device, self.state.index)
                 buffers.on_device[info.name] = place
-                to = "input" if views is buffers.inputs else "output"
-                getattr(buffers.binding, f"bind_ortvalue_{to}")(info.name, place)
+                bind(info.name, place)
         return buffers
 
 
@@ -164,7 +158,7 @@ class _Bucket:
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.on_device: dict[str, Any] = {}
-        """Values on the device by name; empty if the device reads the host's memory."""
+        """Values on the device by name."""
         self.captured = False
 
 
