@@ -87,7 +87,7 @@ def processor() -> Session:
     return open_session(network())
 
 
-def close_to(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-4) -> None:
+def close_to(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-3) -> None:
     assert np.isfinite(actual).all()
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 

@@ -103,13 +103,12 @@ def open_raw(model: Path | bytes, session_options: Any, providers: Providers) ->
     """
     import onnxruntime
 
+    # It warns of a provider that is none of its plugins, at each session; errors still come.
+    onnxruntime.set_default_logger_severity(3)
     source = model if isinstance(model, bytes) else str(model)
+    # Its fallback would print the error, and go on with the processor.
     raw = onnxruntime.InferenceSession(
-        # Its fallback would print the error, and go on with the processor.
-        source,
-        session_options,
-        providers=providers,
-        enable_fallback=0,
+        source, session_options, providers=providers, enable_fallback=0
     )
     wanted = providers[0][0] if isinstance(providers[0], tuple) else providers[0]
     if raw.get_providers()[0] != wanted:
