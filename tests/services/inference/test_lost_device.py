@@ -57,7 +57,9 @@ class Loaded:
 
     def __init__(self, model: str, raw: Raw) -> None:
         self.raw = raw
-        session = DeviceSession([Instance(raw, DeviceState(0), PageableStaging())], "cuda-fp16")
+        session = DeviceSession(
+            [Instance(raw, DeviceState(0), PageableStaging(), device="cpu")], "cuda-fp16"
+        )
         assert session.batch_up_to(8)
         tensor = TensorInfo("x", "FP32", (-1, 4))
         info = RevisionInfo(
@@ -205,7 +207,9 @@ def test_memory_that_is_short_in_the_first_runs_ends_the_load(session_in_loading
 @pytest.fixture
 def session_in_loading(make_bundle):
     raw = Raw(make_bundle(1.0).model_path("cpu-fp32").read_bytes())
-    session = DeviceSession([Instance(raw, DeviceState(0), PageableStaging())], "cuda-fp16")
+    session = DeviceSession(
+        [Instance(raw, DeviceState(0), PageableStaging(), device="cpu")], "cuda-fp16"
+    )
     tensor = TensorInfo("x", "FP32", (-1, 4))
     return session, raw, ModelDescription((tensor,), (dataclasses.replace(tensor, name="y"),), 8)
 
