@@ -220,8 +220,8 @@ class Cpp(Language):
         folder = BUILD / "cpp"
         self.run(
             *("cmake", "-S", CLIENTS / "cpp", "-B", folder, "-DCMAKE_BUILD_TYPE=Release"),
-            # Half the time of the compiler for what the tests do not need.
-            *("-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_FLAGS=-Wall -Wextra"),
+            # The compiler's optimisations take a third of its time, and the tests need none.
+            *("-DCMAKE_CXX_FLAGS_RELEASE=-O0", "-DCMAKE_CXX_FLAGS=-Wall -Wextra"),
             *("-DPOLLARD_BUILD_EXAMPLES=ON", "-DPOLLARD_BUILD_CONTRACT=ON"),
         )
         self.run("cmake", "--build", folder, "-j", "1")
