@@ -267,6 +267,12 @@ class Java(Language):
         *("error_prone_annotations", "jsr305", "geronimo-annotation-1.3-spec"),
     )
     files = tuple(Path(f"/usr/share/java/{jar}.jar") for jar in jars)
+    native = "lib/*/jni/libnetty-tcnative.so"
+
+    def missing(self) -> str:
+        if next(Path("/usr").glob(self.native), None) is None:
+            self.files = (*type(self).files, Path("/usr") / self.native)
+        return super().missing()
 
     def build(self) -> None:
         folder, source = BUILD / "java", CLIENTS / "java" / "src"
@@ -276,7 +282,7 @@ class Java(Language):
         (folder / "logging.properties").write_text(
             "handlers = java.util.logging.ConsoleHandler\n.level = WARNING\n"
         )
-        for native in Path("/usr/lib").glob("*/jni/libnetty-tcnative.so"):
+        for native in Path("/usr").glob(self.native):
             shutil.copyfile(native, folder / "lib" / "libnetty_tcnative.so")
         shutil.rmtree(generated, ignore_errors=True)
         generated.mkdir(parents=True)

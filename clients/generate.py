@@ -73,8 +73,22 @@ class Go(Generator):
     output = CLIENTS / "go" / "gen"
     module = "github.com/pollard-ai/pollard/clients/go"
 
+    versions = (
+        ("protoc-gen-go", "protoc-gen-go v1.28.1"),
+        ("protoc-gen-go-grpc", "protoc-gen-go-grpc 1.0"),
+    )
+    """The plugins write other code in other versions, which then asks for newer libraries."""
+
     def missing(self) -> str:
-        return lacking("protoc", "protoc-gen-go", "protoc-gen-go-grpc")
+        if words := lacking("protoc", "protoc-gen-go", "protoc-gen-go-grpc"):
+            return words
+        for program, wanted in self.versions:
+            done = subprocess.run(
+                [program, "--version"], capture_output=True, text=True, check=True
+            )
+            if done.stdout.strip() != wanted:
+                return f"{wanted} (but {done.stdout.strip()})"
+        return ""
 
     def arguments(self, folder: Path) -> Sequence[str]:
         options = [f"module={self.module}"]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DISTRIBUTIONS = ("protos/python", "runtime", "clients/python", "services", "compression")
@@ -39,3 +42,17 @@ def test_onnxruntime_is_only_an_extra():
     extras = project("runtime")["optional-dependencies"]
     assert extras["cpu"][0].startswith("onnxruntime>")
     assert extras["gpu"][0].startswith("onnxruntime-gpu>")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "pattern"),
+    [
+        ("clients/typescript/package.json", r'^  "version": "([^"]+)"'),
+        ("clients/cpp/CMakeLists.txt", r"^project\(pollard_client VERSION ([\d.]+)"),
+        ("clients/java/pom.xml", r"^  <version>([^<]+)</version>"),
+    ],
+)
+def test_the_clients_in_other_languages_have_the_version(manifest: str, pattern: str) -> None:
+    found = re.search(pattern, (REPOSITORY / manifest).read_text(), re.M)
+    assert found is not None
+    assert found[1] == (REPOSITORY / "VERSION").read_text().strip()
