@@ -40,6 +40,7 @@ class Instance:
         staging: Staging,
         *,
         graphs: bool = False,
+        gated: bool = False,
         device: str = "cuda",
     ) -> None:
         """Take a loaded model.
@@ -49,6 +50,7 @@ class Instance:
             state: Of its GPU.
             staging: Memory of the host for its batches.
             graphs: Whether it was opened with CUDA graphs.
+            gated: Whether others of this process may be, so that runs keep out of their way.
             device: onnxruntime's name of the device, for buffers on it.
         """
         self.raw = raw
@@ -56,6 +58,7 @@ class Instance:
         self._staging = staging
         self._device = device
         self.graphs = graphs
+        self.gated = graphs or gated
         self.graph_problem = ""
         """Why a graph could not be recorded; empty if all could."""
         self._buckets: dict[int, _Bucket] = {}
@@ -78,7 +81,7 @@ class Instance:
     def run_plainly(self, feeds: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
         """Run with arrays of any shape."""
         options = _options(_NO_GRAPH) if self.graphs else None
-        with running(self.graphs):
+        with running(self.gated):
             values = self.raw.run(list(names), dict(feeds), options)
         return dict(zip(names, values, strict=True))
 
@@ -88,7 +91,7 @@ class Instance:
         """Run requests as one batch of `bucket` rows, of which the last ones are not looked at."""
         buffers = self._buckets.get(bucket)
         if buffers is None:
-            with running(self.graphs):
+            with running(self.gated):
                 buffers = self._buckets[bucket] = self._bind(bucket, layout)
         start = 0
         for part in parts:
@@ -100,22 +103,25 @@ class Instance:
         return {name: view[:rows].copy() for name, view in buffers.outputs.items()}
 
     def _run_on_device(self, buffers: _Bucket, rows: int) -> None:
-        with running(self.graphs):
+        with running(self.gated):
             for name, view in buffers.inputs.items():
                 self._staging.upload(buffers.on_device[name].data_ptr(), _bytes(view[:rows]))
         if self.graphs and not buffers.captured:
             buffers.captured = True
             self._capture(buffers)
-        with running(self.graphs):
+        with running(self.gated):
             self.raw.run_with_iobinding(buffers.binding, buffers.options)
         # Copied here, and not by binding outputs to the host: onnxruntime then returns before its
         # copy into pinned memory is made.
-        with running(self.graphs):
+        with running(self.gated):
             for name, view in buffers.outputs.items():
                 self._staging.download(_bytes(view[:rows]), buffers.on_device[name].data_ptr())
 
     def _capture(self, buffers: _Bucket) -> None:
         """Record the graph of one size; go on without one if that is not possible."""
+        # What a new size costs, above all the choice of algorithms, is done beside others' runs.
+        with running(True):
+            self.raw.run_with_iobinding(buffers.binding, _options(_NO_GRAPH))
         try:
             with capturing():
                 self.raw.run_with_iobinding(buffers.binding, buffers.options)
@@ -286,7 +292,7 @@ class DeviceSession(Session):
     def close(self) -> None:
         """Free everything; nothing may run any more."""
         self._layout = None
-        with running(any(instance.graphs for instance in self.instances)):
+        with running(any(instance.gated for instance in self.instances)):
             for instance in self.instances:
                 instance.close()
         self.raw = None
@@ -343,7 +349,7 @@ class DeviceSession(Session):
                     raise
                 self._layout = None
         if self._by_value:
-            with running(instance.graphs):
+            with running(instance.gated):
                 return self._run_by_value(_joined(parts), list(names), instance.raw)
         return instance.run_plainly(_joined(parts), names)
 

@@ -48,6 +48,7 @@ def open_on_device(
     for device_id in set(options.placed):
         cuda.require(device_id, provider)
         state_of(device_id).check()
+    gated = options.graphs
     if provider == _TENSORRT:
         options = replace(options, graphs=False)
     instances: list[Instance] = []
@@ -58,7 +59,9 @@ def open_on_device(
                 # What one instance cannot do, the next one cannot either.
                 options = replace(options, graphs=False)
             instances.append(
-                Instance(raw, state_of(device_id), staging_for(device_id), graphs=graphs)
+                Instance(
+                    raw, state_of(device_id), staging_for(device_id), graphs=graphs, gated=gated
+                )
             )
     except BaseException:
         for instance in instances:

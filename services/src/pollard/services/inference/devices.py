@@ -128,6 +128,8 @@ def warm_on_device(
             raise
         except Exception as error:
             raise LoadRefused(f"the model fails on its warm-up: {_first_line(error)}") from error
+    if any(each.gated and not each.graphs for each in session.instances):
+        _log.warning("runs without CUDA graphs: some of its nodes run on the processor")
     for problem in {each.graph_problem for each in session.instances if each.graph_problem}:
         _log.warning("runs without a CUDA graph", error=problem)
 

@@ -75,9 +75,10 @@ class InferenceSettings(ServiceSettings):
         description="Memory of the GPU in bytes that must be left after loading a revision.",
     )
     cuda_graphs: bool = Field(
-        False,
-        description="Replay CUDA graphs, one for each size of a batch. Faster for small batches; "
-        "while one is recorded, at a load, all other models on GPUs pause for milliseconds.",
+        True,
+        description="Replay CUDA graphs, one for each size of a batch. Without them cuDNN's "
+        "algorithms are chosen anew, for 0.1 s and more, whenever the size changes. While one is "
+        "recorded, at a load, other models on GPUs pause for milliseconds.",
     )
     prefer_nhwc: bool = Field(
         True, description="Run convolutions on the GPU with the channels last."
