@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,9 @@ def run_sync(case: dict[str, Any]) -> dict[str, Any]:
     call, arguments = case["call"], case["arguments"]
     name, args, kwargs = method(call, arguments)
     with getattr(pollard, KINDS[call])(case["address"], **options(case["client"])) as made:
+        if "cancel_after_seconds" in case:
+            # Closing a sync client is how its requests in flight are cancelled.
+            threading.Timer(case["cancel_after_seconds"], made.close).start()
         result = getattr(made, name)(*args, **kwargs)
         if call == "watch_events":
             result = list(itertools.islice(result, arguments["count"]))
@@ -144,20 +148,33 @@ async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
         return answer(call, await task)
 
 
-def main(kind: str, plan: str) -> None:
-    for case in json.loads(Path(plan).read_text())["cases"]:
-        line: dict[str, Any] = {"case": case["case"]}
+def line_of(case: dict[str, Any], answered: dict[str, Any] | BaseException) -> str:
+    if isinstance(answered, pollard.RequestFailed):
+        return json.dumps({"case": case["case"], "error": failure(answered)})
+    if isinstance(answered, asyncio.CancelledError):
+        # What asyncio's callers expect of a task that they cancelled themselves.
+        return json.dumps({"case": case["case"], "error": {"code": "CANCELLED"}})
+    return json.dumps({"case": case["case"], "answer": answered})
+
+
+async def all_asyncio(cases: list[dict[str, Any]]) -> None:
+    for case in cases:
         try:
-            if kind == "sync" and "cancel_after_seconds" not in case:
-                line["answer"] = run_sync(case)
-            else:
-                line["answer"] = asyncio.run(run_asyncio(case))
+            print(line_of(case, await run_asyncio(case)), flush=True)
+        except (pollard.RequestFailed, asyncio.CancelledError) as error:
+            print(line_of(case, error), flush=True)
+
+
+def main(kind: str, plan: str) -> None:
+    cases = json.loads(Path(plan).read_text())["cases"]
+    if kind == "asyncio":
+        asyncio.run(all_asyncio(cases))
+        return
+    for case in cases:
+        try:
+            print(line_of(case, run_sync(case)), flush=True)
         except pollard.RequestFailed as error:
-            line["error"] = failure(error)
-        except asyncio.CancelledError:
-            # What asyncio's callers expect of a task that they cancelled themselves.
-            line["error"] = {"code": "CANCELLED"}
-        print(json.dumps(line), flush=True)
+            print(line_of(case, error), flush=True)
 
 
 if __name__ == "__main__":
