@@ -28,12 +28,13 @@ SECTIONS = {
     "environment": 25.0,
     "models": 100.0,
     "correctness": 45.0,
-    "raw": 70.0,
-    "compressed": 30.0,
-    "service": 85.0,
-    "replicas": 45.0,
+    "raw": 60.0,
+    "compressed": 45.0,
+    "service": 100.0,
     "swap": 45.0,
+    "gate": 40.0,
     "memory": 60.0,
+    "replicas": 60.0,
 }
 """Sections in their order, with the seconds that each may take."""
 

@@ -22,7 +22,7 @@ RECIPE = "2"
 PRUNED_SHARE = 0.6
 """Share of the multiply-accumulates that the pruned network lacks."""
 
-_ROUNDING = (32, 16, 8)
+PRUNED_ROUNDING = (32, 16, 8)
 """Widths of the pruned network are multiples of the first of these that reaches the share."""
 
 _WORKERS = 8
@@ -164,7 +164,7 @@ def make_pruned(name: str, folder: Path) -> dict[str, Any]:
     from pollard.compress.prune import prune
 
     module, spec = build(name, 0)
-    pruned = prune(module, spec, PRUNED_SHARE, rounding=_ROUNDING)
+    pruned = prune(module, spec, PRUNED_SHARE, rounding=PRUNED_ROUNDING)
     whole = export.attach_pixels(export.export_core(pruned.module, spec), spec)
     _write(folder / "pruned-fp32.onnx", whole)
     _write(folder / "pruned-fp16.onnx", half.to_float16(whole))

@@ -47,21 +47,24 @@ def run(setup: Setup) -> None:
     most = max(sizes.replicas)
     named = {f"core-{number}": [*told, "--frontend", "core"] for number in range(most)}
     named["grpcio-0"] = [*told, "--frontend", "grpcio"]
+    if setup.provider == "cuda":
+        named["no graphs-0"] = [*told, "--frontend", "core", "--no-cuda-graphs"]
+    cuda = setup.provider == "cuda"
     with servers(setup, bundles, named) as running:
         say(f"{len(running)} servers are ready")
         plan = [
             ("core", 1, "uint8", sizes.request_batch),
-            ("core", 1, "uint8", 1),
-            *(("core", replicas, "uint8", 1) for replicas in sizes.replicas if replicas > 1),
+            *(("core", replicas, "uint8", 1) for replicas in sizes.replicas),
             ("grpcio", 1, "uint8", sizes.request_batch),
             ("grpcio", 1, "uint8", 1),
-            ("core", 1, "float32", sizes.request_batch),
-            ("core", 1, "float32", 1),
             *(
                 ("core", replicas, "uint8", sizes.request_batch)
                 for replicas in sizes.replicas
                 if replicas > 1
             ),
+            ("core", 1, "float32", sizes.request_batch),
+            ("core", 1, "float32", 1),
+            *(("no graphs", 1, "uint8", batch) for batch in (sizes.request_batch, 1) if cuda),
         ]
         found: list[dict[str, Any]] = []
         for front, replicas, kind, batch in plan:
@@ -135,6 +138,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
             "The service over gRPC, float16",
             columns,
             rows,
+            "Where nothing else is said with CUDA graphs, which are the default. "
             f"ONNX Runtime alone with arrays of the host, batch {data.get('request_batch')}, "
             f"images/s: {alone}. Wanted: {_WANTED_SHARE} × raw with large requests; "
             f"{_WANTED_SINGLES:,} images/s with single uint8 images on 16 cores.",

@@ -19,7 +19,6 @@ from bench.pollard_server import desired_state
 from bench.process import ServerProcess, free_port
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle, write_bundle
-from pollard.services.inference.settings import InferenceSettings
 
 COMMAND = (sys.executable, "-m", "bench.pollard")
 """The `pollard` command of the source tree: a bare machine has no other."""
@@ -84,12 +83,7 @@ def _spec(node: Any) -> bundle_pb2.TensorSpec:
 
 def flags(setup: Setup, joined_batch: int) -> list[str]:
     """Return what the server is told so that it runs on the provider."""
-    told = ["--joined-batch", str(joined_batch), "--no-measure"]
-    if "provider" in InferenceSettings.model_fields:
-        told += ["--provider", setup.provider]
-    elif setup.provider == "cuda":
-        told += ["--workers", "4"]
-    return told
+    return ["--joined-batch", str(joined_batch), "--no-measure", "--provider", setup.provider]
 
 
 @contextlib.contextmanager

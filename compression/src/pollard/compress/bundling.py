@@ -248,10 +248,11 @@ def write_variant(
                 execution_provider=PROVIDERS[candidate.target],
                 min_onnxruntime=MIN_ONNXRUNTIME,
                 opset=_opset(raw),
+                # What a process takes says nothing of a GPU's memory; servers look for themselves.
                 memory_bytes=(
-                    measure_memory(candidate.path, runs_here, spec, MAX_BATCH)
-                    if runs_here == candidate.target
-                    else 0
+                    0
+                    if candidate.target == CUDA
+                    else measure_memory(candidate.path, runs_here, spec, MAX_BATCH)
                 ),
             ),
             measurement=figures,

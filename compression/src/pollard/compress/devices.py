@@ -6,7 +6,6 @@ rounds. What that takes says nothing of a GPU, so nothing is timed then.
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from pollard.compress import half
 from pollard.compress.candidates import Candidate
 from pollard.compress.export import serialize
-from pollard.runtime.errors import ModelLoadFailed
+from pollard.runtime import cuda
+from pollard.runtime.device_session import DeviceSession
+from pollard.runtime.errors import DeviceFault, ModelLoadFailed
 from pollard.runtime.machine import PROVIDERS, Machine
 from pollard.runtime.sessions import Session, open_session
 
 CUDA = "cuda-fp16"
+
+_LARGEST_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -66,35 +69,24 @@ def find_device(target: str, machine: Machine) -> Device:
     else:
         try:
             open_session(_one_convolution(), target=CUDA)
-        except ModelLoadFailed as error:
+        except (ModelLoadFailed, DeviceFault) as error:
             why = str(error)
         else:
-            return Device(CUDA, gpu_name(), (1, 8, 32), 32)
+            return Device(CUDA, cuda.devices()[0].name, (1, 8, _LARGEST_BATCH), _LARGEST_BATCH)
     return Device("", machine.processor, (), why_not=why)
 
 
 def open_on(device: Device, candidate: Candidate) -> Session:
     """Open a file as it is judged: as it is served, or in emulation."""
     if device.target == CUDA:
-        return open_session(candidate.path, target=CUDA)
+        session = open_session(candidate.path, target=CUDA)
+        if isinstance(session, DeviceSession):
+            # Through staging buffers, as the service does it.
+            session.batch_up_to(_LARGEST_BATCH, (*session.inputs, *session.outputs))
+        return session
     if candidate.target == CUDA:
         return open_session(serialize(half.emulated(onnx.load(candidate.path))))
     return open_session(candidate.path, target=candidate.target)
-
-
-def gpu_name() -> str:
-    """Return what the first GPU calls itself."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "a GPU that nvidia-smi does not name"
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "a GPU without a name"
 
 
 def _one_convolution() -> bytes:

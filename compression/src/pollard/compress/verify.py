@@ -173,6 +173,8 @@ def _torch_answers(candidate: Candidate, part: Part) -> NDArray[np.int64]:
 
 def _call(session: Session, images: NDArray[np.uint8]) -> Any:
     feeds = {session.inputs[0].name: images}
+    if session.stages:
+        return lambda: session.run(feeds)
     run = session.raw.run
     return lambda: run(None, feeds)
 
