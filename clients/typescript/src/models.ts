@@ -304,25 +304,28 @@ export class ModelsClient extends BaseClient {
     // A refusal may come while pieces are still read; it is looked at after them.
     answer.catch(() => {});
     let ended = false;
+    // Lets the sender go on: there is room again, or the call is over.
+    let wake = (): void => {};
     const call: ClientWritableStream<UploadBundleRequest> = this.#stub.uploadBundle(
       new Metadata(),
       this.deadline(600_000 + tar.totalBytes / 64),
       (error: ServiceError | null, response: UploadBundleResponse) => {
         ended = true;
+        wake();
         if (error === null) settle.resolve(response);
-        else if (stalled) settle.reject(failed("DEADLINE_EXCEEDED", `nothing of the upload moved for ${idleMs} ms`, method, this.address));
+        else if (stalled) {
+          const words = `nothing of the upload moved for ${idleMs} ms`;
+          settle.reject(failed("DEADLINE_EXCEEDED", words, method, this.address));
+        }
         else settle.reject(fromServiceError(error, method, this.address));
       },
     );
+    call.on("drain", () => wake());
     signal?.addEventListener("abort", abort, { once: true });
     const send = (message: UploadBundleRequest): Promise<void> =>
       new Promise((resolve) => {
-        if (ended || call.destroyed) resolve();
-        else if (call.write(message)) resolve();
-        else {
-          call.once("drain", resolve);
-          answer.catch(() => {}).finally(resolve);
-        }
+        if (ended || call.write(message)) resolve();
+        else wake = resolve;
       });
     try {
       const header = {
