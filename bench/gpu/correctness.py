@@ -16,11 +16,17 @@ from bench.gpu.setup import Setup, Table, say
 LIMITS = {"fp32": 1e-3, "fp32, TF32": 5e-2, "fp16": 5e-2}
 """Largest difference from PyTorch's float32 logits that passes, relative to their range."""
 
+_OWN_LOSS = 2.0
+"""Where float16 costs a network more by itself, emulated on the CPU, a GPU may differ by so many
+times that: another order of summation is as good as this one."""
+
 
 def run(setup: Setup) -> None:
     """Compare one network after the other; a failure of one is noted, and the next begins."""
     found: dict[str, Any] = {}
     files = sorted((setup.models / "zoo").glob("*-fp32.onnx"))
+    if setup.only_zoo:
+        files = [file for file in files if file.name.removesuffix("-fp32.onnx") in setup.only_zoo]
     if not files:
         raise RuntimeError(f"no networks in {setup.models}; run --only models first")
     for file in files:
@@ -39,10 +45,11 @@ def run(setup: Setup) -> None:
 def _compare(setup: Setup, name: str) -> dict[str, Any]:
     folder = setup.models / "zoo"
     with np.load(folder / f"{name}.npz") as kept:
-        images, logits = kept["images"], kept["logits"]
+        images, logits, rounded = kept["images"], kept["logits"], kept["rounded"]
     told: dict[str, Any] = {}
     cpu = _answers(folder / f"{name}-fp32.onnx", "cpu", {}, images)
     told["cpu"] = _difference(cpu, logits)
+    told["fp16 on the CPU"] = _difference(rounded, logits)
     for kind, options in (
         ("fp32", {"use_tf32": "0"}),
         ("fp32, TF32", {"use_tf32": "1"}),
@@ -56,7 +63,8 @@ def _compare(setup: Setup, name: str) -> dict[str, Any]:
         told[f"{kind} seconds"] = round(time.perf_counter() - started, 2)
     told["nodes"] = _places(folder / f"{name}-fp16.onnx", setup, images)
     # Written so that NaN fails.
-    told["passed"] = all(told[kind] <= limit for kind, limit in LIMITS.items())
+    limits = {**LIMITS, "fp16": max(LIMITS["fp16"], _OWN_LOSS * told["fp16 on the CPU"])}
+    told["passed"] = all(told[kind] <= limit for kind, limit in limits.items())
     return told
 
 
@@ -90,13 +98,14 @@ def tables(data: dict[str, Any]) -> list[Table]:
     rows: list[tuple[object, ...]] = []
     for name, told in data.get("networks", {}).items():
         if "problem" in told:
-            rows.append((name, told["problem"], *[""] * (len(LIMITS) + 3)))
+            rows.append((name, told["problem"], *[""] * (len(LIMITS) + 4)))
             continue
         rows.append(
             (
                 name,
                 f"{told['cpu']:.1e}",
                 *(f"{told[kind]:.1e}" for kind in LIMITS),
+                f"{told['fp16 on the CPU']:.1e}",
                 f"{told['fp16 top-1']:.0%}",
                 ", ".join(f"{count} {place}" for place, count in told["nodes"].items()),
                 "yes" if told["passed"] else "NO",
@@ -106,7 +115,12 @@ def tables(data: dict[str, Any]) -> list[Table]:
     return [
         Table(
             "Largest difference from PyTorch, relative to the logits' range",
-            ("network", "CPU fp32", *limits, "fp16 top-1 agrees", "nodes run", "passed"),
+            (
+                *("network", "CPU fp32", *limits, "fp16 emulated on the CPU"),
+                *("fp16 top-1 agrees", "nodes run", "passed"),
+            ),
             rows,
+            f"Where float16 costs a network more by itself, {_OWN_LOSS:g} × its loss in emulation "
+            "is allowed: these networks are untrained.",
         )
     ]
