@@ -104,7 +104,7 @@ def requests(draw: st.DrawFn) -> pb.ModelInferRequest:
     return request
 
 
-@pytest.fixture(scope="module", params=["default", "core", "envoy"])
+@pytest.fixture(scope="module", params=["default", "grpcio", "envoy"])
 def address(request, address, repository, serve) -> Iterator[str]:
     """Address of a server; besides the front end of all these tests, by each of the others."""
     if request.param == "default":
