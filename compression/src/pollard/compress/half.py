@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pollard.compress.errors import ExportFailed, HalfOverflow
 from pollard.compress.export import serialize, strip_metadata
+from pollard.compress.ort_tools import make_importable
 from pollard.runtime.sessions import open_session
 
 MULTIPLES = (32, 16, 8)
@@ -213,6 +214,7 @@ def _converter() -> Any:
     # here wants.
     path = list(sys.path)
     try:
+        make_importable()
         from onnxruntime.transformers.float16 import convert_float_to_float16
     finally:
         sys.path[:] = path

@@ -38,6 +38,7 @@ from pollard.compress.export import (
     strip_metadata,
     to_channels_first,
 )
+from pollard.compress.ort_tools import make_importable
 from pollard.compress.recipe import CALIBRATIONS
 from pollard.compress.spec import InputSpec
 
@@ -355,6 +356,7 @@ def _quantize_static(
     float_nodes: set[str],
     overrides: Mapping[str, object],
 ) -> onnx.ModelProto:
+    make_importable()
     from onnxruntime.quantization import (
         CalibrationMethod,
         QuantFormat,
