@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,41 @@ def test_a_part_tells_its_age_and_can_be_removed(tmp_path: Path, tar: bytes) -> 
     remove(directory)
     with pytest.raises(FileNotFoundError):
         committed_bytes(directory)
+
+
+def test_a_part_that_was_closed_opens_nothing_any_more(tmp_path: Path, tar: bytes) -> None:
+    part = part_at(tmp_path / "part")
+    part.close()
+    part.open()
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(OSError, match="closed"):
+        part.append([tar])
+
+
+def test_closing_waits_for_what_is_being_opened(
+    tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = part_at(tmp_path / "part")
+    first.open()
+    first.append([tar[:20_000]])
+    first.close()
+    part = part_at(tmp_path / "part")
+    reading, go_on = threading.Event(), threading.Event()
+    read = part._read_content
+
+    def held() -> None:
+        reading.set()
+        assert go_on.wait(60)
+        read()
+
+    monkeypatch.setattr(part, "_read_content", held)
+    opening, closing = threading.Thread(target=part.open), threading.Thread(target=part.close)
+    opening.start()
+    assert reading.wait(60)
+    closing.start()
+    go_on.set()
+    opening.join(60)
+    closing.join(60)
+    # Whatever had been opened would be a warning that fails a test.
+    assert (part._structure, part._file) == (None, None)
+    assert committed_bytes(tmp_path / "part") == 20_000

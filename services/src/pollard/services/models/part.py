@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ _WRITEBACK_BYTES = 16 * 1024 * 1024
 
 
 class Part:
-    """An upload on disk. One thread at a time may use it.
+    """An upload on disk.
+
+    A stream that is cancelled leaves a thread behind that opens or writes; so `close` waits for
+    that, and whoever comes after it finds the part closed.
 
     Args:
         directory: Where it lies; made when it does not exist.
@@ -47,6 +51,8 @@ class Part:
         """SHA-256 of the files that are whole, by path."""
         self._stream = TarStream(max_files=max_files, max_total_bytes=max_total_bytes)
         self._tar = hashlib.sha256() if hash_tar else None
+        self._using = threading.Lock()
+        self._closed = False
         self._structure: Any = None
         self._file: Any = None
         self._digest = hashlib.sha256()
@@ -71,6 +77,11 @@ class Part:
             InvalidRequest: what is there is no tar of a bundle.
             OSError: it cannot be read or written.
         """
+        with self._using:
+            if not self._closed:
+                self._open()
+
+    def _open(self) -> None:
         self.bundle.mkdir(parents=True, exist_ok=True)
         self._structure = (self.directory / "structure").open("a+b", buffering=0)
         self._structure.seek(0)
@@ -102,8 +113,14 @@ class Part:
 
         Raises:
             InvalidRequest: the tar is malformed or unsafe.
-            OSError: it cannot be written.
+            OSError: it cannot be written, or the part is closed.
         """
+        with self._using:
+            if self._closed:
+                raise OSError(errno.EBADF, "the upload is closed", str(self.directory))
+            self._append(chunks)
+
+    def _append(self, chunks: Sequence[bytes]) -> None:
         structure = bytearray()
         for chunk in chunks:
             data = memoryview(chunk)
@@ -138,11 +155,13 @@ class Part:
 
     def close(self) -> None:
         """Close the files; what was written stays."""
-        for file in (self._file, self._structure):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-        self._file = self._structure = None
+        with self._using:
+            self._closed = True
+            for file in (self._file, self._structure):
+                if file is not None:
+                    with contextlib.suppress(OSError):
+                        file.close()
+            self._file = self._structure = None
 
     def _count(self, data: memoryview) -> None:
         self.size += len(data)

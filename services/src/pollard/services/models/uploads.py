@@ -14,7 +14,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,7 @@ class Uploads:
         )
         try:
             try:
-                await _to_the_end(part.open)
+                await asyncio.to_thread(part.open)
                 self._check_room(request, part.size)
                 async with self._start_early(request, part) as check:
                     await self._receive_bytes(request, part, chunks)
@@ -484,16 +484,6 @@ class _Writer:
         """Wait until nothing is being written; never raises."""
         if self._writing is not None:
             await _settled(self._writing)
-
-
-async def _to_the_end(function: Callable[[], None]) -> None:
-    """Call a function in a thread; if this is cancelled meanwhile, wait for its end: what it opens
-    is closed next."""
-    running = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        await asyncio.shield(running)
-    finally:
-        await _settled(running)
 
 
 async def _settled(future: asyncio.Future[Any]) -> None:
