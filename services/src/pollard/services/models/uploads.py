@@ -42,12 +42,11 @@ from pollard.services.models.collector import Collector, release, release_dead
 from pollard.services.models.events import DAY_US
 from pollard.services.models.part import Part, committed_bytes, last_change
 from pollard.services.models.part import remove as remove_part
+from pollard.services.models.part_writer import PartWriter, settled
 from pollard.services.models.schema import Revision, Upload
 from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store, now_us
 
-MAX_CHUNK_BYTES = 4 * 1024 * 1024
-_WRITE_BYTES = 4 * 1024 * 1024
 # Below it, starting the child early would gain nothing.
 _EARLY_BYTES = 16 * 1024 * 1024
 _DAY_SECONDS = 24 * 3600.0
@@ -281,7 +280,7 @@ class Uploads:
     async def _receive_bytes(
         self, request: UploadRequest, part: Part, chunks: AsyncIterator[bytes]
     ) -> None:
-        writer = _Writer(part, request.total_bytes)
+        writer = PartWriter(part, request.total_bytes)
         try:
             async for chunk in chunks:
                 await writer.write(chunk)
@@ -324,7 +323,7 @@ class Uploads:
         async with contextlib.AsyncExitStack() as stack:
             # The disk works while the child does.
             syncing = asyncio.ensure_future(asyncio.to_thread(part.sync))
-            stack.push_async_callback(_settled, syncing)
+            stack.push_async_callback(settled, syncing)
             async with self._checking:
                 check = early
                 if check is None:
@@ -377,7 +376,7 @@ class Uploads:
             await asyncio.shield(adopting)
         finally:
             stopped.set()
-            await _settled(adopting)
+            await settled(adopting)
 
     async def _let_go(self, holder: str, digests: set[str]) -> None:
         # Without it the hold ends after a day, and what is not referred to is collected then.
@@ -426,71 +425,6 @@ class Uploads:
         self._blobs.remove_leftovers(math.inf if alone else day_ago)
         if not starting:
             self._collector.collect()
-
-
-class _Writer:
-    """Appends to a part, one block behind the network.
-
-    A block is written while the next one arrives; so no more than two are in memory.
-    """
-
-    def __init__(self, part: Part, total_bytes: int) -> None:
-        self._part = part
-        self._total = total_bytes
-        self._size = part.size
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._writing: asyncio.Future[None] | None = None
-
-    async def write(self, chunk: bytes) -> None:
-        """Take one chunk.
-
-        Raises:
-            InvalidRequest: it is too large, or goes beyond the end, or is no tar of a bundle.
-            OSError: what came before cannot be written.
-        """
-        if len(chunk) > MAX_CHUNK_BYTES:
-            raise InvalidRequest(
-                f"a chunk of {len(chunk)} bytes is longer than {MAX_CHUNK_BYTES}",
-                reason="CHUNK_TOO_LARGE",
-                length=len(chunk),
-                limit=MAX_CHUNK_BYTES,
-            )
-        self._size += len(chunk)
-        if self._size > self._total:
-            raise InvalidRequest(
-                f"more than the {self._total} bytes that the header says",
-                reason="UPLOAD_TOO_LONG",
-                total_bytes=self._total,
-            )
-        self._waiting.append(chunk)
-        self._waiting_bytes += len(chunk)
-        if self._waiting_bytes >= _WRITE_BYTES:
-            await self._write_out()
-
-    async def _write_out(self) -> None:
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
-        blocks, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        self._writing = asyncio.ensure_future(asyncio.to_thread(self._part.append, blocks))
-
-    async def flush(self) -> None:
-        """Write everything that has come."""
-        await self._write_out()
-        assert self._writing is not None  # noqa: S101 - just set
-        await asyncio.shield(self._writing)
-
-    async def close(self) -> None:
-        """Wait until nothing is being written; never raises."""
-        if self._writing is not None:
-            await _settled(self._writing)
-
-
-async def _settled(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of what cannot be cancelled; its error is raised where it matters."""
-    await asyncio.wait({future})
-    if not future.cancelled():
-        future.exception()
 
 
 def _is_final(error: BaseException) -> bool:
