@@ -50,3 +50,16 @@ def test_wrong_files_are_refused_with_words(tmp_path, text):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(StartupError, match="no settings file"):
         Settings.load({}, tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"tls_certificate": "a.pem"}, "together"),
+        ({"tls_key": "a.key"}, "together"),
+        ({"tls_client_ca": "ca.pem"}, "needs tls_certificate"),
+    ],
+)
+def test_half_of_what_tls_needs_is_refused(flags, words):
+    with pytest.raises(StartupError, match=words):
+        Settings.load(flags)
