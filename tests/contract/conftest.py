@@ -8,9 +8,7 @@ What it adds is data, from the vectors.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib.util
-import ipaddress
 import random
 import sys
 import threading
@@ -23,10 +21,6 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from pollard.client import ModelsClient
 from pollard.runtime.bundle import write_bundle
@@ -86,63 +80,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         up.end()
 
 
-class Certificates:
-    """An authority, and certificates for 127.0.0.1 that it signed."""
-
-    def __init__(self, directory: Path) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tests of Pollard")])
-        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-        authority = (
-            self._builder(self._name, self._key, 0, 30)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(usage, critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-        self.ca_file = directory / "ca.pem"
-        self.ca_file.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-
-    def _builder(
-        self, name: x509.Name, key: ec.EllipticCurvePrivateKey, begin_days: int, end_days: int
-    ) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now + datetime.timedelta(days=begin_days, hours=-1))
-            .not_valid_after(now + datetime.timedelta(days=end_days))
-        )
-
-    def server(self, kind: str) -> grpc.ServerCredentials:
-        """Return a server's credentials: "good", "expired" or "misnamed" (for another host)."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        begin, end = (-30, -1) if kind == "expired" else (0, 30)
-        host = "192.0.2.1" if kind == "misnamed" else "127.0.0.1"
-        certificate = (
-            self._builder(
-                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)]), key, begin, end
-            )
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
-                critical=False,
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-        return grpc.ssl_server_credentials(
-            [
-                (
-                    key.private_bytes(
-                        serialization.Encoding.PEM,
-                        serialization.PrivateFormat.PKCS8,
-                        serialization.NoEncryption(),
-                    ),
-                    certificate.public_bytes(serialization.Encoding.PEM),
-                )
-            ]
-        )
+def credentials(authority: Any, kind: str) -> grpc.ServerCredentials:
+    """Return a server's credentials: "good", "expired" or "misnamed" (for another host)."""
+    certificate, key = authority.issue(
+        kind,
+        "192.0.2.1" if kind == "misnamed" else "127.0.0.1",
+        days=-1 if kind == "expired" else 30,
+    )
+    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
 
 
 class Front(grpc.GenericRpcHandler):
@@ -155,15 +100,14 @@ class Front(grpc.GenericRpcHandler):
             many bytes), `restart_after` (when so many messages went out on a call, the server
             restarts, once).
         backend: Address of the live service.
-        certificates: Where those for TLS come from.
+        authority: Signs its certificate.
     """
 
-    def __init__(self, spec: dict[str, Any], backend: str, certificates: Certificates) -> None:
+    def __init__(self, spec: dict[str, Any], backend: str, authority: Any) -> None:
         self._spec = spec
         self._backend = grpc.insecure_channel(backend, options=OPTIONS)
-        self._credentials = (
-            certificates.server(spec["tls"]) if spec.get("tls", "none") != "none" else None
-        )
+        tls = spec.get("tls", "none")
+        self._credentials = None if tls == "none" else credentials(authority, tls)
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._restarting: threading.Thread | None = None
@@ -290,11 +234,11 @@ def fronts(
 ) -> Iterator[Callable[[dict[str, Any], str], Front]]:
     """A function that starts a front before one of the live services."""
     with contextlib.ExitStack() as stack:
-        certificates = Certificates(tmp_path_factory.mktemp("certificates"))
+        authority = load("tests/conftest.py").Authority(tmp_path_factory.mktemp("authority"))
 
         def start(spec: dict[str, Any], service: str) -> Front:
-            made = Front(spec, live.address(service), certificates)
-            made.ca_file = certificates.ca_file
+            made = Front(spec, live.address(service), authority)
+            made.ca_file = authority.ca
             stack.callback(made.close)
             return made
 
