@@ -134,6 +134,23 @@ def test_a_client_that_does_not_read_costs_little_and_nobody_else(running, ask, 
         answers.cancel()
 
 
+def flood_and_go(stub, ask, sent, count: int) -> None:
+    """Send so many large requests on a stream, read one answer, and go."""
+    taken: list[int] = []
+
+    def requests() -> Iterator[pb.ModelInferRequest]:
+        for number in range(count):
+            request = ask()
+            request.id = "a" * 100_000
+            taken.append(number)
+            yield request
+
+    answers = stub.ModelStreamInfer(requests(), timeout=60)
+    next(answers)
+    sent(taken, count)
+    answers.cancel()
+
+
 def test_answers_are_not_kept_for_a_client_that_goes(running, ask, sent) -> None:
     front, process, address = running
     with grpc.insecure_channel(address) as channel:
@@ -141,19 +158,7 @@ def test_answers_are_not_kept_for_a_client_that_goes(running, ask, sent) -> None
         stub.ModelInfer(ask(), timeout=60)
         before = memory_of(process)
         for _ in range(10):
-            taken: list[int] = []
-
-            def requests(taken: list[int] = taken) -> Iterator[pb.ModelInferRequest]:
-                for number in range(1000):
-                    request = ask()
-                    request.id = "a" * 100_000
-                    taken.append(number)
-                    yield request
-
-            answers = stub.ModelStreamInfer(requests(), timeout=60)
-            next(answers)
-            sent(taken, 1000)
-            answers.cancel()
+            flood_and_go(stub, ask, sent, 1000)
         stub.ModelInfer(ask(), timeout=60)
         assert memory_of(process) - before < KEPT_BYTES[front]
 
@@ -166,19 +171,7 @@ def test_a_client_that_goes_is_no_error(tmp_path, serve, ask, sent) -> None:
     ):
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         for _ in range(6):
-            taken: list[int] = []
-
-            def requests(taken: list[int] = taken) -> Iterator[pb.ModelInferRequest]:
-                for number in range(300):
-                    request = ask()
-                    request.id = "a" * 100_000
-                    taken.append(number)
-                    yield request
-
-            answers = stub.ModelStreamInfer(requests(), timeout=60)
-            next(answers)
-            sent(taken, 300)
-            answers.cancel()
+            flood_and_go(stub, ask, sent, 300)
         stub.ModelInfer(ask(), timeout=60)
 
 
