@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ BUILD = ROOT / "build" / "clients"
 PROTOS = ROOT / "protos"
 
 
-class Language:
+class Language(ABC):
     """One language: what it needs, how its client is built, how its contract runner is started."""
 
     name = ""
@@ -48,16 +49,17 @@ class Language:
         todo += [self.hint] if self.hint else []
         return f"{self.name}: {', '.join(lacking)} not found ({'; '.join(todo)})"
 
+    @abstractmethod
     def build(self) -> None:
         """Build the client and its contract runner; quick when nothing has changed."""
 
+    @abstractmethod
     def runner(self) -> list[str]:
         """Return the command that runs the contract vectors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example(self) -> list[str]:
         """Return the command of the example program, which takes a model and images."""
-        raise NotImplementedError
 
     def environment(self) -> Mapping[str, str]:
         """Return what the programs need in their environment."""
@@ -98,9 +100,12 @@ class BuildFailed(Exception):
 
 
 class Python(Language):
-    """The Python clients, sync; they need no build."""
+    """The Python clients, sync."""
 
     name = "python"
+
+    def build(self) -> None:
+        """There is nothing to build."""
 
     def runner(self) -> list[str]:
         return [sys.executable, str(ROOT / "tests" / "contract" / "runner.py"), "sync"]

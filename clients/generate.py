@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,20 +39,20 @@ def sources(*packages: str) -> list[str]:
     )
 
 
-class Generator:
+class Generator(ABC):
     """What writes one language's code."""
 
     name = ""
     output = Path()
     """Directory that holds generated code and nothing else."""
 
+    @abstractmethod
     def missing(self) -> str:
         """Name what is not installed; empty when nothing is missing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments(self, folder: Path) -> Sequence[str]:
         """Return protoc's arguments to write into `folder`."""
-        raise NotImplementedError
 
     def result(self, folder: Path) -> Path:
         """Return where below `folder` the content of `output` came to lie."""
