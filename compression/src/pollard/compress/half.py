@@ -7,7 +7,6 @@ keeps its type, so that a float16 file takes the place of a float32 one.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -210,13 +209,8 @@ def _largest(values: NDArray[Any]) -> float:
 
 
 def _converter() -> Any:
-    # The package puts its folder on the path of imports when it is imported, which nothing else
-    # here wants.
-    path = list(sys.path)
-    try:
-        make_importable()
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-    finally:
-        sys.path[:] = path
+    make_importable()
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
     logging.getLogger("onnxruntime.transformers.float16").setLevel(logging.ERROR)
     return convert_float_to_float16
