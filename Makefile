@@ -10,7 +10,7 @@ DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts gen clients format clean
+.PHONY: help demo test check lint types contracts gen reference clients format clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is
@@ -41,10 +41,14 @@ contracts: $(VENV)/.installed-dev $(GEN_VENV)/.installed
 	fi
 	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python --check
 	$(PYTHON) clients/generate.py --check
+	$(BIN)/python docs/generate.py --check
 
 gen: $(GEN_VENV)/.installed ## Generate the code of the contracts, in every language
 	$(PYTHON) protos/generate.py --python $(GEN_VENV)/bin/python
 	$(PYTHON) clients/generate.py
+
+reference: $(VENV)/.installed-dev ## Write docs/reference from the code and the contracts
+	$(BIN)/python docs/generate.py
 
 clients: ## Build the clients in other languages, as far as their toolchains are there
 	$(PYTHON) clients/build.py

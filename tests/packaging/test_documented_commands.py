@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
-from pollard.client.cli._main import build_app, run
+from pollard.client.cli._main import build_app
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/operations.md", "docs/rollouts.md"]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if re.search(r"^(\$ )?pollard ", path.read_text(), re.M)
+]
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -21,26 +26,27 @@ def commands_of(page: str) -> list[list[str]]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     for block in (text for language, text in blocks if language in ("", "sh")):
         for line in block.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ")
             if line.startswith("pollard "):
                 found.append(shlex.split(line, comments=True)[1:])
     return found
 
 
+@pytest.fixture(scope="module")
+def pollard() -> Any:
+    """The `pollard` command with all of its own."""
+    return typer.main.get_command(build_app())
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_and_option_of_a_page_exists(
-    page: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_and_option_of_a_page_exists(page: str, pollard: Any) -> None:
     commands = commands_of(page)
     assert commands
     for words in commands:
-        command = typer.main.get_command(build_app())
-        path: list[str] = []
-        while hasattr(command, "commands"):
-            name = words[len(path)]
-            assert name in command.commands, words
-            command = command.commands[name]
-            path.append(name)
-        assert run([*path, "--help"]) == 0
-        known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
-        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        command, rest = pollard, list(words)
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, words
+            command = command.commands[rest.pop(0)]
+        known = {"--help"}.union(*([*p.opts, *p.secondary_opts] for p in command.params))
+        used = {word.partition("=")[0] for word in rest if word.startswith("--")}
         assert used <= known, words
