@@ -40,6 +40,7 @@ from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.settings import InferenceSettings
 from pollard.services.models.settings import ModelsSettings
 from pollard.services.preprocess.settings import PreprocessSettings
+from pollard.services.up.serve import service_app
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "docs" / "reference"
@@ -87,7 +88,11 @@ def pages() -> dict[str, str]:
 def commands() -> str:
     """Return the page about the commands."""
     os.environ["COLUMNS"] = str(WIDTH)
-    command = typer.main.get_command(build_app())
+    command: Any = typer.main.get_command(build_app())
+    services = command.commands["serve"].commands
+    for service in services:  # Only when it runs does each of them read what it can be told.
+        services[service] = typer.main.get_command(service_app(service))
+        services[service].name = service
     context = typer.Context(command, info_name="pollard")
     text = get_docs_for_click(obj=command, ctx=context, name="pollard")
     # The lists of commands cut their summaries after 45 characters; here is room for a sentence.

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from pollard.client.cli._main import build_app
+from pollard.services.up.serve import service_app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -34,8 +35,11 @@ def commands_of(page: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def pollard() -> Any:
-    """The `pollard` command with all of its own."""
-    return typer.main.get_command(build_app())
+    """The `pollard` command with all of its own, and the services' options in place."""
+    command: Any = typer.main.get_command(build_app())
+    for service in command.commands["serve"].commands:
+        command.commands["serve"].commands[service] = typer.main.get_command(service_app(service))
+    return command
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -36,6 +36,13 @@ def serve_command(service: str, arguments: Sequence[str]) -> int:
     Raises:
         StartupError: A setting is invalid.
     """
+    app = service_app(service)
+    result = app(args=list(arguments), prog_name=f"pollard serve {service}", standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+def service_app(service: str) -> typer.Typer:
+    """Return the command that starts a service, with an option for each of its settings."""
     settings_type = settings_class(service)
 
     def run(config: Path | None, print_config: bool, **flags: Any) -> int:
@@ -50,8 +57,7 @@ def serve_command(service: str, arguments: Sequence[str]) -> int:
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(help=_help(settings_type))(_with_options(run, settings_type))
-    result = app(args=list(arguments), prog_name=f"pollard serve {service}", standalone_mode=False)
-    return result if isinstance(result, int) else 0
+    return app
 
 
 def as_toml(settings: ServiceSettings) -> str:
