@@ -32,7 +32,12 @@ def test_flag_before_environment_before_file_before_default(file, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [({"port": 70000}, r"inference\.port"), ({"prot": 1}, "inference.prot.*settings of inference")],
+    [
+        ({"port": 70000}, r"inference\.port"),
+        ({"prot": 1}, "inference.prot.*settings of inference"),
+        ({"http_port": "70000"}, r"inference\.http_port: .*'70000' is neither a port"),
+        ({"http_port": "none"}, "nor auto nor off"),
+    ],
 )
 def test_wrong_flags_are_named(flags, words):
     with pytest.raises(StartupError, match=words):
@@ -63,3 +68,11 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 def test_half_of_what_tls_needs_is_refused(flags, words):
     with pytest.raises(StartupError, match=words):
         Settings.load(flags)
+
+
+@pytest.mark.parametrize(
+    ("given", "port"), [("8002", 8002), (0, 0), ("Off", "off"), (None, "auto")]
+)
+def test_the_http_port_is_a_number_or_a_word(given, port):
+    settings = Settings.load({"http_port": given, "port": 8001})
+    assert (settings.http.port, settings.http.beside) == (port, 8001)

@@ -77,8 +77,8 @@ def fake_plans(tmp_path: Path) -> Callable[..., list[ServicePlan]]:
                 plan.host,
                 plan.port,
                 (),
-                behaviours.get(plan.name, "well"),
-                str(tmp_path / f"{plan.name}.journal"),
+                behaviour=behaviours.get(plan.name, "well"),
+                journal=str(tmp_path / f"{plan.name}.journal"),
             )
             for plan in plans
         ]

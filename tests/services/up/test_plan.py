@@ -127,3 +127,29 @@ def test_data_lies_in_the_users_state_directory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert default_data_dir() == Path("/home/me/.local/state/pollard")
+
+
+def test_http_has_the_port_after_each_services_unless_the_file_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    free = _ports(UpOptions(data_dir=tmp_path, port_base=0))
+    file = tmp_path / "pollard.toml"
+    file.write_text('[models]\nhttp_port = "off"\n')
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free["preprocess"] + 1))
+        taken.listen()
+        options = UpOptions(
+            data_dir=tmp_path,
+            inference_port=free["inference"],
+            preprocess_port=free["preprocess"],
+            models_port=free["inference"] + 1,
+            config=file,
+        )
+        plans = {plan.name: plan for plan in make_plan(options)[1]}
+    assert plans["models"].http_port == 0
+    assert "--http-port" not in plans["models"].arguments
+    used = {free["inference"], free["preprocess"], free["inference"] + 1, free["preprocess"] + 1}
+    for name in ("inference", "preprocess"):
+        assert plans[name].http_port not in {0, *used}
+        given = plans[name].arguments.index("--http-port") + 1
+        assert plans[name].arguments[given] == str(plans[name].http_port)

@@ -93,6 +93,8 @@ class GrpcServer:
     interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     port: int = field(default=0, init=False)
     """The port in use, after :meth:`start`."""
+    serving: bool = field(default=False, init=False)
+    """What health says."""
 
     def __post_init__(self) -> None:
         self.listen.check()
@@ -145,6 +147,7 @@ class GrpcServer:
 
     async def set_serving(self, serving: bool) -> None:
         """Tell health, for the server and each of its services."""
+        self.serving = serving
         state = (
             health_pb2.HealthCheckResponse.SERVING
             if serving
@@ -155,6 +158,7 @@ class GrpcServer:
 
     async def stop(self, grace_seconds: float) -> None:
         """Finish the requests in flight for at most ``grace_seconds``, then close."""
+        self.serving = False
         with contextlib.suppress(Exception):
             await self.health.enter_graceful_shutdown()
         await self.server.stop(grace_seconds)

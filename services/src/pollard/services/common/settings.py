@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -15,6 +15,7 @@ from pydantic_settings import (
 )
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.http_server import HttpListen
 from pollard.services.common.tls_files import TlsFiles
 
 
@@ -28,6 +29,11 @@ class ServiceSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    http_port: int | Literal["auto", "off"] = Field(
+        "auto",
+        description="Port of health and metrics over HTTP: 0 takes a free one, auto the one after "
+        "--port, or a free one if that is in use, off opens none.",
+    )
     insecure: bool = Field(
         False,
         description="Allow an address that is not loopback though nobody shows a certificate.",
@@ -69,6 +75,16 @@ class ServiceSettings(BaseSettings):
         "console", description="Log lines for people or for collectors."
     )
 
+    @field_validator("http_port", mode="before")
+    @classmethod
+    def _read_http_port(cls, value: object) -> object:
+        text = str(value).strip().lower()
+        if text in ("auto", "off"):
+            return text
+        if not text.isascii() or not text.isdigit() or int(text) > 65535:
+            raise ValueError(f"{value!r} is neither a port (0 to 65535) nor auto nor off")
+        return int(text)
+
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -82,6 +98,17 @@ class ServiceSettings(BaseSettings):
         """The files of TLS."""
         return TlsFiles(
             self.tls_certificate, self.tls_key, self.tls_client_ca, self.tls_ca, self.tls_name
+        )
+
+    @property
+    def http(self) -> HttpListen:
+        """Where and how the HTTP port listens."""
+        return HttpListen(
+            host=self.host,
+            port=self.http_port,
+            beside=self.port,
+            tls=self.tls,
+            max_body_bytes=self.max_message_bytes,
         )
 
     def prepare_process(self) -> None:

@@ -17,8 +17,10 @@ from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
+from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service, spawn
 from pollard.services.common.logs import configure_logging
+from pollard.services.common.metrics import Metrics
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.frontends import envoy
@@ -54,9 +56,11 @@ class InferenceServer:
         agent: FleetAgent,
         grpc_server: GrpcServer | EnvoyFront | CoreFront,
         servicer: InferenceServicer | EnvoyFront | CoreFront,
+        http: HttpServer,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
+        self.http = http
         self.engine = engine
         self.member = member
         self.agent = agent
@@ -87,6 +91,7 @@ class InferenceServer:
             StartupError: the address cannot be had.
         """
         await self.grpc.start()
+        await self.http.start()
         self.agent.advertise(self._advertise or self.grpc.address)
         await self.agent.start()
         self._becoming_ready = asyncio.create_task(self._become_ready())
@@ -100,6 +105,7 @@ class InferenceServer:
         await self.agent.stop()
         await self.member.close()
         await self.engine.close()
+        await self.http.stop()
 
     async def _become_ready(self) -> None:
         await self.agent.settled.wait()
@@ -143,7 +149,8 @@ def build_server(
         ),
     )
     member.on_change = agent.report_soon
-    return InferenceServer(engine, member, agent, grpc_server, servicer, settings.advertise)
+    http = _http(settings, grpc_server)
+    return InferenceServer(engine, member, agent, grpc_server, servicer, http, settings.advertise)
 
 
 class StandaloneServer:
@@ -155,8 +162,10 @@ class StandaloneServer:
         models: StandaloneCatalogue,
         grpc_server: GrpcServer | EnvoyFront | CoreFront,
         servicer: InferenceServicer | EnvoyFront | CoreFront,
+        http: HttpServer,
     ) -> None:
         """Take the parts; see `build_standalone_server`."""
+        self.http = http
         self.engine = engine
         self.models = models
         self.grpc = grpc_server
@@ -181,6 +190,7 @@ class StandaloneServer:
             StartupError: the address cannot be had.
         """
         await self.grpc.start()
+        await self.http.start()
         self._becoming_ready = asyncio.create_task(self._become_ready())
         _log.info("listening", address=self.grpc.address)
 
@@ -191,6 +201,7 @@ class StandaloneServer:
         await self.grpc.stop(grace_seconds)
         await self.models.close()
         await self.engine.close()
+        await self.http.stop()
 
     async def _become_ready(self) -> None:
         await self.models.start()
@@ -226,7 +237,7 @@ def build_standalone_server(
         ),
     )
     grpc_server, servicer = _front(settings, engine, models, machine, make_front)
-    return StandaloneServer(engine, models, grpc_server, servicer)
+    return StandaloneServer(engine, models, grpc_server, servicer, _http(settings, grpc_server))
 
 
 def build(
@@ -272,6 +283,12 @@ def _front(
     else:
         front = make_front(GrpcApplication(calls, max_message_bytes=settings.max_message_bytes))
     return front, front
+
+
+def _http(settings: InferenceSettings, front: GrpcServer | EnvoyFront | CoreFront) -> HttpServer:
+    http = HttpServer(settings.http, ready=lambda: front.serving)
+    http.add(Metrics("inference").add_to)
+    return http
 
 
 def _by_grpcio(settings: InferenceSettings) -> bool:

@@ -9,6 +9,7 @@ import structlog
 
 from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
 from pollard.services.common.errors import ServiceError, StartupError
+from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import (
     GrpcServer,
     Listen,
@@ -17,6 +18,7 @@ from pollard.services.common.lifecycle import (
     spawn,
 )
 from pollard.services.common.logs import configure_logging
+from pollard.services.common.metrics import Metrics
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.models import ownership, signatures
 from pollard.services.models.blobs import open_blobs
@@ -103,6 +105,9 @@ class ModelsService:
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
             FleetServicer(self.fleet, self.leadership, self.relay), self.grpc.server
         )
+        self.metrics = Metrics("models")
+        self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
+        self.http.add(self.metrics.add_to)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -128,12 +133,14 @@ class ModelsService:
                 await self.leadership.start("")
             self.events.start()
             await self.grpc.start()
+            await self.http.start()
             if self.store.database.shared:
                 # The others are told where this manager is reached, which is known only now.
                 await self.leadership.start(self.settings.advertise or self.address)
         except BaseException as error:
             await self.events.stop()
             await self.leadership.stop()
+            await self.http.stop()
             await self.grpc.stop(0)
             await asyncio.to_thread(self.store.close)
             if isinstance(error, (OSError, ServiceError)):
@@ -154,6 +161,7 @@ class ModelsService:
         await self.leadership.stop()
         await self.relay.close()
         await self.grpc.stop(grace_seconds)
+        await self.http.stop()
         await asyncio.to_thread(self.store.close)
 
     async def forget_events(self) -> None:

@@ -11,8 +11,10 @@ import structlog
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
+from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
 from pollard.services.common.logs import configure_logging
+from pollard.services.common.metrics import Metrics
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.preprocess.contents import ImageContents
 from pollard.services.preprocess.counts import Counts
@@ -48,6 +50,7 @@ class PreprocessServer:
         shadows: ImageShadows,
         fetcher: Fetcher,
         grpc_server: GrpcServer,
+        http: HttpServer,
         advertise: str,
     ) -> None:
         """Take the parts; see `build_server`."""
@@ -58,6 +61,7 @@ class PreprocessServer:
         self.member = member
         self.agent = agent
         self.grpc = grpc_server
+        self.http = http
         self._advertise = advertise
         self._becoming_ready: asyncio.Task[Any] | None = None
 
@@ -76,6 +80,7 @@ class PreprocessServer:
             StartupError: the address cannot be had, or a worker cannot be started.
         """
         await self.grpc.start()
+        await self.http.start()
         await self.pool.start()
         self.agent.advertise(self._advertise or self.grpc.address)
         await self.agent.start()
@@ -96,6 +101,7 @@ class PreprocessServer:
         await self.fetcher.close()
         await self.client.close()
         await self.pool.close()
+        await self.http.stop()
 
     async def _become_ready(self) -> None:
         await self.agent.settled.wait()
@@ -151,8 +157,18 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         ),
     )
     member.on_change = agent.report_soon
+    http = HttpServer(settings.http, ready=lambda: grpc_server.serving)
+    http.add(Metrics("preprocess").add_to)
     return PreprocessServer(
-        pool, client, member, agent, predictor.shadows, fetcher, grpc_server, settings.advertise
+        pool,
+        client,
+        member,
+        agent,
+        predictor.shadows,
+        fetcher,
+        grpc_server,
+        http,
+        settings.advertise,
     )
 
 

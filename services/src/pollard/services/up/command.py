@@ -107,6 +107,7 @@ def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) 
             name: {
                 "address": child.plan.address,
                 "port": child.plan.port,
+                "http_port": child.plan.http_port,
                 "pid": child.pid,
                 "restarts": child.restarts,
             }
@@ -121,11 +122,12 @@ def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) 
 def _show(data_dir: Path, children: Mapping[str, Child]) -> None:
     text = io.StringIO()
     out = Console(file=text, highlight=False, width=120)
-    table = Table("SERVICE", "ADDRESS", "PID", "WHAT", box=None)
+    table = Table("SERVICE", "ADDRESS", "HTTP", "PID", "WHAT", box=None)
     for service in (BALANCER, INFERENCE, PREPROCESS, MODELS):
         for name, child in children.items():
             if child.plan.service == service:
-                table.add_row(name, child.plan.address, str(child.pid), _WHAT[service])
+                http = str(child.plan.http_port or "")
+                table.add_row(name, child.plan.address, http, str(child.pid), _WHAT[service])
     out.print(table)
     out.print(f"Data in {data_dir}", markup=False, soft_wrap=True)
     out.print(f"Stop with Ctrl-C, or: kill {os.getpid()}", markup=False)

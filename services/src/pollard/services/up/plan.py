@@ -7,8 +7,10 @@ import os
 import random
 import socket
 import sys
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.tls_files import PLAIN, TlsFiles
@@ -85,6 +87,8 @@ class ServicePlan:
     """Port that it listens on."""
     arguments: tuple[str, ...]
     """Arguments of `pollard serve SERVICE`, or of Envoy."""
+    http_port: int = 0
+    """Port of health and metrics over HTTP; 0 where there is none, or the file says which."""
 
     @property
     def service(self) -> str:
@@ -157,6 +161,7 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         replace(plan, arguments=(*common, "--port", str(plan.port), *own(plan)))
         for plan in (plans[MODELS], *replicas, plans[PREPROCESS])
     ]
+    made = _with_http_ports(made, options, {plan.port for plan in plans.values()})
     if options.balance:
         if options.tls.certificate is not None:
             raise StartupError(
@@ -170,6 +175,30 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
             replace(front, arguments=tuple(balancer.arguments(front.host, front.port, behind)))
         )
     return data_dir, made
+
+
+def _with_http_ports(
+    plans: list[ServicePlan], options: UpOptions, taken: set[int]
+) -> list[ServicePlan]:
+    """Give each service the port after its own for HTTP, or a free one where that is in use."""
+    settings: dict[str, Any] = {}
+    if options.config is not None:
+        try:
+            settings = tomllib.loads(options.config.read_text())
+        except (OSError, ValueError) as error:
+            raise StartupError(f"settings file {options.config} cannot be read: {error}") from error
+    made = []
+    for plan in plans:
+        if "http_port" in settings.get(plan.service, {}):
+            made.append(plan)
+            continue
+        port = plan.port + 1
+        if port in taken or port > _LAST_PORT or _cannot_bind(plan.host, port) is not None:
+            port = _free_port(plan.host, taken)
+        taken = {*taken, port}
+        arguments = (*plan.arguments, "--http-port", str(port))
+        made.append(replace(plan, arguments=arguments, http_port=port))
+    return made
 
 
 def _tls_arguments(tls: TlsFiles) -> list[str]:

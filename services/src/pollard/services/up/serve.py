@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -145,6 +145,11 @@ def _setting(name: str, field: FieldInfo) -> inspect.Parameter:
         option = typer.Option(flag, metavar="TEXT", help=text, show_default=False)
         return _parameter(name, list[str] | None, option, None)
     choices = [kind for kind in kinds if isinstance(kind, str)]
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            choices += get_args(kind)
+    if choices and int in kinds:
+        choices.append("NUMBER")
     metavar = "|".join(sorted(choices)) if choices else "TEXT"
     option = typer.Option(flag, metavar=metavar, help=text, show_default=False)
     return _parameter(name, str | None, option, None)

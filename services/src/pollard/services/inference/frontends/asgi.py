@@ -60,6 +60,11 @@ class GrpcApplication:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def serving(self) -> bool:
+        """What health says."""
+        return self._calls.serving
+
     def set_serving(self, serving: bool) -> None:
         """Tell health, for the server and its service."""
         self._calls.set_serving(serving)

@@ -76,6 +76,8 @@ class ServerCalls:
         self.shared = shared
         self.stopping = asyncio.Event()
         """Streams are read no further once it is set."""
+        self.serving = False
+        """What health says."""
         self._health: dict[str, int] = {}
         self._health_changed = asyncio.Event()
         prefix = f"/{SERVICE_NAME}/"
@@ -97,6 +99,7 @@ class ServerCalls:
 
     def set_serving(self, serving: bool) -> None:
         """Tell health, for the server and its service."""
+        self.serving = serving
         kind = health_pb2.HealthCheckResponse
         state = kind.SERVING if serving else kind.NOT_SERVING
         self._health = {"": state, SERVICE_NAME: state, _HEALTH: state}

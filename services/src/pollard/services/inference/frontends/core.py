@@ -133,6 +133,11 @@ class CoreFront:
             self._ask_for_call()
         self._thread.start()
 
+    @property
+    def serving(self) -> bool:
+        """What health says."""
+        return self.calls.serving
+
     async def set_serving(self, serving: bool) -> None:
         """Tell health."""
         self.calls.set_serving(serving)

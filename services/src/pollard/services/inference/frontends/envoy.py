@@ -58,6 +58,11 @@ class EnvoyFront:
                 writer.close()
                 return
 
+    @property
+    def serving(self) -> bool:
+        """What health says."""
+        return self.application.serving
+
     async def set_serving(self, serving: bool) -> None:
         """Tell health."""
         self.application.set_serving(serving)

@@ -1,0 +1,82 @@
+"""What Prometheus is told: one registry for each server, asked only when somebody scrapes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, service: str) -> None:
+        """Make the registry, with what is known of every process.
+
+        Args:
+            service: "inference", "preprocess" or "models".
+        """
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.registry.register(_Build(service))
+
+    def register(self, collector: Collector) -> None:
+        """Ask `collector`, on the event loop, at each scrape."""
+        self.registry.register(collector)
+
+    def add_to(self, application: web.Application) -> None:
+        """Answer ``/metrics``."""
+        application.router.add_get("/metrics", self._answer)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        # Collected here, where nothing changes meanwhile; written elsewhere, for requests to go on.
+        collected = _Collected(list(self.registry.collect()))
+        body = await asyncio.to_thread(encode, collected)
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+class _Collected:
+    """What was collected, in the place of a registry."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+class _Build(Collector):
+    """Which version of which service this is."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "pollard_build_info",
+            "1, with the service and the version of Pollard.",
+            labels=["service", "version"],
+        )
+        family.add_metric([self._service, _version()], 1)
+        yield family
+
+
+def _version() -> str:
+    try:
+        return version("pollard-services")
+    except PackageNotFoundError:
+        # Run from a source tree that is not installed.
+        return "0+unknown"
