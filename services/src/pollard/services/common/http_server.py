@@ -147,7 +147,7 @@ class HttpServer:
             await self.stop()
             raise
         self.port = listener.getsockname()[1]
-        _log.info("listening", url=self.url)
+        _log.info("answers over HTTP", url=self.url)
 
     async def stop(self) -> None:
         """Close the port; requests under way have a moment to end."""
