@@ -11,6 +11,15 @@ import grpc
 import pytest
 
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
+from pollard.services.preprocess.errors import RevisionGone, RevisionNotReady
+from pollard.services.preprocess.prediction import by_one_revision
+from pollard.services.preprocess.snapshot import (
+    Current,
+    Selector,
+    ServedModel,
+    ServedRevision,
+    Snapshot,
+)
 from pollard.vision.v1 import vision_service_pb2 as vision_pb
 
 INFERENCE, PREPROCESS = 1, 2
@@ -180,6 +189,41 @@ async def test_a_revision_that_is_gone_when_the_tensor_arrives_is_chosen_and_tra
     assert response.revision == 2
     best = offline(fleet.bundles[2], make_picture())
     assert answer(response)[0] == (best[0].class_index, pytest.approx(best[0].score, abs=1e-5))
+
+
+async def test_a_slow_request_that_meets_one_swap_after_another_is_answered_all_the_same(
+    make_bundle,
+):
+    manifest = make_bundle().manifest
+    revisions = {
+        number: ServedRevision.build("m", number, "", 0, manifest, ()) for number in (1, 2)
+    }
+
+    def serving(number: int) -> Snapshot:
+        model = ServedModel("m", revisions, {"production": ((number, 1),)})
+        return Snapshot({"m": model})
+
+    current, tried = Current(serving(1)), []
+
+    async def overtaken(revision) -> int:
+        tried.append(revision.revision)
+        if len(tried) < 6:
+            current.snapshot = serving(3 - revision.revision)
+            raise RevisionGone
+        return revision.revision
+
+    assert await by_one_revision(current, Selector("m"), overtaken) == 2
+    assert tried == [1, 2, 1, 2, 1, 2]
+
+    async def lost(revision) -> int:
+        tried.append(revision.revision)
+        raise RevisionGone
+
+    # Routes that lead to nothing are not followed for ever.
+    tried.clear()
+    with pytest.raises(RevisionNotReady, match="on no inference server now"):
+        await by_one_revision(current, Selector("m"), lost)
+    assert tried == [2, 2]
 
 
 async def test_a_named_revision_that_is_gone_is_not_found(fleet, make_picture):

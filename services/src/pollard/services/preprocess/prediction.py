@@ -39,7 +39,7 @@ from pollard.services.preprocess.errors import (
 )
 from pollard.services.preprocess.inference_client import InferenceClient, Work
 from pollard.services.preprocess.shadowing import ImageShadows
-from pollard.services.preprocess.snapshot import Current, Selector, ServedRevision
+from pollard.services.preprocess.snapshot import Current, Selector, ServedRevision, Snapshot
 from pollard.services.preprocess.streams import MAX_IN_WORK
 
 MAX_IMAGES = 256
@@ -207,7 +207,7 @@ class Predictor:
         """Answer for one image.
 
         Should the revision vanish from the inference servers on the way, one
-        is chosen again and the image transformed again, once.
+        is chosen again and the image transformed again.
 
         Args:
             selector: Which revision.
@@ -390,13 +390,19 @@ class Predictor:
 async def by_one_revision(
     current: Current, selector: Selector, run: Callable[[ServedRevision], Awaitable[T]]
 ) -> T:
-    """Run something by the revision that is chosen; again, once, when it vanishes on the way.
+    """Run something by the revision that is chosen; by another, when it vanishes on the way.
+
+    A request that takes longer than revisions stay after a swap, and meets one swap after another,
+    chooses anew as often as the routes have changed meanwhile; ``run`` ends when its time is over.
 
     Raises:
         RevisionUnknown, RevisionNotReady: there is none to use.
     """
-    for _ in range(2):
-        revision = current.snapshot.choose(selector)
+    tried: list[Snapshot] = []
+    # By the same routes only once more: then they lead nowhere, and would again.
+    while len(tried) < 2 or tried[-1] is not tried[-2]:
+        tried = [*tried[-1:], current.snapshot]
+        revision = tried[-1].choose(selector)
         try:
             return await run(revision)
         except RevisionGone:
