@@ -6,8 +6,10 @@ import datetime
 import importlib.util
 import io
 import ipaddress
+import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -258,3 +260,62 @@ class Authority:
 def make_authority(tmp_path: Path) -> Callable[[str], Authority]:
     """Returns a function that makes an authority of a name."""
     return lambda name: Authority(tmp_path / "authorities" / name)
+
+
+class Issuer:
+    """Somebody who signs JSON Web Tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "keys.json"
+        self._keys: dict[str, Any] = {}
+        self.add("first")
+
+    def add(self, key_id: str, kind: str = "EC") -> None:
+        from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+        made = (
+            ec.generate_private_key(ec.SECP256R1())
+            if kind == "EC"
+            else rsa.generate_private_key(65537, 2048)
+        )
+        self._keys[key_id] = made
+        self.write()
+
+    def write(self, *more: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        entries = [
+            {**json.loads(_algorithm(key).to_jwk(key.public_key())), "kid": key_id}
+            for key_id, key in self._keys.items()
+        ]
+        self.file.write_text(json.dumps({"keys": [*entries, *more]}))
+
+    def sign(self, key_id: str = "first", **claims: Any) -> str:
+        import jwt
+
+        given = {
+            "sub": "alice",
+            "aud": "pollard",
+            "iss": "https://login.example.org",
+            "exp": time.time() + 600,
+            "pollard_role": "predictor",
+        } | claims
+        kept = {name: value for name, value in given.items() if value is not None}
+        key = self._keys[key_id]
+        algorithm = "ES256" if hasattr(key, "curve") else "RS256"
+        token: str = jwt.encode(kept, key, algorithm=algorithm, headers={"kid": key_id})
+        return token
+
+    def public(self, key_id: str = "first") -> Any:
+        return self._keys[key_id].public_key()
+
+
+def _algorithm(key: Any) -> Any:
+    from jwt import algorithms
+
+    return algorithms.ECAlgorithm if hasattr(key, "curve") else algorithms.RSAAlgorithm
+
+
+@pytest.fixture(scope="session")
+def make_issuer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Issuer]:
+    """Returns a function that makes an issuer of a name."""
+    return lambda name: Issuer(tmp_path_factory.mktemp(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import queue
 import signal
@@ -33,13 +34,14 @@ FRONTS = [
 ]
 
 PROGRAM = """
-import sys
+import json, sys
 from pathlib import Path
 from pollard.services.inference.main import run
 from pollard.services.inference.settings import InferenceSettings
 sys.exit(run(InferenceSettings.load({
     "port": 0, "repository": Path(sys.argv[1]), "frontend": sys.argv[2],
     "max_message_bytes": 1 << 20, "memory_headroom_bytes": 0, "measure": False,
+    **json.loads(sys.argv[3]),
 })))
 """
 
@@ -109,20 +111,22 @@ def model(nodes, initializers) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, front: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def serving(
+    repository: Path, front: str, log: list[str] | None = None, **settings: object
+) -> Iterator[tuple[subprocess.Popen, str]]:
     for name, content in (("quick", product(4)), ("slow", product(1500)), ("steps", steps())):
         folder = repository / name / "1"
         folder.mkdir(parents=True)
         (folder / "model.onnx").write_bytes(content)
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(repository), front],
+        [sys.executable, "-c", PROGRAM, str(repository), front, json.dumps(settings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     lines: queue.Queue[str] = queue.Queue()
-    log: list[str] = []
+    log = [] if log is None else log
 
     def read() -> None:
         for line in process.stdout:
@@ -150,7 +154,7 @@ def serving(repository: Path, front: str) -> Iterator[tuple[subprocess.Popen, st
         assert "Traceback" not in "".join(log), "".join(log)
 
 
-Serving = Callable[[Path, str], contextlib.AbstractContextManager[tuple[subprocess.Popen, str]]]
+Serving = Callable[..., contextlib.AbstractContextManager[tuple[subprocess.Popen, str]]]
 
 
 @pytest.fixture(scope="session")

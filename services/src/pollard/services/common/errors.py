@@ -3,6 +3,8 @@
 ::
 
     ServiceError
+    ├── Unauthenticated      it is not known who asks
+    ├── PermissionDenied     it is known, and they may not
     ├── InvalidRequest       the request can never succeed as it is
     ├── NotFound             what the request names does not exist
     ├── AlreadyExists        what the request would create exists
@@ -39,6 +41,14 @@ class ServiceError(Exception):
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
 
+class Unauthenticated(ServiceError):
+    """It is not known who asks."""
+
+
+class PermissionDenied(ServiceError):
+    """It is known who asks, and they may not."""
+
+
 class InvalidRequest(ServiceError):
     """The request can never succeed as it is."""
 
@@ -65,6 +75,9 @@ class OutOfRange(ServiceError):
 
 class ResourceExhausted(ServiceError):
     """Disk, memory or a limit is used up."""
+
+    retry_seconds: float | None = None
+    """When trying again may help, where that is known."""
 
 
 class Unavailable(ServiceError):

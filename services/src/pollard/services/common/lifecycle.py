@@ -19,6 +19,8 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pollard.services.common.auth.gate import Gate
+from pollard.services.common.auth.interceptor import GateInterceptor
 from pollard.services.common.errors import StartupError
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.tls import server_credentials
@@ -42,19 +44,37 @@ class Listen:
     """Also listen on this Unix socket, which the rights of its file guard."""
     tls: TlsFiles = PLAIN
     """How the port speaks TLS, if it does."""
+    known_callers: bool = False
+    """Whether whoever calls must show who they are: a token, or a certificate."""
+    health_port: int | None = None
+    """Also answer health checks, and nothing else, on this port, without TLS."""
 
     def check(self) -> None:
-        """Check that not everybody can get in.
+        """Check that not everybody can get in; where that is allowed, warn about it.
 
         Raises:
-            StartupError: others reach the address, and nobody has to show anything.
+            StartupError: others reach the address, and nobody has to show anything, or tokens would
+                travel in the clear.
         """
-        if self.insecure or is_loopback(self.host) or self.tls.knows_clients:
+        if is_loopback(self.host):
+            return
+        encrypted = self.tls.certificate is not None
+        if encrypted and (self.tls.client_ca is not None or self.known_callers):
+            return
+        problem = (
+            "anybody who reaches it could use and change the models"
+            if not self.known_callers
+            else "tokens would travel in the clear, for everybody on the way to read and use"
+        )
+        if self.insecure:
+            _log.warning(
+                "listening insecurely, for --insecure was given", host=self.host, danger=problem
+            )
             return
         raise StartupError(
-            f"refusing to listen on {self.host}: anybody who reaches it could use and change the "
-            "models. Let clients show a certificate (--tls-certificate, --tls-key and "
-            "--tls-client-ca), listen on 127.0.0.1, or give --insecure if the network is trusted"
+            f"refusing to listen on {self.host}: {problem}. Give a certificate (--tls-certificate, "
+            "--tls-key) and ask callers for tokens (--tokens) or for certificates "
+            "(--tls-client-ca), listen on 127.0.0.1, or give --insecure if the network is trusted"
         )
 
 
@@ -83,6 +103,52 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class HealthPort:
+    """A port that answers health checks and nothing else, for probes that speak no TLS."""
+
+    def __init__(self, servicer: health.aio.HealthServicer | None = None) -> None:
+        """Answer what `servicer` answers; without one, what is told by `set_serving`."""
+        self._servicer = servicer or health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+        """The port in use, after :meth:`start`; 0 if there is none."""
+
+    async def start(self, listen: Listen) -> None:
+        """Listen, if that is wanted.
+
+        Raises:
+            StartupError: the port cannot be had.
+        """
+        if listen.health_port is None:
+            return
+        self._server = grpc.aio.server(options=server_options(1024 * 1024))
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{listen.health_port}")
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {host}:{listen.health_port} for health checks: the port is in "
+                "use; choose another --health-port"
+            ) from error
+        await self._server.start()
+
+    async def set_serving(self, serving: bool, names: Sequence[str] = ()) -> None:
+        """Tell health, for the server and its services."""
+        state = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", *names):
+            await self._servicer.set(name, state)
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            await self._server.stop(0)
+
+
 @dataclass
 class GrpcServer:
     """A gRPC server with health and reflection."""
@@ -91,6 +157,8 @@ class GrpcServer:
     service_names: Sequence[str]
     """Full names of the services, for health and reflection."""
     interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    gate: Gate | None = None
+    """Asked before every method; None lets everybody do everything."""
     port: int = field(default=0, init=False)
     """The port in use, after :meth:`start`."""
     serving: bool = field(default=False, init=False)
@@ -99,11 +167,13 @@ class GrpcServer:
     def __post_init__(self) -> None:
         self.listen.check()
         self._credentials = server_credentials(self.listen.tls)
+        guards = [GateInterceptor(self.gate)] if self.gate is not None else []
         self.server = grpc.aio.server(
-            interceptors=list(self.interceptors),
+            interceptors=[*self.interceptors, *guards],
             options=server_options(self.listen.max_message_bytes),
         )
         self.health = health.aio.HealthServicer()
+        self.health_port = HealthPort(self.health)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = [*self.service_names, health.SERVICE_NAME]
         reflection.enable_server_reflection(
@@ -138,6 +208,7 @@ class GrpcServer:
                     f"cannot listen on the socket {self.listen.unix_socket}"
                 ) from error
         await self.server.start()
+        await self.health_port.start(self.listen)
 
     @property
     def address(self) -> str:
@@ -148,13 +219,7 @@ class GrpcServer:
     async def set_serving(self, serving: bool) -> None:
         """Tell health, for the server and each of its services."""
         self.serving = serving
-        state = (
-            health_pb2.HealthCheckResponse.SERVING
-            if serving
-            else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
-        for name in ("", *self.service_names):
-            await self.health.set(name, state)
+        await self.health_port.set_serving(serving, self.service_names)
 
     async def stop(self, grace_seconds: float) -> None:
         """Finish the requests in flight for at most ``grace_seconds``, then close."""
@@ -162,6 +227,7 @@ class GrpcServer:
         with contextlib.suppress(Exception):
             await self.health.enter_graceful_shutdown()
         await self.server.stop(grace_seconds)
+        await self.health_port.stop()
 
 
 class Service(Protocol):

@@ -14,9 +14,21 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from pollard.services.common.auth.callers import UNLIMITED, Limits, Role
+from pollard.services.common.auth.gate import GateRules
+from pollard.services.common.auth.jwts import JwtRules
 from pollard.services.common.errors import StartupError
 from pollard.services.common.http_server import HttpListen
 from pollard.services.common.tls_files import TlsFiles
+
+
+def _role_of(text: str) -> tuple[str, Role]:
+    name, equals, role = text.rpartition("=")
+    if not (name and equals) or role not in set(Role):
+        raise ValueError(
+            f"certificate_role {text!r} must be NAME=ROLE with a role out of {', '.join(Role)}"
+        )
+    return name, Role(role)
 
 
 class ServiceSettings(BaseSettings):
@@ -36,7 +48,8 @@ class ServiceSettings(BaseSettings):
     )
     insecure: bool = Field(
         False,
-        description="Allow an address that is not loopback though nobody shows a certificate.",
+        description="Allow an address that is not loopback though anybody may call, or though "
+        "nothing is encrypted; warned about at every start.",
     )
     tls_certificate: Path | None = Field(
         None,
@@ -58,6 +71,57 @@ class ServiceSettings(BaseSettings):
         "",
         description="Name in the certificates of the other services, when they are reached "
         "under another.",
+    )
+    tokens: bool = Field(
+        False,
+        description="Let only those in who show a token that the manager has made (pollard tokens "
+        "create), and only to what its role allows.",
+    )
+    token_file: Path | None = Field(
+        None,
+        description="File with the token that this service shows to the others; its role must be "
+        "server. It is read again when it changes.",
+    )
+    jwt_keys: str = Field(
+        "",
+        description="Also let in who shows a JSON Web Token signed by a key of this JWKS: a file, "
+        "or an https URL that is read now and then.",
+    )
+    jwt_audience: str = Field(
+        "", description="With --jwt-keys: audience (aud) that the tokens must have."
+    )
+    jwt_issuer: str = Field(
+        "", description="With --jwt-keys: issuer (iss) that the tokens must have; empty for any."
+    )
+    jwt_role_claim: str = Field(
+        "pollard_role",
+        description="With --jwt-keys: claim with the role, or a list of them; dots lead into "
+        "objects, as in realm_access.roles.",
+    )
+    certificate_role: tuple[str, ...] = Field(
+        (),
+        description="NAME=ROLE: who shows a certificate with this name (--tls-client-ca) has this "
+        'role and needs no token; "*.example.org" and "*" stand for many. May be repeated; the '
+        "first that fits decides.",
+    )
+    max_requests_per_second: float = Field(
+        0.0,
+        ge=0,
+        description="Requests that one caller may send a second, where its token does not say "
+        "otherwise; 0 for any number.",
+    )
+    max_concurrent_requests: int = Field(
+        0, ge=0, description="Requests that one caller may have in flight; 0 for any number."
+    )
+    max_caller_streams: int = Field(
+        0, ge=0, description="Streams that one caller may have open; 0 for any number."
+    )
+    health_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Also answer gRPC health checks, and nothing else, on this port, without TLS: "
+        "for probes that cannot speak it. Off by default.",
     )
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
@@ -92,6 +156,37 @@ class ServiceSettings(BaseSettings):
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         return self
+
+    @model_validator(mode="after")
+    def _check_access(self) -> Self:
+        rules = self.gate_rules
+        if rules.certificates and self.tls_client_ca is None:
+            raise ValueError(
+                "certificate_role needs tls_client_ca, which says whose names to trust"
+            )
+        if rules.limits != UNLIMITED and not rules.enforced:
+            raise ValueError(
+                "limits of callers need callers that are known: tokens, jwt_keys or "
+                "certificate_role"
+            )
+        return self
+
+    @property
+    def gate_rules(self) -> GateRules:
+        """Whom the service lets in."""
+        jwt = None
+        if self.jwt_keys:
+            jwt = JwtRules(self.jwt_keys, self.jwt_audience, self.jwt_issuer, self.jwt_role_claim)
+        return GateRules(
+            tokens=self.tokens,
+            jwt=jwt,
+            certificates=tuple(_role_of(text) for text in self.certificate_role),
+            limits=Limits(
+                requests_per_second=self.max_requests_per_second,
+                concurrent_requests=self.max_concurrent_requests,
+                streams=self.max_caller_streams,
+            ),
+        )
 
     @property
     def tls(self) -> TlsFiles:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
@@ -25,6 +25,8 @@ _log = structlog.get_logger("pollard.errors")
 # The first class that an error is an instance of decides, so the more special
 # come first.
 _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
@@ -64,15 +66,23 @@ class Outcome:
     message: str
     reason: str
     metadata: dict[str, str] = field(default_factory=dict)
+    retry_seconds: float | None = None
+    """When trying again may help; None where nobody knows."""
 
     def to_proto(self) -> status_pb2.Status:
-        """Return the status with its one ErrorInfo."""
+        """Return the status with its one ErrorInfo, and RetryInfo where it is known."""
         info = error_details_pb2.ErrorInfo(
             reason=self.reason, domain=DOMAIN, metadata=self.metadata
         )
-        packed = any_pb2.Any()
-        packed.Pack(info)
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=[packed])
+        details: list[Message] = [info]
+        if self.retry_seconds is not None:
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromNanoseconds(int(self.retry_seconds * 1e9))
+            details.append(retry)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in details:
+            status.details.add().Pack(detail)
+        return status
 
 
 class RelayedError(Exception):
@@ -90,10 +100,15 @@ class RelayedError(Exception):
         for key, value in error.trailing_metadata() or ():
             if key == "grpc-status-details-bin" and isinstance(value, bytes):
                 status.ParseFromString(value)
+        retry = error_details_pb2.RetryInfo()
+        seconds = None
         for detail in status.details:
-            detail.Unpack(info)
+            if detail.Unpack(retry):
+                seconds = retry.retry_delay.ToNanoseconds() / 1e9
+            else:
+                detail.Unpack(info)
         words = error.details() or ""
-        return cls(Outcome(error.code(), words, info.reason, dict(info.metadata)))
+        return cls(Outcome(error.code(), words, info.reason, dict(info.metadata), seconds))
 
 
 def describe(error: BaseException) -> Outcome:
@@ -112,6 +127,7 @@ def describe(error: BaseException) -> Outcome:
                     _cut(error.message, _MAX_MESSAGE_BYTES),
                     error.reason,
                     {key: _cut(value, _MAX_VALUE_BYTES) for key, value in error.metadata.items()},
+                    getattr(error, "retry_seconds", None),
                 )
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return Outcome(

@@ -15,6 +15,8 @@ from pollard.runtime.cuda_memory import CudaMemory
 from pollard.runtime.errors import RuntimeFault
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
+from pollard.services.common.auth import Gate
+from pollard.services.common.auth.http import http_guard
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
@@ -123,6 +125,7 @@ def build_server(
         StartupError: the cache is in use or cannot be written, onnxruntime is missing, or the
             address would be open to everybody.
     """
+    gate = Gate(settings.gate_rules)
     machine = _detect(settings)
     engine = Engine(max_request_seconds=settings.max_request_seconds)
     tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
@@ -135,7 +138,7 @@ def build_server(
         replicas=Replicas(settings.replicas, settings.replicas_dir),
     )
     member = InferenceMember(engine, loader)
-    grpc_server, servicer = _front(settings, engine, member, machine, make_front)
+    grpc_server, servicer = _front(settings, engine, member, machine, make_front, gate)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -149,7 +152,7 @@ def build_server(
         ),
     )
     member.on_change = agent.report_soon
-    http = _http(settings, grpc_server)
+    http = _http(settings, grpc_server, gate)
     return InferenceServer(engine, member, agent, grpc_server, servicer, http, settings.advertise)
 
 
@@ -236,8 +239,10 @@ def build_standalone_server(
             default_batch_size=settings.default_max_batch_size, max_queue=settings.max_queue
         ),
     )
-    grpc_server, servicer = _front(settings, engine, models, machine, make_front)
-    return StandaloneServer(engine, models, grpc_server, servicer, _http(settings, grpc_server))
+    gate = Gate(settings.gate_rules)
+    grpc_server, servicer = _front(settings, engine, models, machine, make_front, gate)
+    http = _http(settings, grpc_server, gate)
+    return StandaloneServer(engine, models, grpc_server, servicer, http)
 
 
 def build(
@@ -259,6 +264,7 @@ def _front(
     catalogue: Catalogue,
     machine: Machine,
     make_front: MakeFront | None,
+    gate: Gate,
 ) -> tuple[GrpcServer | EnvoyFront | CoreFront, InferenceServicer | EnvoyFront | CoreFront]:
     has_gpu = any(not target.startswith("cpu") for target in machine.targets)
     shared = SharedMemory(enabled=settings.shared_memory, gpu=CudaMemory() if has_gpu else None)
@@ -270,13 +276,15 @@ def _front(
         insecure=settings.insecure,
         unix_socket=settings.unix_socket,
         tls=settings.tls,
+        known_callers=gate.enforced,
+        health_port=settings.health_port,
     )
     if make_front is None and _by_grpcio(settings):
-        grpc_server = GrpcServer(listen, [SERVICE_NAME])
+        grpc_server = GrpcServer(listen, [SERVICE_NAME], gate=gate if gate.enforced else None)
         servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
         servicer.add_to(grpc_server.server)
         return grpc_server, servicer
-    calls = ServerCalls(engine, methods, shared, settings.restrictions)
+    calls = ServerCalls(engine, methods, shared, settings.restrictions, gate)
     front: EnvoyFront | CoreFront
     if make_front is None:
         front = CoreFront(listen, calls)
@@ -285,9 +293,12 @@ def _front(
     return front, front
 
 
-def _http(settings: InferenceSettings, front: GrpcServer | EnvoyFront | CoreFront) -> HttpServer:
+def _http(
+    settings: InferenceSettings, front: GrpcServer | EnvoyFront | CoreFront, gate: Gate
+) -> HttpServer:
     http = HttpServer(settings.http, ready=lambda: front.serving)
     http.add(Metrics("inference").add_to)
+    http.guard = http_guard(gate)
     return http
 
 

@@ -198,6 +198,11 @@ class InferenceSettings(ServiceSettings):
     def _check_repository(self) -> Self:
         if self.repository is None and self.model_control != "none":
             raise ValueError("model_control needs a repository; give --repository DIR")
+        if self.repository is not None and self.tokens:
+            raise ValueError(
+                "tokens come from a manager, and a repository is served without one; give "
+                "--jwt-keys or --certificate-role"
+            )
         if self.repository is not None and self.trusted_keys is not None:
             raise ValueError("trusted_keys is for bundles; a repository holds no signatures")
         if self.load_model and self.model_control != "explicit":

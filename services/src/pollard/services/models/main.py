@@ -8,6 +8,8 @@ from typing import Any
 import structlog
 
 from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
+from pollard.services.common.auth import Gate
+from pollard.services.common.auth.http import http_guard
 from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import (
@@ -50,6 +52,7 @@ class ModelsService:
 
     def __init__(self, settings: ModelsSettings) -> None:
         self.settings = settings
+        self.gate = Gate(settings.gate_rules)
         self.store = Store(settings.store, settings.database_url)
         self.blobs = open_blobs(settings.blobs, settings.blobs_endpoint, self.store.blobs)
         self.collector = Collector(self.store, self.blobs)
@@ -92,9 +95,12 @@ class ModelsService:
                 max_message_bytes=settings.max_message_bytes,
                 insecure=settings.insecure,
                 tls=settings.tls,
+                known_callers=self.gate.enforced,
+                health_port=settings.health_port,
             ),
             service_names=SERVICES,
             interceptors=[ErrorInterceptor()],
+            gate=self.gate,
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(
@@ -108,6 +114,7 @@ class ModelsService:
         self.metrics = Metrics("models")
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
         self.http.add(self.metrics.add_to)
+        self.http.guard = http_guard(self.gate)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property

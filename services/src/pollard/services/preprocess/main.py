@@ -10,6 +10,8 @@ import structlog
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
+from pollard.services.common.auth import Gate
+from pollard.services.common.auth.http import http_guard
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
@@ -115,6 +117,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         StartupError: the cache is in use or cannot be written, or the address would be open to
             everybody.
     """
+    gate = Gate(settings.gate_rules)
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
     client = InferenceClient(
@@ -134,9 +137,12 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             insecure=settings.insecure,
             unix_socket=settings.unix_socket,
             tls=settings.tls,
+            known_callers=gate.enforced,
+            health_port=settings.health_port,
         ),
         [PREPROCESS_SERVICE, VISION_SERVICE],
         [ErrorInterceptor()],
+        gate,
     )
     preprocess_grpc.add_PreprocessServiceServicer_to_server(
         PreprocessServicer(predictor, contents, settings.max_request_seconds), grpc_server.server
@@ -159,6 +165,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     member.on_change = agent.report_soon
     http = HttpServer(settings.http, ready=lambda: grpc_server.serving)
     http.add(Metrics("preprocess").add_to)
+    http.guard = http_guard(gate)
     return PreprocessServer(
         pool,
         client,

@@ -13,6 +13,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from pollard.models.v1 import token_service_pb2 as _token_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -641,22 +642,110 @@ class SyncResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DESIRED_STATE_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def desired_state(self) -> Global___DesiredState:
         """All that the server should run."""
+
+    @_builtins.property
+    def access(self) -> Global___AccessList:
+        """Whose calls the server should take; unset where it is as it was before on
+        this stream. It needs no Ack.
+        """
 
     def __init__(
         self,
         *,
         desired_state: Global___DesiredState | None = ...,
+        access: Global___AccessList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["desired_state", b"desired_state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "desired_state", b"desired_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_state", b"desired_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "desired_state", b"desired_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SyncResponse: _TypeAlias = SyncResponse  # noqa: Y015
+
+@_typing.final
+class AccessList(_message.Message):
+    """AccessList is the whole of the tokens that a server should know. It replaces
+    the one before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Grows with every change."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccessToken]:
+        """Tokens that have not expired."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___AccessToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessList: _TypeAlias = AccessList  # noqa: Y015
+
+@_typing.final
+class AccessToken(_message.Message):
+    """AccessToken is what a server must know of a token to check it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Id, which is in the token in the clear."""
+    display_name: _builtins.str
+    """Who has it."""
+    sha256: _builtins.bytes
+    """SHA-256 of the token."""
+    role: _token_service_pb2.Role.ValueType
+    """What it allows."""
+    revoked: _builtins.bool
+    """Whether it was revoked."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends; unset for never."""
+
+    @_builtins.property
+    def limits(self) -> _token_service_pb2.Limits:
+        """How much of the service it may use."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        sha256: _builtins.bytes = ...,
+        role: _token_service_pb2.Role.ValueType = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        revoked: _builtins.bool = ...,
+        limits: _token_service_pb2.Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "expire_time", b"expire_time", "limits", b"limits", "revoked", b"revoked", "role", b"role", "sha256", b"sha256", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessToken: _TypeAlias = AccessToken  # noqa: Y015
 
 @_typing.final
 class DesiredState(_message.Message):

@@ -7,6 +7,9 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from pollard.services.common.auth.callers import set_caller
+from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF
+from pollard.services.common.auth.usage import Lease
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import describe
@@ -30,6 +33,7 @@ from pollard.services.inference.servicer import STREAM_STATUS_METADATA
 
 _ALIAS, _STICKY = ALIAS_METADATA.encode(), STICKY_METADATA.encode()
 _SHADOW = SHADOW_METADATA.encode()
+_AUTHORIZATION, _BEHALF = AUTHORIZATION.encode(), BEHALF.encode()
 _STRICT = STREAM_STATUS_METADATA.encode()
 
 _START = {
@@ -85,14 +89,16 @@ class GrpcApplication:
             restriction = self._calls.restriction(scope["path"])
             if restriction is not None:
                 restriction.check(scope["headers"])
-            unary = self._calls.unary.get(scope["path"])
-            if unary is not None:
-                await self._answer(unary, headers, receive, send)
-                return
-            stream = self._calls.streams.get(scope["path"])
-            if stream is None:
-                raise FeatureNotOffered(f"there is no method {scope['path']}")
-            await self._answer_stream(stream, headers, receive, send)
+            with self._calls.enter(scope["path"], headers) as lease:
+                set_caller(headers.caller)
+                unary = self._calls.unary.get(scope["path"])
+                if unary is not None:
+                    await self._answer(unary, headers, receive, send, lease)
+                    return
+                stream = self._calls.streams.get(scope["path"])
+                if stream is None:
+                    raise FeatureNotOffered(f"there is no method {scope['path']}")
+                await self._answer_stream(stream, scope["path"], headers, receive, send, lease)
         except CallerGone:
             return
         except asyncio.CancelledError:
@@ -112,14 +118,18 @@ class GrpcApplication:
         headers: Headers,
         receive: Receive,
         send: Send,
+        lease: Lease,
     ) -> None:
         data = await Messages(receive, headers.encoding, self._max_message_bytes).only()
+        lease.check_size(len(data))
         watch = ClientWatch(receive)
         watch.listen_later()
         try:
             answer = await method(data, headers)
         finally:
             watch.stop()
+            # Before the caller learns that the call has ended.
+            lease.close()
         if len(answer) > self._max_message_bytes:
             raise MessageTooLarge(
                 f"the answer has {len(answer)} bytes, the limit is {self._max_message_bytes}; "
@@ -133,14 +143,20 @@ class GrpcApplication:
             raise CallerGone from None
 
     async def _answer_stream(
-        self, method: StreamMethod, headers: Headers, receive: Receive, send: Send
+        self,
+        method: StreamMethod,
+        path: str,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
+        lease: Lease,
     ) -> None:
         started = False
         ahead = ReadAhead(receive)
         messages = Messages(ahead.receive, headers.encoding, self._max_message_bytes)
         try:
             async with asyncio.timeout(headers.seconds_left):
-                answers = method(messages.each(), headers)
+                answers = method(self._calls.metered(path, messages.each(), lease), headers)
                 async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
                     async for answer in answers:
                         try:
@@ -164,6 +180,7 @@ class GrpcApplication:
         except Exception as error:
             outcome = describe(error)
         else:
+            lease.close()
             with contextlib.suppress(OSError):
                 if not started:
                     await send(_START)
@@ -172,6 +189,7 @@ class GrpcApplication:
             return
         finally:
             ahead.stop()
+            lease.close()
         await _end(
             send, outcome.code.value[0], outcome.message, outcome.to_proto(), started=started
         )
@@ -192,6 +210,10 @@ def _read_headers(pairs: Any) -> Headers:
             headers.shadow = True
         elif key == _STRICT:
             headers.strict_stream = value == b"true"
+        elif key == _AUTHORIZATION:
+            headers.authorization = b"twice" if headers.authorization else value
+        elif key == _BEHALF:
+            headers.behalf = b"twice" if headers.behalf else value
     return headers
 
 

@@ -17,6 +17,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.services.common import errors
+from pollard.services.common.auth import OPEN, Caller, Gate
+from pollard.services.common.auth.roles import ACCESS
+from pollard.services.common.auth.usage import Lease
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.status import describe
@@ -55,6 +58,10 @@ class Headers:
     encoding: bytes = b""
     seconds_left: float | None = None
     strict_stream: bool = False
+    authorization: str | bytes = ""
+    behalf: str | bytes = ""
+    caller: Caller = OPEN
+    """Who calls, once the gate has said so."""
 
 
 UnaryMethod = Callable[[bytes, Headers], Awaitable[bytes]]
@@ -70,9 +77,11 @@ class ServerCalls:
         methods: ProtocolMethods,
         shared: SharedMemory,
         restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
+        gate: Gate | None = None,
     ) -> None:
-        """Serve `engine`, with everything but inference from `methods`."""
+        """Serve `engine`, with everything but inference from `methods`, behind `gate`."""
         self.engine = engine
+        self.gate = gate or Gate()
         self.shared = shared
         self.stopping = asyncio.Event()
         """Streams are read no further once it is set."""
@@ -109,6 +118,34 @@ class ServerCalls:
     def restriction(self, path: str) -> Restriction | None:
         """Return what a call of this method must carry; None if nothing."""
         return self._restrictions.get(path) if self._restrictions else None
+
+    def enter(
+        self, path: str, headers: Headers, names: Callable[[], Iterable[str]] | None = None
+    ) -> Lease:
+        """Ask the gate who calls, and count the call; close what is returned when it has ended.
+
+        Raises:
+            ServiceError: the caller is not known, may not, or uses as much as it may.
+        """
+        headers.caller = self.gate.admit(path, headers.authorization, headers.behalf, names)
+        return self.gate.enter(path, headers.caller)
+
+    async def metered(
+        self, path: str, messages: AsyncIterator[bytes], lease: Lease
+    ) -> AsyncIterator[bytes]:
+        """Give the messages of a stream on, as fast as the caller may send them.
+
+        Raises:
+            LimitReached: one is larger than the caller may send.
+        """
+        counted = path in ACCESS and ACCESS[path].metered
+        async for message in messages:
+            lease.check_size(len(message))
+            if counted:
+                early = lease.pause()
+                if early:
+                    await asyncio.sleep(early)
+            yield message
 
     async def _infer(self, data: bytes, headers: Headers) -> bytes:
         return await protocol.model_infer(

@@ -15,22 +15,25 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled module
 
-from pollard.services.common.errors import StartupError
-from pollard.services.common.lifecycle import Listen, server_options
+from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF
+from pollard.services.common.auth.interceptor import names_of
+from pollard.services.common.auth.usage import Lease
+from pollard.services.common.errors import ServiceError, StartupError
+from pollard.services.common.lifecycle import HealthPort, Listen, server_options
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.tls import server_credentials
 from pollard.services.inference.frontends.calls import MODEL_INFER, Headers, ServerCalls
-from pollard.services.inference.frontends.core_calls import InferCall, LoopCall
+from pollard.services.inference.frontends.core_calls import InferCall, LoopCall, refuse
 from pollard.services.inference.revision import LoadedRevision
-from pollard.services.inference.servicer import STREAM_STATUS_METADATA
+from pollard.services.inference.servicer import SERVICE_NAME, STREAM_STATUS_METADATA
 from pollard.services.inference.workers import Work
 
 _log = structlog.get_logger("pollard.inference.core")
@@ -98,6 +101,7 @@ class CoreFront:
         self._server = cygrpc.Server(tuple(server_options(listen.max_message_bytes)), False)
         self._server.register_completion_queue(self._queue)
         self._server.register_method(MODEL_INFER)
+        self.health_port = HealthPort()
         self._started = False
         self._stopping = False
         self._gathered: list[tuple[LoadedRevision, Work]] = []
@@ -132,6 +136,8 @@ class CoreFront:
             self._ask_for_infer()
             self._ask_for_call()
         self._thread.start()
+        await self.health_port.set_serving(False)
+        await self.health_port.start(self._listen)
 
     @property
     def serving(self) -> bool:
@@ -141,6 +147,7 @@ class CoreFront:
     async def set_serving(self, serving: bool) -> None:
         """Tell health."""
         self.calls.set_serving(serving)
+        await self.health_port.set_serving(serving, [SERVICE_NAME])
 
     def stop_streams(self) -> None:
         """Read no more from streams, and end each when what was read has been answered."""
@@ -150,6 +157,7 @@ class CoreFront:
     async def stop(self, grace_seconds: float) -> None:
         """Finish the calls in flight for at most `grace_seconds`, then close; once is enough."""
         self.stop_streams()
+        await self.health_port.stop()
         if not self._started or self._stopping:
             return
         ended = asyncio.Event()
@@ -228,10 +236,17 @@ class CoreFront:
             self._ask_for_infer()
         metadata = event.invocation_metadata
         headers = headers_of(metadata, event.call_details.deadline)
+        lease = None
+        if self.calls.gate.enforced:
+            try:
+                lease = self.calls.enter(MODEL_INFER, headers, names_in(event.call))
+            except ServiceError as error:
+                refuse(event.call, error)
+                return
         if headers.shadow or self.calls.restriction(MODEL_INFER) is not None:
-            self._on_loop(event, MODEL_INFER, headers)
+            self._on_loop(event, MODEL_INFER, headers, lease)
         else:
-            InferCall(self, event.call, headers).start()
+            InferCall(self, event.call, headers, lease).start()
 
     def _on_call(self, event: Any) -> None:
         if not event.success:
@@ -239,13 +254,29 @@ class CoreFront:
         if not self._stopping:
             self._ask_for_call()
         path = event.call_details.method.decode("utf-8", "replace")
-        self._on_loop(
-            event, path, headers_of(event.invocation_metadata, event.call_details.deadline)
-        )
+        headers = headers_of(event.invocation_metadata, event.call_details.deadline)
+        lease = None
+        if self.calls.gate.enforced:
+            try:
+                lease = self.calls.enter(path, headers, names_in(event.call))
+            except ServiceError as error:
+                refuse(event.call, error)
+                return
+        self._on_loop(event, path, headers, lease)
 
-    def _on_loop(self, event: Any, path: str, headers: Headers) -> None:
-        call = LoopCall(self, event.call, path, headers, event.invocation_metadata)
+    def _on_loop(self, event: Any, path: str, headers: Headers, lease: Lease | None) -> None:
+        call = LoopCall(self, event.call, path, headers, event.invocation_metadata, lease)
         self.loop.call_soon_threadsafe(call.start)
+
+
+def names_in(call: Any) -> Callable[[], list[str]]:
+    """Return a function that reads the names in the certificate of a call's client."""
+
+    def names() -> list[str]:
+        found = cygrpc.auth_context(call) or {}
+        return names_of({key.decode(): values for key, values in found.items()})
+
+    return names
 
 
 def headers_of(metadata: Iterable[tuple[str, str | bytes]], deadline: float) -> Headers:
@@ -267,4 +298,9 @@ def headers_of(metadata: Iterable[tuple[str, str | bytes]], deadline: float) -> 
             headers.shadow = True
         elif key == STREAM_STATUS_METADATA:
             headers.strict_stream = value == "true"
+        elif key == AUTHORIZATION:
+            # Of two, both are lost: one was put there by somebody else.
+            headers.authorization = "twice" if headers.authorization else value
+        elif key == BEHALF:
+            headers.behalf = "twice" if headers.behalf else value
     return headers

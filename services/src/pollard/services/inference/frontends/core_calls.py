@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled module
 
+from pollard.services.common.auth.callers import set_caller
+from pollard.services.common.auth.usage import Lease
 from pollard.services.common.status import describe
 from pollard.services.inference import protocol
 from pollard.services.inference.errors import FeatureNotOffered, RequestInvalid
@@ -48,6 +50,7 @@ class InferCall:
         "_ended",
         "_front",
         "_headers",
+        "_lease",
         "_prepared",
         "_revision",
         "_watched",
@@ -55,11 +58,14 @@ class InferCall:
         "gone",
     )
 
-    def __init__(self, front: CoreFront, call: Any, headers: Headers) -> None:
+    def __init__(
+        self, front: CoreFront, call: Any, headers: Headers, lease: Lease | None = None
+    ) -> None:
         """Take a call that has just come."""
         self._front = front
         self._call = call
         self._headers = headers
+        self._lease = lease
         self._revision: LoadedRevision | None = None
         self._prepared: PreparedRequest | None = None
         self._work: Work | None = None
@@ -113,6 +119,8 @@ class InferCall:
             return
         headers, engine = self._headers, self._front.engine
         try:
+            if self._lease is not None:
+                self._lease.check_size(len(data))
             request = protocol.parse(data)
             revision = engine.enter(
                 request.model_name, request.model_version, headers.alias, headers.sticky_key
@@ -174,6 +182,8 @@ class InferCall:
         until the garbage collector comes by."""
         prepared.close()
         self._prepared = self._work = None
+        if self._lease is not None:
+            self._lease.close()
 
     def _send(self, data: bytes) -> None:
         operations = [
@@ -187,6 +197,8 @@ class InferCall:
         self._end([cygrpc.SendInitialMetadataOperation((), _NO_FLAGS), status_of(error)])
 
     def _end(self, operations: list[Any]) -> None:
+        if self._lease is not None:
+            self._lease.close()
         if not self._watched:
             operations.append(cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
         self._call.start_server_batch(operations, _ignore)
@@ -202,6 +214,7 @@ class LoopCall:
         path: str,
         headers: Headers,
         metadata: Iterable[tuple[str, str | bytes]],
+        lease: Lease | None = None,
     ) -> None:
         """Take a call that has just come."""
         self._front = front
@@ -209,6 +222,7 @@ class LoopCall:
         self._path = path
         self._headers = headers
         self._metadata = metadata
+        self._lease = lease
         self._task: asyncio.Task[None] | None = None
         self._started = False
 
@@ -224,6 +238,7 @@ class LoopCall:
             self._front.loop.call_soon_threadsafe(self._task.cancel)
 
     async def _run(self) -> None:
+        set_caller(self._headers.caller)
         try:
             await self._answer()
         except (CallerGone, asyncio.CancelledError):
@@ -231,7 +246,15 @@ class LoopCall:
             return
         except Exception as error:
             with contextlib.suppress(CallerGone, asyncio.CancelledError):
+                self._leave()
                 await self._batch(*self._beginning(), status_of(error))
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Give the caller's place back, before it learns that the call has ended."""
+        if self._lease is not None:
+            self._lease.close()
 
     async def _answer(self) -> None:
         calls = self._front.calls
@@ -244,17 +267,24 @@ class LoopCall:
             data = await self._receive()
             if data is None:
                 raise RequestInvalid("the call ended without a request")
+            if self._lease is not None:
+                self._lease.check_size(len(data))
             answer = await unary(data, self._headers)
+            self._leave()
             await self._batch(
                 *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS), *_ending_well()
             )
         elif stream is not None:
-            answers = stream(self._messages(), self._headers)
+            messages = self._messages()
+            if self._lease is not None:
+                messages = calls.metered(self._path, messages, self._lease)
+            answers = stream(messages, self._headers)
             async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
                 async for answer in answers:
                     await self._batch(
                         *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS)
                     )
+            self._leave()
             await self._batch(*self._beginning(), *_ending_well())
         else:
             raise FeatureNotOffered(f"there is no method {self._path}")
@@ -305,6 +335,18 @@ def status_of(error: BaseException) -> Any:
         outcome.code.value[0],
         outcome.message.encode(),
         _NO_FLAGS,
+    )
+
+
+def refuse(call: Any, error: Exception) -> None:
+    """End a call of which nothing has been read."""
+    call.start_server_batch(
+        (
+            cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
+            status_of(error),
+            cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),
+        ),
+        _ignore,
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from pollard.services.common.errors import StartupError
-from pollard.services.common.lifecycle import Listen
+from pollard.services.common.lifecycle import HealthPort, Listen
 from pollard.services.inference.frontends.asgi import GrpcApplication, Scope, Send
 from pollard.services.inference.frontends.receiving import Receive
 from pollard.services.inference.settings import InferenceSettings
@@ -45,9 +45,13 @@ class EnvoyFront:
         self.port = settings.port
         self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self.application = application
+        self._listen = Listen(settings.host, health_port=settings.health_port)
+        self.health_port = HealthPort()
 
     async def start(self) -> None:
         """Wait until Envoy listens, which it does when it has started the application."""
+        await self.health_port.set_serving(False)
+        await self.health_port.start(self._listen)
         host, _, port = self.address.rpartition(":")
         while True:
             try:
@@ -66,9 +70,11 @@ class EnvoyFront:
     async def set_serving(self, serving: bool) -> None:
         """Tell health."""
         self.application.set_serving(serving)
+        await self.health_port.set_serving(serving)
 
     async def stop(self, grace_seconds: float) -> None:
         """Finish the calls in flight for at most `grace_seconds`."""
+        await self.health_port.stop()
         await self.application.stop(grace_seconds)
 
     def stop_streams(self) -> None:
@@ -92,7 +98,8 @@ def run(settings: InferenceSettings) -> int:
         raise StartupError("--frontend envoy listens on no Unix socket; leave --unix-socket out")
     if settings.tls_certificate is not None:
         raise StartupError("--frontend envoy does not speak TLS; leave --frontend out")
-    Listen(settings.host, insecure=settings.insecure).check()
+    known = settings.gate_rules.enforced
+    Listen(settings.host, insecure=settings.insecure, known_callers=known).check()
     del pyvoy
     return asyncio.run(_supervise(settings))
 

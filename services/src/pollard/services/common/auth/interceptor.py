@@ -1,0 +1,176 @@
+"""The gate before the methods of grpcio's server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+
+from pollard.services.common.auth.callers import Caller, set_caller
+from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF, Gate
+from pollard.services.common.auth.roles import ACCESS
+from pollard.services.common.auth.usage import Lease
+from pollard.services.common.errors import ServiceError
+from pollard.services.common.status import abort
+
+_admitted: ContextVar[Caller | None] = ContextVar("pollard_admitted", default=None)
+
+_NAME_KEYS = ("x509_subject_alternative_name", "x509_common_name")
+
+
+def credentials_of(
+    metadata: Iterable[tuple[str, str | bytes]] | None,
+) -> tuple[str | bytes, str | bytes]:
+    """Return what a call shows, and for whom it says to be made.
+
+    Of two headers of the same name both are lost: one of them was put there by somebody else.
+    """
+    shown: str | bytes = ""
+    behalf: str | bytes = ""
+    for key, value in metadata or ():
+        if key == AUTHORIZATION:
+            shown = "twice" if shown else value
+        elif key == BEHALF:
+            behalf = "twice" if behalf else value
+    return shown, behalf
+
+
+def names_of(auth_context: Mapping[str, Iterable[bytes]]) -> list[str]:
+    """Return the names in a client's certificate, that of the subject last."""
+    return [
+        name.decode("utf-8", "replace") for key in _NAME_KEYS for name in auth_context.get(key, ())
+    ]
+
+
+class GateInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses who may not call, before anything of the request is read."""
+
+    def __init__(self, gate: Gate) -> None:
+        """Ask `gate`."""
+        self._gate = gate
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Ask the gate, and have the method ask for its limits."""
+        handler = await continuation(handler_call_details)
+        gate = self._gate
+        if handler is None or not gate.enforced:
+            return handler
+        method: str = handler_call_details.method
+        access = ACCESS.get(method)
+        if access is not None and access.role is None:
+            return handler
+        shown, behalf = credentials_of(handler_call_details.invocation_metadata)
+        if shown or not gate.rules.certificates:
+            try:
+                caller = gate.admit(method, shown, behalf)
+            except ServiceError as error:
+                return _refusing(error)
+            _admitted.set(caller)
+        known = self._wrapped.get(method)
+        # The handler of a method is made once; another one means that the server was changed.
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = (handler, _wrap(gate, method, handler))
+        return known[1]
+
+
+def _refusing(error: ServiceError) -> Any:
+    async def refuse(_: Any, context: Any) -> None:
+        await abort(context, error)
+
+    # As for a stream of requests, whatever it is: so nothing of it is read.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _wrap(gate: Gate, method: str, handler: Any) -> Any:
+    metered = ACCESS[method].metered if method in ACCESS else False
+
+    def enter(context: Any) -> tuple[Caller, Lease]:
+        caller = _admitted.get()
+        if caller is None:
+            _, behalf = credentials_of(context.invocation_metadata())
+            caller = gate.admit(method, "", behalf, lambda: names_of(context.auth_context()))
+        set_caller(caller)
+        return caller, gate.enter(method, caller)
+
+    def incoming(request: Any, lease: Lease) -> Any:
+        if handler.request_streaming:
+            return _checked(request, lease, metered)
+        lease.check_size(size_of(request))
+        return request
+
+    if handler.response_streaming:
+        body = handler.stream_stream or handler.unary_stream
+        if inspect.isasyncgenfunction(body):
+            wrapped: Any = _generator(enter, incoming, body)
+        else:
+            wrapped = _coroutine(enter, incoming, body)
+    else:
+        wrapped = _coroutine(enter, incoming, handler.stream_unary or handler.unary_unary)
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(
+        wrapped,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _coroutine(enter: Any, incoming: Any, body: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            _, lease = enter(context)
+        except ServiceError as error:
+            await abort(context, error)
+        with lease:
+            try:
+                request = incoming(request, lease)
+            except ServiceError as error:
+                await abort(context, error)
+            return await body(request, context)
+
+    return guarded
+
+
+def _generator(enter: Any, incoming: Any, body: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            _, lease = enter(context)
+        except ServiceError as error:
+            await abort(context, error)
+        with lease:
+            try:
+                request = incoming(request, lease)
+            except ServiceError as error:
+                await abort(context, error)
+            async for answer in body(request, context):
+                yield answer
+
+    return guarded
+
+
+async def _checked(requests: Any, lease: Lease, metered: bool) -> AsyncIterator[Any]:
+    async for request in requests:
+        lease.check_size(size_of(request))
+        if metered:
+            early = lease.pause()
+            if early:
+                await asyncio.sleep(early)
+        yield request
+
+
+def size_of(message: Any) -> int:
+    """Return the size of a message as it came, in bytes."""
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())
