@@ -172,6 +172,8 @@ def main(
     kills_each: Annotated[int, typer.Option(min=1, help="Kills of one drill.")] = 20,
     megabytes: Annotated[float, typer.Option(help="Size of the model.")] = 10.0,
     load: Annotated[str, typer.Option(help='Such as "70%", or "closed".')] = "70%",
+    pause: Annotated[float, typer.Option(help="Between swaps, seconds.")] = 1.5,
+    drain: Annotated[float, typer.Option(help="Of the services, seconds.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides the kills.")] = 0,
     name: Annotated[str, typer.Option(help="Of the result.")] = "swap-drill",
     work: Annotated[
@@ -189,7 +191,8 @@ def main(
     made = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     made_now = 0
     for words in _plan(swaps, kills, each, kills_each, seed):
-        arguments = [*words, "--model-mb", str(megabytes), "--load", load, "--max-time", "4h"]
+        arguments = [*words, "--model-mb", str(megabytes), "--load", load]
+        arguments += ["--pause", str(pause), "--drain", str(drain), "--max-time", "4h"]
         while not any(run["arguments"] == arguments and not run["stood_still"] for run in made):
             if most is not None and made_now >= most:
                 raise SystemExit(f"{made_now} drills made; the others are left for later")

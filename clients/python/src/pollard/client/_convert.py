@@ -185,6 +185,7 @@ def model(message: model_service_pb2.Model) -> types.Model:
         create_time=_time(message, "create_time"),
         update_time=_time(message, "update_time"),
         etag=message.etag,
+        delete_time=_time(message, "delete_time"),
     )
 
 
@@ -205,6 +206,7 @@ def revision(message: model_service_pb2.Revision) -> types.Revision:
         etag=message.etag,
         signature=_signature(message.signature) if message.HasField("signature") else None,
         origin=_origin(message.origin) if message.HasField("origin") else None,
+        delete_time=_time(message, "delete_time"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -70,6 +71,20 @@ def revision_parts(name: str) -> tuple[str, int]:
     """Return model and number of "models/{model}/revisions/{n}"; empty and 0 of anything else."""
     found = re.fullmatch(r"models/([^/]+)/revisions/([0-9]{1,19})", name)
     return (found[1], int(found[2])) if found else ("", 0)
+
+
+def request_id_of(given: str | None) -> str:
+    """Return the UUID of a request, one that was given or a new one; ValueError when it is none."""
+    if given is None:
+        return str(uuid.uuid4())
+    try:
+        if len(given) != 36:
+            raise ValueError
+        return str(uuid.UUID(given))
+    except ValueError:
+        raise ValueError(
+            f"request id {given!r} is no UUID; uuidgen makes one, such as {uuid.uuid4()}"
+        ) from None
 
 
 def last_part(name: str) -> str:

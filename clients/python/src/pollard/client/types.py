@@ -250,6 +250,8 @@ class Model:
     """When it last changed, in UTC."""
     etag: str
     """Changes with every change."""
+    delete_time: datetime | None = None
+    """When it was deleted, in UTC; None when it is not."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,8 @@ class Revision:
     """Who vouches for its bundle; None when it is not signed."""
     origin: Origin | None = None
     """The revision of another installation that it is a copy of; None when it is none."""
+    delete_time: datetime | None = None
+    """When it was deleted, in UTC; None when it is not."""
 
 
 @dataclass(frozen=True)

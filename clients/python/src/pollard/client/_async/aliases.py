@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import uuid
 
 from pollard.client import _channel, _convert
 from pollard.client._async import _io
 from pollard.client._async._manager import SERVICE, AsyncManagerClient
-from pollard.client._names import alias_name, revision_name
+from pollard.client._names import alias_name, request_id_of, revision_name
 from pollard.client._quorum import Quorum, quorum_of
 from pollard.client._switch import has_moved
 from pollard.client.errors import AliasSwitchTimeout, DeadlineExceeded, Unavailable
@@ -35,6 +34,7 @@ class AliasMethods(AsyncManagerClient):
         revision: int,
         *,
         etag: str = "",
+        request_id: str | None = None,
         allow_signature_change: bool = False,
         quorum: Quorum | None = None,
         wait: bool = True,
@@ -49,6 +49,8 @@ class AliasMethods(AsyncManagerClient):
             alias: Alias, such as "production".
             revision: Revision number.
             etag: Guards against a change in between; empty for no guard.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
             allow_signature_change: Let the inputs differ from the current revision's.
             quorum: How many inference servers are enough, where some refuse the revision: a number
                 (2), or a share of those there are (0.5, "2/3", "67%"); None for all. Those that
@@ -70,7 +72,7 @@ class AliasMethods(AsyncManagerClient):
             etag=etag,
             allow_signature_change=allow_signature_change,
             quorum=quorum_of(quorum),
-            request_id=str(uuid.uuid4()),
+            request_id=request_id_of(request_id),
         )
         revision_name(model, revision)  # checks the number
         response = await self._call(f"{SERVICE}/SetAlias", self._stub.SetAlias, request, None)
@@ -84,6 +86,7 @@ class AliasMethods(AsyncManagerClient):
         alias: str = "production",
         *,
         etag: str = "",
+        request_id: str | None = None,
         quorum: Quorum | None = None,
         wait: bool = True,
         wait_timeout: float = 120.0,
@@ -94,6 +97,8 @@ class AliasMethods(AsyncManagerClient):
             model: Model name.
             alias: Alias to move.
             etag: Guards against a change in between; empty for no guard.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
             quorum: How many inference servers are enough, as for `set_alias`.
             wait: Whether to wait until the alias has moved or its switch has failed.
             wait_timeout: How long to wait, in seconds.
@@ -106,7 +111,7 @@ class AliasMethods(AsyncManagerClient):
             name=alias_name(model, alias),
             etag=etag,
             quorum=quorum_of(quorum),
-            request_id=str(uuid.uuid4()),
+            request_id=request_id_of(request_id),
         )
         response = await self._call(
             f"{SERVICE}/RollbackAlias", self._stub.RollbackAlias, request, None
@@ -153,9 +158,19 @@ class AliasMethods(AsyncManagerClient):
             await _io.sleep(min(pause, max(0.0, give_up - time.monotonic())))
             pause = min(pause * 1.5, _LAST_POLL_SECONDS)
 
-    async def delete_alias(self, model: str, alias: str, *, etag: str = "") -> None:
-        """Remove an alias; requests that name it then get NOT_FOUND."""
+    async def delete_alias(
+        self, model: str, alias: str, *, etag: str = "", request_id: str | None = None
+    ) -> None:
+        """Remove an alias; requests that name it then get NOT_FOUND.
+
+        Args:
+            model: Model name.
+            alias: Alias to remove.
+            etag: Guards against a change in between; empty for no guard.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
+        """
         request = model_service_pb2.DeleteAliasRequest(
-            name=alias_name(model, alias), etag=etag, request_id=str(uuid.uuid4())
+            name=alias_name(model, alias), etag=etag, request_id=request_id_of(request_id)
         )
         await self._call(f"{SERVICE}/DeleteAlias", self._stub.DeleteAlias, request, None)

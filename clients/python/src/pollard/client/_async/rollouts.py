@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
 from pollard.client import _convert
 from pollard.client._async._manager import PAGE, SERVICE, AsyncManagerClient
-from pollard.client._names import checked_alias, model_name, revision_name, rollout_name
+from pollard.client._names import (
+    checked_alias,
+    model_name,
+    request_id_of,
+    revision_name,
+    rollout_name,
+)
 from pollard.client._quorum import Quorum, quorum_of
 from pollard.client.types import Rollout
 from pollard.models.v1 import model_service_pb2
@@ -30,6 +35,7 @@ class RolloutMethods(AsyncManagerClient):
         shadow_percent: float = 0.0,
         min_agreement: float | None = None,
         quorum: Quorum | None = None,
+        request_id: str | None = None,
     ) -> Rollout:
         """Move an alias to a revision in steps; the manager takes it back when it is worse.
 
@@ -47,6 +53,8 @@ class RolloutMethods(AsyncManagerClient):
                 0 judges none, None takes what the bundle says, less 0.02.
             quorum: How many inference servers are enough, where some refuse the revision, as for
                 `set_alias`; None for all. Those that refuse it are in the rollout's `failures`.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
 
         Raises:
             InvalidArgument: A value is out of its range.
@@ -71,7 +79,7 @@ class RolloutMethods(AsyncManagerClient):
         if hold is not None:
             rollout.hold.FromMicroseconds(round(hold * 1e6))
         request = model_service_pb2.CreateRolloutRequest(
-            parent=model_name(model), rollout=rollout, request_id=str(uuid.uuid4())
+            parent=model_name(model), rollout=rollout, request_id=request_id_of(request_id)
         )
         response = await self._call(
             f"{SERVICE}/CreateRollout", self._stub.CreateRollout, request, None
@@ -100,8 +108,17 @@ class RolloutMethods(AsyncManagerClient):
             if not token:
                 return rollouts
 
-    async def pause_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+    async def pause_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
         """Keep a rollout at its step; it is still taken back when it is worse.
+
+        Args:
+            model: Model name.
+            rollout: Number of the rollout.
+            etag: Guards against a change in between; empty for no guard.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
 
         Raises:
             NotFound: There is no such rollout.
@@ -109,37 +126,46 @@ class RolloutMethods(AsyncManagerClient):
             Aborted: It changed in between.
         """
         request = model_service_pb2.PauseRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = await self._call(
             f"{SERVICE}/PauseRollout", self._stub.PauseRollout, request, None
         )
         return _convert.rollout(response.rollout)
 
-    async def resume_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """Go on with a paused rollout. Raises as `pause_rollout`."""
+    async def resume_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """Go on with a paused rollout. Takes and raises as `pause_rollout`."""
         request = model_service_pb2.ResumeRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = await self._call(
             f"{SERVICE}/ResumeRollout", self._stub.ResumeRollout, request, None
         )
         return _convert.rollout(response.rollout)
 
-    async def promote_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """End a rollout at 100 % now. Raises as `pause_rollout`."""
+    async def promote_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """End a rollout at 100 % now. Takes and raises as `pause_rollout`."""
         request = model_service_pb2.PromoteRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = await self._call(
             f"{SERVICE}/PromoteRollout", self._stub.PromoteRollout, request, None
         )
         return _convert.rollout(response.rollout)
 
-    async def abort_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """End a rollout; all requests go to the revision before. Raises as `pause_rollout`."""
+    async def abort_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """End a rollout; all requests go to the revision before.
+
+        Takes and raises as `pause_rollout`.
+        """
         request = model_service_pb2.AbortRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = await self._call(
             f"{SERVICE}/AbortRollout", self._stub.AbortRollout, request, None

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
 from pollard.client import _convert
-from pollard.client._names import checked_alias, model_name, revision_name, rollout_name
+from pollard.client._names import (
+    checked_alias,
+    model_name,
+    request_id_of,
+    revision_name,
+    rollout_name,
+)
 from pollard.client._quorum import Quorum, quorum_of
 from pollard.client._sync._manager import PAGE, SERVICE, ManagerClient
 from pollard.client.types import Rollout
@@ -31,6 +36,7 @@ class RolloutMethods(ManagerClient):
         shadow_percent: float = 0.0,
         min_agreement: float | None = None,
         quorum: Quorum | None = None,
+        request_id: str | None = None,
     ) -> Rollout:
         """Move an alias to a revision in steps; the manager takes it back when it is worse.
 
@@ -48,6 +54,8 @@ class RolloutMethods(ManagerClient):
                 0 judges none, None takes what the bundle says, less 0.02.
             quorum: How many inference servers are enough, where some refuse the revision, as for
                 `set_alias`; None for all. Those that refuse it are in the rollout's `failures`.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
 
         Raises:
             InvalidArgument: A value is out of its range.
@@ -72,7 +80,7 @@ class RolloutMethods(ManagerClient):
         if hold is not None:
             rollout.hold.FromMicroseconds(round(hold * 1e6))
         request = model_service_pb2.CreateRolloutRequest(
-            parent=model_name(model), rollout=rollout, request_id=str(uuid.uuid4())
+            parent=model_name(model), rollout=rollout, request_id=request_id_of(request_id)
         )
         response = self._call(f"{SERVICE}/CreateRollout", self._stub.CreateRollout, request, None)
         return _convert.rollout(response.rollout)
@@ -97,8 +105,17 @@ class RolloutMethods(ManagerClient):
             if not token:
                 return rollouts
 
-    def pause_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
+    def pause_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
         """Keep a rollout at its step; it is still taken back when it is worse.
+
+        Args:
+            model: Model name.
+            rollout: Number of the rollout.
+            etag: Guards against a change in between; empty for no guard.
+            request_id: UUID of the request: the same one again, within a day, is carried out once;
+                None makes one up.
 
         Raises:
             NotFound: There is no such rollout.
@@ -106,31 +123,40 @@ class RolloutMethods(ManagerClient):
             Aborted: It changed in between.
         """
         request = model_service_pb2.PauseRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = self._call(f"{SERVICE}/PauseRollout", self._stub.PauseRollout, request, None)
         return _convert.rollout(response.rollout)
 
-    def resume_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """Go on with a paused rollout. Raises as `pause_rollout`."""
+    def resume_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """Go on with a paused rollout. Takes and raises as `pause_rollout`."""
         request = model_service_pb2.ResumeRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = self._call(f"{SERVICE}/ResumeRollout", self._stub.ResumeRollout, request, None)
         return _convert.rollout(response.rollout)
 
-    def promote_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """End a rollout at 100 % now. Raises as `pause_rollout`."""
+    def promote_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """End a rollout at 100 % now. Takes and raises as `pause_rollout`."""
         request = model_service_pb2.PromoteRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = self._call(f"{SERVICE}/PromoteRollout", self._stub.PromoteRollout, request, None)
         return _convert.rollout(response.rollout)
 
-    def abort_rollout(self, model: str, rollout: int, *, etag: str = "") -> Rollout:
-        """End a rollout; all requests go to the revision before. Raises as `pause_rollout`."""
+    def abort_rollout(
+        self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None
+    ) -> Rollout:
+        """End a rollout; all requests go to the revision before.
+
+        Takes and raises as `pause_rollout`.
+        """
         request = model_service_pb2.AbortRolloutRequest(
-            name=rollout_name(model, rollout), etag=etag, request_id=str(uuid.uuid4())
+            name=rollout_name(model, rollout), etag=etag, request_id=request_id_of(request_id)
         )
         response = self._call(f"{SERVICE}/AbortRollout", self._stub.AbortRollout, request, None)
         return _convert.rollout(response.rollout)

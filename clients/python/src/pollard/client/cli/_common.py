@@ -24,7 +24,7 @@ from rich.text import Text
 
 from pollard.client import DEFAULT_MODELS_ADDRESS, types
 from pollard.client._channel import checked_address
-from pollard.client._names import checked_alias, checked_model
+from pollard.client._names import checked_alias, checked_model, request_id_of
 from pollard.client._quorum import quorum_of
 
 T = TypeVar("T")
@@ -129,6 +129,23 @@ QuorumOption = Annotated[
         help="Go on although some inference servers refuse the revision, if so many can run it; "
         "by default all have to.",
         callback=checked_by(checked_quorum),
+    ),
+]
+EtagOption = Annotated[
+    str,
+    typer.Option(
+        "--etag",
+        metavar="ETAG",
+        help="Only if nothing changed since; `show --json` and `rollout --json` give it.",
+    ),
+]
+RequestIdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--request-id",
+        metavar="UUID",
+        help="The same command again with the same id, within a day, is carried out once.",
+        callback=checked_by(request_id_of),
     ),
 ]
 WaitOption = Annotated[

@@ -6,6 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +14,16 @@ import typer
 
 from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
 from pollard.client._names import checked_alias, checked_model
-from pollard.client.cli import copy, event_view, rollout, watch
+from pollard.client.cli import copy, edit, event_view, rollout, watch
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
+    EtagOption,
     JsonOption,
     ModelArgument,
     ModelsServerOption,
     QuorumOption,
+    RequestIdOption,
     RevisionOption,
     SignatureOption,
     TimeoutOption,
@@ -159,13 +162,37 @@ def _as_bundle(source: Path, labels: Path | None, *, quiet: bool) -> Iterator[Pa
 
 @app.command("list")
 def list_models(
-    as_json: JsonOption = False, server: Server = MODELS_SERVER, timeout: TimeoutOption = _TIMEOUT
+    where: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            metavar="FILTER",
+            help="Only these: comparisons of `name` and `labels` joined by AND, such as "
+            "'labels.team = \"eyes\" AND labels:reviewed'.",
+        ),
+    ] = "",
+    order_by: Annotated[
+        str,
+        typer.Option(
+            metavar="FIELD",
+            help='name, create_time or update_time, with " desc" for the other way.',
+        ),
+    ] = "name",
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Also those that can be brought back.")
+    ] = False,
+    as_json: JsonOption = False,
+    server: Server = MODELS_SERVER,
+    timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
     """List the models."""
     with ModelsClient(server, timeout=timeout, **connection()) as client:
-        found = client.models()
+        found = client.models(where=where, order_by=order_by, deleted=deleted)
     if as_json:
         print_json(found)
+        return
+    if not found and where:
+        say(f"No model is such that {where}.")
         return
     if not found:
         say("There are no models yet; `pollard models push DIR --model NAME` adds one.")
@@ -177,7 +204,7 @@ def list_models(
                 model.name,
                 str(model.latest_revision),
                 ", ".join(_alias_text(item) for item in model.aliases) or "–",
-                ago(model.update_time),
+                _when(model.update_time, model.delete_time),
             ]
             for model in found
         ],
@@ -188,6 +215,18 @@ def list_models(
 def show(
     model: ModelArgument,
     revision: RevisionOption = None,
+    where: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            metavar="FILTER",
+            help="Only these revisions: comparisons of `state`, `creator`, `bundle_sha256` and "
+            "`labels` joined by AND, such as 'state = READY AND labels:reviewed'.",
+        ),
+    ] = "",
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Also revisions that can be brought back.")
+    ] = False,
     as_json: JsonOption = False,
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
@@ -211,7 +250,7 @@ def show(
             show_runs(servers, model, revision)
             return
         parent = client.model(model)
-        revisions = client.revisions(model)
+        revisions = client.revisions(model, where=where, deleted=deleted)
     servers = known_servers(server, timeout)
     if as_json:
         runs = runs_of(servers, model)
@@ -236,6 +275,8 @@ def alias(
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
     allow_signature_change: SignatureOption = False,
     quorum: QuorumOption = None,
+    etag: EtagOption = "",
+    request_id: RequestIdOption = None,
     wait: WaitOption = True,
     wait_timeout: WaitTimeoutOption = _WAIT,
     server: Server = MODELS_SERVER,
@@ -246,13 +287,15 @@ def alias(
         raise typer.BadParameter("give either a REVISION or --delete")
     with ModelsClient(server, timeout=timeout, **connection()) as client:
         if revision is None:
-            client.delete_alias(model, name)
+            client.delete_alias(model, name, etag=etag, request_id=request_id)
             say(f"{model}: {name} is removed.")
             return
         found = client.set_alias(
             model,
             name,
             revision,
+            etag=etag,
+            request_id=request_id,
             allow_signature_change=allow_signature_change,
             quorum=quorum,
             wait=wait,
@@ -266,6 +309,8 @@ def rollback(
     model: ModelArgument,
     alias: AliasOption = None,
     quorum: QuorumOption = None,
+    etag: EtagOption = "",
+    request_id: RequestIdOption = None,
     wait: WaitOption = True,
     wait_timeout: WaitTimeoutOption = _WAIT,
     server: Server = MODELS_SERVER,
@@ -279,6 +324,8 @@ def rollback(
         found = client.rollback(
             model,
             alias or "production",
+            etag=etag,
+            request_id=request_id,
             quorum=quorum,
             wait=wait,
             wait_timeout=wait_timeout,
@@ -287,6 +334,7 @@ def rollback(
 
 
 rollout.register(app)
+edit.register(app)
 
 
 @app.command()
@@ -325,6 +373,8 @@ def delete(
         bool, typer.Option("--force", help="Stop serving the model first; for a whole model.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    etag: EtagOption = "",
+    request_id: RequestIdOption = None,
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
@@ -339,7 +389,7 @@ def delete(
         fail("nothing was deleted; --yes deletes without asking")
         raise typer.Exit(1)
     with ModelsClient(server, timeout=timeout, **connection()) as client:
-        client.delete(model, revision=revision, force=force)
+        client.delete(model, revision=revision, force=force, etag=etag, request_id=request_id)
     again = f"{model} --revision {revision}" if revision else model
     say(f"Deleted {what}. For 30 days, to bring it back: pollard models undelete {again}")
 
@@ -348,6 +398,7 @@ def delete(
 def undelete(
     model: ModelArgument,
     revision: RevisionOption = None,
+    request_id: RequestIdOption = None,
     server: Server = MODELS_SERVER,
     timeout: TimeoutOption = _TIMEOUT,
 ) -> None:
@@ -357,7 +408,7 @@ def undelete(
     `pollard models alias` serves it again.
     """
     with ModelsClient(server, timeout=timeout, **connection()) as client:
-        client.undelete(model, revision=revision)
+        client.undelete(model, revision=revision, request_id=request_id)
     what = f"revision {revision} of {model}" if revision else model
     say(f"{what} is back. To serve it: pollard models alias {model} production {revision or 'N'}")
 
@@ -448,6 +499,10 @@ def _is_first(client: ModelsClient, model: str) -> bool:
         return True
 
 
+def _when(changed: datetime | None, deleted: datetime | None) -> str:
+    return ago(changed) if deleted is None else f"deleted {ago(deleted)}"
+
+
 def _alias_text(alias: Alias) -> str:
     if alias.state == "ACTIVE":
         return f"{alias.name} → {alias.revision}"
@@ -467,6 +522,10 @@ def _say_alias(alias: Alias) -> None:
 
 def _show_model(model: Model, revisions: list[Revision]) -> None:
     say(f"{model.name}  {model.description}".rstrip())
+    if model.delete_time is not None:
+        say(f"  deleted {ago(model.delete_time)}; to bring it back: pollard models undelete")
+    if model.labels:
+        say(f"  labels {edit.label_text(model.labels)}")
     for alias in model.aliases:
         before = f", before it {alias.previous_revision}" if alias.previous_revision else ""
         say(f"  {_alias_text(alias)}{before}")
@@ -480,7 +539,7 @@ def _show_model(model: Model, revisions: list[Revision]) -> None:
                 revision.state,
                 size(revision.size_bytes),
                 ", ".join(revision.aliases) or "–",
-                ago(revision.create_time),
+                _when(revision.create_time, revision.delete_time),
                 revision.bundle_sha256[:12],
                 _signed(revision, short=True),
                 revision.notes or revision.error,
@@ -500,6 +559,10 @@ def _show_revision(revision: Revision) -> None:
     say(f"  stored   {ago(revision.create_time)}{by}")
     for line in copy.origin_lines(revision.origin):
         say(f"  origin   {line}")
+    if revision.delete_time is not None:
+        say(f"  deleted  {ago(revision.delete_time)}")
+    if revision.labels:
+        say(f"  labels   {edit.label_text(revision.labels)}")
     if revision.notes:
         say(f"  notes    {revision.notes}")
     show_table(

@@ -12,10 +12,12 @@ from pollard.client.cli import rollout_view
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
+    EtagOption,
     JsonOption,
     ModelArgument,
     ModelsServerOption,
     QuorumOption,
+    RequestIdOption,
     TimeoutOption,
     ago,
     fail,
@@ -106,6 +108,8 @@ def rollout(
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow it until it ends; exit with 1 if taken back.")
     ] = False,
+    etag: EtagOption = "",
+    request_id: RequestIdOption = None,
     as_json: JsonOption = False,
     server: ModelsServerOption = MODELS_SERVER,
     timeout: TimeoutOption = 30.0,
@@ -118,6 +122,8 @@ def rollout(
     orders = [pause, resume, promote, abort].count(True)
     if orders > 1 or (orders and revision is not None):
         raise typer.BadParameter("give a REVISION, or one of --pause, --resume, --promote, --abort")
+    if etag and not orders:
+        raise typer.BadParameter("--etag is for --pause, --resume, --promote and --abort")
     with ModelsClient(server, timeout=timeout, **connection()) as client:
         if revision is not None:
             found = client.start_rollout(
@@ -132,6 +138,7 @@ def rollout(
                 shadow_percent=percent(shadow),
                 min_agreement=None if min_agreement == "auto" else rate(min_agreement),
                 quorum=quorum,
+                request_id=request_id,
             )
         else:
             known = [item for item in client.rollouts(model) if alias in (None, item.alias)]
@@ -152,13 +159,13 @@ def rollout(
             if not orders:
                 found = client.rollout(model, number)
             elif pause:
-                found = client.pause_rollout(model, number)
+                found = client.pause_rollout(model, number, etag=etag, request_id=request_id)
             elif resume:
-                found = client.resume_rollout(model, number)
+                found = client.resume_rollout(model, number, etag=etag, request_id=request_id)
             elif promote:
-                found = client.promote_rollout(model, number)
+                found = client.promote_rollout(model, number, etag=etag, request_id=request_id)
             else:
-                found = client.abort_rollout(model, number)
+                found = client.abort_rollout(model, number, etag=etag, request_id=request_id)
         if watch:
             found = _follow(client, found, quiet=as_json)
     if as_json:
