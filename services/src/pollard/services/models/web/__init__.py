@@ -1,0 +1,1 @@
+"""The web page of the models service: what is registered and served, watched and changed."""

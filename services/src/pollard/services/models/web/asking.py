@@ -1,0 +1,129 @@
+"""The manager as a visitor of the page has it: the methods of its gRPC services, asked in process.
+
+Whatever holds for a call over gRPC holds here, because it is the same method.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.models.servicer_fleet import FleetServicer
+from pollard.services.models.servicer_models import ModelServicer
+
+M = TypeVar("M", bound=Message)
+
+MODELS = "/pollard.models.v1.ModelService/"
+FLEET = "/pollard.models.v1.FleetService/"
+
+PAGE = 100
+"""Rows of a table at once."""
+
+_SECONDS = 10.0
+"""How long another manager, which leads, may take to answer."""
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who looks at the page."""
+
+    peer: str
+    """Address, as gRPC names peers: "ipv4:10.0.0.7:41234"."""
+    csrf: str
+    """What a form of this visitor has to bring with it."""
+    name: str = ""
+    """Who has signed in; empty where nobody has to."""
+    may: Callable[[str], bool] = lambda method: True
+    """Whether the visitor may call a method, by its full name."""
+
+    def may_change(self) -> bool:
+        """Tell whether the visitor may move aliases and run rollouts."""
+        return self.may(MODELS + "CreateRollout")
+
+    def request_id(self, *about: object) -> str:
+        """Return the same UUID for the same wish: a form that is sent twice is one request."""
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, "\n".join([self.csrf, *map(str, about)])))
+
+
+class _Context:
+    """What the methods ask of their call, answered for a visitor."""
+
+    def __init__(self, visitor: Visitor) -> None:
+        self._visitor = visitor
+
+    def peer(self) -> str:
+        return self._visitor.peer
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def time_remaining(self) -> float:
+        return _SECONDS
+
+
+class Manager:
+    """Asks the servicers of this process for a visitor."""
+
+    def __init__(self, models: ModelServicer, fleet: FleetServicer, visitor: Visitor) -> None:
+        self._models = models
+        self._fleet = fleet
+        self.visitor = visitor
+
+    async def ask(self, method: str, request: Message, kind: type[M]) -> M:
+        """Call a method of ModelService.
+
+        Raises:
+            ServiceError: what the method says.
+        """
+        # One of ours; the methods ask no more of it than it has.
+        context = cast(Any, _Context(self.visitor))
+        answer = await getattr(self._models, method)(request, context)
+        return cast(M, answer)
+
+    async def servers(self) -> list[fleet_pb.Server]:
+        """Return every server of the fleet."""
+        context = cast(Any, _Context(self.visitor))
+        found: list[fleet_pb.Server] = []
+        token = ""
+        while True:
+            request = fleet_pb.ListServersRequest(page_size=1000, page_token=token)
+            answer = await self._fleet.ListServers(request, context)
+            found.extend(answer.servers)
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    async def model(self, model: str) -> pb.Model:
+        """Return one model."""
+        request = pb.GetModelRequest(name=f"models/{model}")
+        return (await self.ask("GetModel", request, pb.GetModelResponse)).model
+
+    async def revision(self, model: str, target: int | str) -> pb.Revision:
+        """Return a revision with its manifest, by its number or by an alias."""
+        part = "revisions" if isinstance(target, int) else "aliases"
+        request = pb.GetRevisionRequest(name=f"models/{model}/{part}/{target}")
+        return (await self.ask("GetRevision", request, pb.GetRevisionResponse)).revision
+
+    async def rollout(self, model: str, number: int) -> pb.Rollout:
+        """Return a rollout with its evidence."""
+        request = pb.GetRolloutRequest(name=f"models/{model}/rollouts/{number}")
+        return (await self.ask("GetRollout", request, pb.GetRolloutResponse)).rollout
+
+    async def rollouts(self, model: str, most: int) -> list[pb.Rollout]:
+        """Return the newest rollouts of a model."""
+        request = pb.ListRolloutsRequest(parent=f"models/{model}", page_size=most)
+        return list((await self.ask("ListRollouts", request, pb.ListRolloutsResponse)).rollouts)
+
+    async def events(
+        self, model: str = "", *, most: int = PAGE, token: str = ""
+    ) -> pb.ListEventsResponse:
+        """Return the newest events, of one model or of all."""
+        name = f"models/{model}" if model else ""
+        request = pb.ListEventsRequest(page_size=most, page_token=token, model=name)
+        return await self.ask("ListEvents", request, pb.ListEventsResponse)
