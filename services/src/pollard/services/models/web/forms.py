@@ -91,7 +91,9 @@ def set_alias(model: str, alias: str, form: Form, visitor: Visitor) -> pb.SetAli
     )
 
 
-def roll_back_alias(model: str, alias: str, form: Form, visitor: Visitor) -> pb.RollbackAliasRequest:
+def roll_back_alias(
+    model: str, alias: str, form: Form, visitor: Visitor
+) -> pb.RollbackAliasRequest:
     """Return the request to point an alias back.
 
     Raises:

@@ -1,10 +1,10 @@
 """What every request has to satisfy, and what every answer tells the browser.
 
 A page of another site cannot use this one in a visitor's name: cookies are sent to this site's own
-requests only (SameSite), a form must bring what only a page of ours could know, and what the browser
-says of where the request comes from must agree. Nor can it pretend to be this one by a name that
-suddenly resolves to this machine (DNS rebinding): where nobody has to sign in, only names that are
-known to be ours are answered.
+requests only (SameSite), a form must bring what only a page of ours could know, and what the
+browser says of where the request comes from must agree. Nor can it pretend to be this one by a name
+that suddenly resolves to this machine (DNS rebinding): where nobody has to sign in, only names that
+are known to be ours are answered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CSRF_HEADER = "X-Pollard-Csrf"
 _VISIT = re.compile(r"[A-Za-z0-9_-]{43}")
 
 _COMMON = {
+    # Otherwise aiohttp tells its version and Python's.
+    "Server": "Pollard",
     "X-Content-Type-Options": "nosniff",
     # Not "no-referrer": with it browsers send "null" as the origin of our own forms.
     "Referrer-Policy": "same-origin",

@@ -24,7 +24,9 @@ from pollard.services.models.web import forms, guard, reports
 from pollard.services.models.web.asking import Manager, Visitor
 from pollard.services.models.web.live import Live
 from pollard.services.models.web.rendering import Assets, Renderer
+from pollard.services.models.web.trials import Trials
 from pollard.services.models.web.views import View, Views
+from pollard.services.models.web.vision import PREDICT, Vision
 
 ROLLOUT_ACTIONS = {
     "pause": ("PauseRollout", pb.PauseRolloutRequest, pb.PauseRolloutResponse),
@@ -90,6 +92,7 @@ class WebPage:
         blobs: Holds the bundles.
         fleet: Knows the version of the desired state.
         feed: Says when something changes.
+        vision: Answers about images.
         hosts: Names of this server beside the machine's own.
     """
 
@@ -101,6 +104,7 @@ class WebPage:
         blobs: Blobs,
         fleet: Fleet,
         feed: EventFeed,
+        vision: Vision,
         hosts: tuple[str, ...] = (),
     ) -> None:
         self._models = models
@@ -111,11 +115,14 @@ class WebPage:
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
         self._views = Views(store, blobs, fleet)
+        self._vision = vision
+        self._trials = Trials(vision)
         self.live = Live(feed, self._renderer)
 
     async def close(self) -> None:
         """Stop what runs in the background."""
         await self._views.close()
+        await self._vision.close()
 
     def add_to(self, application: web.Application) -> None:
         """Add the page's addresses to an application."""
@@ -127,12 +134,14 @@ class WebPage:
             (f"{model}/revisions/{number}", self._revision),
             (f"{model}/revisions/{number}/report", self._report),
             (f"{model}/rollouts/{number}", self._rollout),
+            (f"{model}/try", self._trial),
             ("/fleet", self._fleet),
             ("/log", self._log),
         ):
             add("GET", path, self._guarded(self._shown(look)))
         add("GET", "/assets/{digest}/{name}", self._asset)
         add("GET", f"{model}/revisions/{number}/report.html", self._guarded(self._report_content))
+        add("POST", f"{model}/try", self._guarded(self._try))
         add("POST", f"{model}/rollouts", self._guarded(self._create_rollout))
         add("POST", f"{model}/rollouts/{number}/{{action}}", self._guarded(self._change_rollout))
         add("POST", f"{model}/aliases/{{alias}}", self._guarded(self._set_alias))
@@ -176,9 +185,9 @@ class WebPage:
     def _visit(self, request: web.Request) -> Visit:
         value = request.cookies.get(guard.cookie_name(request), "")
         new = "" if guard.is_visit(value) else guard.new_visit()
-        visitor = Visitor(peer=_peer(request), csrf=guard.csrf_of(value if not new else new))
+        visitor = Visitor(peer=_peer(request), csrf=guard.csrf_of(new or value))
         manager = Manager(self._models, self._fleet_methods, visitor)
-        return Visit(request, visitor, manager, new, value if not new else new)
+        return Visit(request, visitor, manager, new, new or value)
 
     def _shown(self, look: Callable[[Visit], Awaitable[View]]) -> Handler:
         """Answer with a page, or with what changes on it for those who ask for events."""
@@ -233,6 +242,29 @@ class WebPage:
 
     async def _log(self, visit: Visit) -> View:
         return await self._views.log(visit.manager, visit.request.query)
+
+    async def _trial(self, visit: Visit) -> View:
+        view = await self._views.trial(visit.manager, visit.model, visit.request.query)
+        return view.with_more(
+            vision=await self._trials.address(visit.manager),
+            may_predict=visit.visitor.may(PREDICT),
+        )
+
+    async def _try(self, visit: Visit) -> web.StreamResponse:
+        def check(csrf: str) -> None:
+            guard.check_csrf(csrf, visit.visit)
+
+        model = visit.model
+        upload, outcome = await self._trials.run(visit.request, visit.manager, model, check)
+        if "X-Pollard-Part" in visit.request.headers:
+            text = self._renderer.part(
+                "trial.html", "part_outcome", visit.visitor, outcome=outcome, name=model
+            )
+            return web.Response(text=text, content_type="text/html", headers=guard.PAGE_HEADERS)
+        view = await self._trial(visit)
+        return self._page(
+            visit, view.with_more(outcome=outcome, left=upload.left, right=upload.right)
+        )
 
     async def _report_content(self, visit: Visit) -> web.StreamResponse:
         if visit.request.headers.get("Sec-Fetch-Dest", "iframe") != "iframe":

@@ -75,12 +75,12 @@ class Renderer:
             if name.startswith(LIVE):
                 yield name.replace("_", "-"), "".join(block(context))
 
-    def part(self, template: str, name: str, visitor: Visitor, **content: Any) -> Markup:
+    def part(self, template: str, block: str, visitor: Visitor, **content: Any) -> Markup:
         """Return one block of a template."""
         loaded = self._environment.get_template(template)
         told = {"visitor": visitor, "parts": self._parts(visitor), **content}
         context = loaded.new_context(told)
-        return Markup("".join(loaded.blocks[name](context)))  # noqa: S704 - the template escapes
+        return Markup("".join(loaded.blocks[block](context)))  # noqa: S704 - the template escapes
 
     def _parts(self, visitor: Visitor) -> Any:
         """Return the macros that all templates share, for one visitor."""

@@ -291,7 +291,9 @@ class Views:
             place="models",
         )
 
-    async def _models(self, manager: Manager, wanted: str, token: str) -> tuple[list[pb.Model], str]:
+    async def _models(
+        self, manager: Manager, wanted: str, token: str
+    ) -> tuple[list[pb.Model], str]:
         """Return a page of models and the token of the next one.
 
         What has none of the signs of a filter is a part of a name.
@@ -319,9 +321,11 @@ class Views:
         statement = select(Revision.model, Revision.bundle_sha256).where(
             tuple_(Revision.model, Revision.number).in_(keys)
         )
-        return await self._store.read(
-            lambda session: {model: digest for model, digest in session.execute(statement)}
-        )
+
+        def work(session: Session) -> dict[str, str]:
+            return {row.model: row.bundle_sha256 for row in session.execute(statement)}
+
+        return await self._store.read(work)
 
     async def _running(self, model: str = "") -> list[Course]:
         """Return the rollouts that run, with what they have seen."""
@@ -361,7 +365,6 @@ class Views:
         acked = max((server.acked_version for server in servers), default=0)
         # A manager that does not lead has no desired state of its own.
         return FleetState(servers, self._fleet.state.version or acked)
-
 
 
 _DEFAULTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,8 @@ from markupsafe import Markup
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
+
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 MINUS = "\u2212"
 THIN = "\u202f"
@@ -105,7 +108,7 @@ def duration(message: Duration) -> str:
 def moment(stamp: Timestamp) -> Markup:
     """Return a moment as an element; the page's script turns it into an age."""
     at = datetime.fromtimestamp(stamp.seconds + stamp.nanos / 1e9, UTC)
-    return Markup('<time datetime="{}">{}</time>').format(  # noqa: S704 - the parts are escaped
+    return Markup('<time datetime="{}">{}</time>').format(
         at.isoformat(timespec="seconds").replace("+00:00", "Z"),
         at.strftime("%-d %b %Y %H:%M:%S UTC"),
     )
@@ -119,6 +122,24 @@ def target(name: str) -> str:
 def short(digest: str) -> str:
     """Return the beginning of a digest."""
     return digest[:12]
+
+
+def brief(text: str) -> str:
+    """Return a sentence with its digests cut short."""
+    return _DIGEST.sub(lambda found: found[0][:12], text)
+
+
+def detail(event: pb.Event) -> str:
+    """Return what an event tells beside its action; empty when that is the same again."""
+    words = brief(event.detail)
+    return "" if event.action.endswith("_" + words.upper()) else words
+
+
+def who(actor: str) -> str:
+    """Return an actor as people know it."""
+    for prefix in ("ipv4:", "ipv6:", "servers/"):
+        actor = actor.removeprefix(prefix)
+    return actor
 
 
 def action(name: str) -> str:
@@ -218,12 +239,10 @@ def tensor_type(data_type: int) -> str:
 
 
 def shape(spec: bundle_pb2.TensorSpec) -> str:
-    """Return the dimensions of a tensor, with their letters where they are known."""
-    letters = spec.layout if len(spec.layout) == len(spec.shape) else ""
-    parts = ["any" if size < 0 else str(size) for size in spec.shape]
-    if letters:
-        parts = [f"{part} {letter}" for part, letter in zip(parts, letters, strict=True)]
-    return " × ".join(parts) or "scalar"
+    """Return the dimensions of a tensor; the letter of one that may have any size."""
+    letters = spec.layout if len(spec.layout) == len(spec.shape) else "?" * len(spec.shape)
+    sizes = zip(spec.shape, letters, strict=True)
+    return " × ".join(letter if size < 0 else str(size) for size, letter in sizes) or "scalar"
 
 
 def step_name(step: bundle_pb2.PreprocessStep) -> str:

@@ -141,9 +141,81 @@
     label();
   });
 
+  // Images that are dropped, pasted or chosen
+
+  const trial = document.getElementById("trial");
+  if (trial) {
+    const input = document.getElementById("image");
+    const drop = document.getElementById("drop");
+    const chosen = document.getElementById("chosen");
+    const outcome = document.getElementById("outcome");
+    const asks = document.getElementById("ask");
+    let shown = "";
+    let asked = null;
+    const tell = (words) => {
+      const notice = document.createElement("p");
+      notice.className = "notice bad";
+      notice.setAttribute("role", "alert");
+      notice.textContent = words;
+      outcome.replaceChildren(notice);
+    };
+    const ask = async () => {
+      const file = input.files[0];
+      if (!file) return;
+      if (asked) asked.abort();
+      const mine = (asked = new AbortController());
+      chosen.textContent = file.name;
+      asks.disabled = true;
+      outcome.setAttribute("aria-busy", "true");
+      try {
+        const answer = await fetch(trial.action, {
+          method: "POST", body: new FormData(trial), headers: { "X-Pollard-Part": "1" }, signal: mine.signal,
+        });
+        const parsed = parse(await answer.text());
+        if (!answer.ok) {
+          const said = parsed.querySelector(".problem p:not(.problem-code)");
+          tell(said ? said.textContent : `The service answered ${answer.status}.`);
+          return;
+        }
+        if (shown) URL.revokeObjectURL(shown);
+        shown = URL.createObjectURL(file);
+        for (const image of parsed.querySelectorAll("img[data-source]")) image.src = shown;
+        outcome.replaceChildren(...parsed.childNodes);
+        for (const image of outcome.querySelectorAll("img[data-source]")) {
+          image.addEventListener("error", () => { image.alt = "This browser cannot show the image."; image.classList.add("unseen"); });
+        }
+      } catch (error) {
+        if (error.name !== "AbortError") tell("The service did not answer. Try again.");
+      } finally {
+        if (asked === mine) {
+          asks.disabled = false;
+          outcome.removeAttribute("aria-busy");
+        }
+      }
+    };
+    const take = (files) => {
+      const images = [...files].filter((file) => file.type.startsWith("image/"));
+      if (!images.length) return;
+      const transfer = new DataTransfer();
+      transfer.items.add(images[0]);
+      input.files = transfer.files;
+      ask();
+    };
+    trial.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+    for (const each of [input, ...trial.querySelectorAll("select")]) each.addEventListener("change", ask);
+    addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
+    addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+    addEventListener("drop", (event) => {
+      event.preventDefault();
+      drop.classList.remove("over");
+      take(event.dataTransfer.files);
+    });
+    addEventListener("paste", (event) => take(event.clipboardData.files));
+  }
+
   // What a press has set going is not set going twice.
   document.addEventListener("submit", (event) => {
-    if (event.target.method !== "post") return;
+    if (event.target.method !== "post" || event.defaultPrevented) return;
     for (const each of event.target.querySelectorAll("button")) setTimeout(() => { each.disabled = true; });
   });
   addEventListener("pageshow", () => {
