@@ -28,6 +28,8 @@ Query = Mapping[str, str]
 NEWEST = 8
 """Events beside other things."""
 
+_READY = fleet_pb.REVISION_STATE_READY
+
 _FOUND_AT_MOST = 5000
 """Models that a search by a part of the name looks through."""
 
@@ -276,7 +278,13 @@ class Views:
         found = await manager.model(model)
         request = pb.ListRevisionsRequest(parent=found.name, page_size=PAGE)
         listed = await manager.ask("ListRevisions", request, pb.ListRevisionsResponse)
-        running = await self._running(model)
+        running, fleet = await asyncio.gather(self._running(model), self._fleet_state(manager))
+        served = {
+            status.revision
+            for server in fleet.servers
+            for status in server.report.revisions
+            if server.connected and (status.model, status.state) == (model, _READY)
+        }
         return View(
             "trial.html",
             f"Try {model}",
@@ -284,6 +292,7 @@ class Views:
                 "model": found,
                 "name": model,
                 "revisions": listed.revisions,
+                "served": served,
                 "left": query.get("left") or _first_choice(running),
                 "right": query.get("right") or _second_choice(found, running),
                 "outcome": None,

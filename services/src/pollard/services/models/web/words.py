@@ -88,7 +88,7 @@ def times(factor: float) -> str:
 def seconds(span: float) -> str:
     """Return a span of time, such as "1 min 30 s"."""
     if span < 0.9995:
-        return f"{span * 1000:.0f}{THIN}ms" if span else f"0{THIN}s"
+        return micros(span * 1e6) if span > 0 else f"0{THIN}s"
     if span < 60:
         return f"{span:.3g}{THIN}s"
     whole_seconds = round(span)
