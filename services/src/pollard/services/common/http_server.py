@@ -81,7 +81,8 @@ class HttpServer:
         service knows its clients, those who show a certificate."""
         self._listen = listen
         self._ready = ready
-        self._parts: list[Part] = [self._add_health]
+        self._parts: list[tuple[Part, bool]] = [(self._add_health, False)]
+        self._own: set[Any] = set()
         self._context = None if listen.port == "off" else http_context(listen.tls)
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
@@ -97,9 +98,15 @@ class HttpServer:
             f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
         )
 
-    def add(self, part: Part) -> None:
-        """Have `part` add its routes when the port opens."""
-        self._parts.append(part)
+    def add(self, part: Part, *, knows_visitors: bool = False) -> None:
+        """Have `part` add its routes when the port opens.
+
+        Args:
+            part: Adds them.
+            knows_visitors: They ask by themselves who wants something, so that the guard is not
+                asked.
+        """
+        self._parts.append((part, knows_visitors))
 
     async def start(self) -> None:
         """Open the port.
@@ -117,8 +124,11 @@ class HttpServer:
                 middlewares=[self._middleware()],
                 client_max_size=self._listen.max_body_bytes,
             )
-            for part in self._parts:
+            for part, knows_visitors in self._parts:
+                before = set(application.router.routes())
                 part(application)
+                if knows_visitors:
+                    self._own |= set(application.router.routes()) - before
             runner = web.AppRunner(
                 application,
                 access_log=None,
@@ -209,7 +219,9 @@ class HttpServer:
             handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
         ) -> web.StreamResponse:
             try:
-                if request.path not in HEALTH_PATHS:
+                if request.match_info.route in self._own:
+                    await self._let_known_in(request)
+                elif request.path not in HEALTH_PATHS:
                     await (self.guard or self._let_known_in)(request)
                 return await handler(request)
             except web.HTTPException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -37,6 +37,10 @@ from pollard.services.models.store import Store
 from pollard.services.models.switch import Switch
 from pollard.services.models.uploads import Uploads
 from pollard.services.models.watch import EventFeed, forget
+
+if TYPE_CHECKING:
+    # Imported when the HTTP port is opened: it brings aiohttp and Jinja.
+    from pollard.services.models.web.page import WebPage
 
 SERVICES = ("pollard.models.v1.ModelService", "pollard.models.v1.FleetService")
 
@@ -102,19 +106,19 @@ class ModelsService:
             interceptors=[ErrorInterceptor()],
             gate=self.gate,
         )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(
-                self.store, self.blobs, self.uploads, self.fleet, self.events, self.signatures
-            ),
-            self.grpc.server,
+        self._models = ModelServicer(
+            self.store, self.blobs, self.uploads, self.fleet, self.events, self.signatures
         )
+        self._fleet_methods = FleetServicer(self.fleet, self.leadership, self.relay)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._models, self.grpc.server)
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetServicer(self.fleet, self.leadership, self.relay), self.grpc.server
+            self._fleet_methods, self.grpc.server
         )
         self.metrics = Metrics("models")
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
         self.http.add(self.metrics.add_to)
         self.http.guard = http_guard(self.gate)
+        self.page: WebPage | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -140,6 +144,9 @@ class ModelsService:
                 await self.leadership.start("")
             self.events.start()
             await self.grpc.start()
+            if self.settings.http_port != "off":
+                self.page = await asyncio.to_thread(self._make_page)
+                self.http.add(self.page.add_to, knows_visitors=True)
             await self.http.start()
             if self.store.database.shared:
                 # The others are told where this manager is reached, which is known only now.
@@ -169,7 +176,24 @@ class ModelsService:
         await self.relay.close()
         await self.grpc.stop(grace_seconds)
         await self.http.stop()
+        if self.page is not None:
+            await self.page.close()
         await asyncio.to_thread(self.store.close)
+
+    def _make_page(self) -> WebPage:
+        from pollard.services.models.web.page import WebPage
+        from pollard.services.models.web.vision import Vision
+
+        return WebPage(
+            self._models,
+            self._fleet_methods,
+            self.store,
+            self.blobs,
+            self.fleet,
+            self.events,
+            Vision(self.settings.vision_address, self.settings.tls),
+            tuple(self.settings.page_hosts.split(",")),
+        )
 
     async def forget_events(self) -> None:
         """Forget the events that are older than the retention."""

@@ -92,6 +92,18 @@ class ModelsSettings(ServiceSettings):
         "that begins before the oldest one kept is refused.",
     )
 
+    vision_address: str = Field(
+        "",
+        description="gRPC target of the vision service that the web page asks about images that "
+        "are dropped in; empty takes any preprocess server that has joined.",
+    )
+    page_hosts: str = Field(
+        "",
+        description="Names, with commas between, under which browsers reach the web page, beside "
+        "localhost, this machine's name and addresses. Where nobody has to sign in, the page "
+        "answers under no other.",
+    )
+
     @property
     def signature_mode(self) -> Literal["allow", "warn", "require"]:
         """What is asked of signatures, with ``auto`` decided."""
