@@ -63,7 +63,8 @@ class Visitor:
     async def post(
         self, path: str, headers: dict[str, str] | None = None, **fields: str
     ) -> Answered:
-        fields.setdefault("csrf", await self.csrf())
+        if "csrf" not in fields:
+            fields["csrf"] = await self.csrf()
         sent = {"Origin": self.url} if self.origin else {}
         async with self.session.post(
             self.url + path,

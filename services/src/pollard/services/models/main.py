@@ -191,6 +191,7 @@ class ModelsService:
             self.blobs,
             self.fleet,
             self.events,
+            self.gate,
             Vision(self.settings.vision_address, self.settings.tls),
             tuple(self.settings.page_hosts.split(",")),
         )

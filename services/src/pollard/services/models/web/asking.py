@@ -6,14 +6,18 @@ Whatever holds for a call over gRPC holds here, because it is the same method.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.auth.callers import OPEN, Caller, calling
+from pollard.services.common.auth.errors import RoleMissing
+from pollard.services.common.auth.gate import AUTHORIZATION
+from pollard.services.common.auth.roles import ACCESS
 from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
 
@@ -37,10 +41,26 @@ class Visitor:
     """Address, as gRPC names peers: "ipv4:10.0.0.7:41234"."""
     csrf: str
     """What a form of this visitor has to bring with it."""
-    name: str = ""
-    """Who has signed in; empty where nobody has to."""
-    may: Callable[[str], bool] = lambda method: True
-    """Whether the visitor may call a method, by its full name."""
+    caller: Caller = OPEN
+    """Who that is; everybody where nobody has to sign in."""
+    authorization: str = field(default="", repr=False)
+    """What other services are shown in the visitor's name."""
+    in_session: bool = False
+    """Whether the visitor has signed in here, and may sign out."""
+
+    @property
+    def name(self) -> str:
+        """Who has signed in; empty where nobody has to."""
+        return self.caller.name
+
+    def may(self, method: str) -> bool:
+        """Tell whether the visitor may call a method, by its full name."""
+        access = ACCESS.get(method)
+        return access is not None and access.allows(self.caller)
+
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        """Return what calls to other services carry."""
+        return ((AUTHORIZATION, self.authorization),) if self.authorization else ()
 
     def may_change(self) -> bool:
         """Tell whether the visitor may move aliases and run rollouts."""
@@ -61,7 +81,7 @@ class _Context:
         return self._visitor.peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
-        return ()
+        return self._visitor.metadata()
 
     def time_remaining(self) -> float:
         return _SECONDS
@@ -79,25 +99,42 @@ class Manager:
         """Call a method of ModelService.
 
         Raises:
+            RoleMissing: the visitor may not.
             ServiceError: what the method says.
         """
+        self._check(MODELS + method)
         # One of ours; the methods ask no more of it than it has.
         context = cast(Any, _Context(self.visitor))
-        answer = await getattr(self._models, method)(request, context)
+        with calling(self.visitor.caller):
+            answer = await getattr(self._models, method)(request, context)
         return cast(M, answer)
 
     async def servers(self) -> list[fleet_pb.Server]:
         """Return every server of the fleet."""
+        self._check(FLEET + "ListServers")
         context = cast(Any, _Context(self.visitor))
         found: list[fleet_pb.Server] = []
         token = ""
         while True:
             request = fleet_pb.ListServersRequest(page_size=1000, page_token=token)
-            answer = await self._fleet.ListServers(request, context)
+            with calling(self.visitor.caller):
+                answer = await self._fleet.ListServers(request, context)
             found.extend(answer.servers)
             token = answer.next_page_token
             if not token:
                 return found
+
+    def _check(self, method: str) -> None:
+        if not self.visitor.may(method):
+            caller, access = self.visitor.caller, ACCESS.get(method)
+            needed = access.words if access is not None else "another"
+            raise RoleMissing(
+                f"{caller.name} has the role {caller.role.value}, and "
+                f"{method.rpartition('/')[2]} needs {needed}",
+                method=method,
+                role=caller.role.value,
+                needed=needed,
+            )
 
     async def model(self, model: str) -> pb.Model:
         """Return one model."""

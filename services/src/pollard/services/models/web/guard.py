@@ -117,6 +117,16 @@ def check_origin(request: web.Request) -> None:
         )
 
 
+def comes_from_elsewhere(request: web.Request) -> bool:
+    """Tell whether a link on another site was followed to here."""
+    return (
+        request.method == "GET"
+        and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        and request.headers.get("Sec-Fetch-Mode") == "navigate"
+        and request.headers.get("Sec-Fetch-Dest") == "document"
+    )
+
+
 class Hosts:
     """The names under which this server may be asked where nobody has to sign in.
 

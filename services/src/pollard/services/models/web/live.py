@@ -60,7 +60,7 @@ class Live:
         request: web.Request,
         visitor: Visitor,
         look: Callable[[], Awaitable[View]],
-        still_in: Callable[[], bool],
+        is_still_in: Callable[[], bool],
     ) -> web.StreamResponse:
         """Send the live parts of a page now and whenever they change, until the visitor goes.
 
@@ -68,7 +68,7 @@ class Live:
             request: What is answered.
             visitor: Who looks.
             look: Makes the view anew.
-            still_in: Whether the visitor may still look.
+            is_still_in: Whether the visitor may still look.
         """
         if self._streams >= MOST:
             raise web.HTTPServiceUnavailable(
@@ -90,7 +90,7 @@ class Live:
             await response.write(f"retry: {RETRY_MS}\n\n".encode())
             await response.write(_event("version", self._renderer.assets.version))
             with contextlib.suppress(ConnectionError):
-                async for message in self._messages(visitor, look, still_in):
+                async for message in self._messages(visitor, look, is_still_in):
                     await response.write(message)
             return response
         finally:
@@ -100,14 +100,14 @@ class Live:
         self,
         visitor: Visitor,
         look: Callable[[], Awaitable[View]],
-        still_in: Callable[[], bool],
+        is_still_in: Callable[[], bool],
     ) -> AsyncIterator[bytes]:
         changed = asyncio.Event()
         watching = asyncio.ensure_future(self._watch(changed))
         sent: dict[str, str] = {}
         told = time.monotonic()
         try:
-            while still_in() and not watching.done():
+            while is_still_in() and not watching.done():
                 changed.clear()
                 try:
                     view = await look()
@@ -129,6 +129,8 @@ class Live:
                     async with asyncio.timeout(view.tick_seconds):
                         await changed.wait()
                         await asyncio.sleep(_SETTLE_SECONDS)
+            if not is_still_in():
+                yield _event("gone", "you are no longer signed in")
         finally:
             await cancel(watching)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from aiohttp import web
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common import status
-from pollard.services.common.errors import ServiceError
+from pollard.services.common.auth import Gate
+from pollard.services.common.auth.callers import Caller, Role
+from pollard.services.common.errors import ServiceError, Unauthenticated
 from pollard.services.models import names
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
@@ -20,10 +24,11 @@ from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
 from pollard.services.models.store import Store
 from pollard.services.models.watch import EventFeed
-from pollard.services.models.web import forms, guard, reports
-from pollard.services.models.web.asking import Manager, Visitor
+from pollard.services.models.web import forms, guard, reports, sessions
+from pollard.services.models.web.asking import MODELS, Manager, Visitor
 from pollard.services.models.web.live import Live
 from pollard.services.models.web.rendering import Assets, Renderer
+from pollard.services.models.web.sessions import Sessions
 from pollard.services.models.web.trials import Trials
 from pollard.services.models.web.views import View, Views
 from pollard.services.models.web.vision import PREDICT, Vision
@@ -49,6 +54,9 @@ _STATUSES = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+
+NOBODY = Caller("", Role.SERVER, "certificate")
+"""Who is not known yet: what a service may do to another, which is nothing that the page does."""
 
 _log = structlog.get_logger("pollard.page")
 
@@ -92,6 +100,7 @@ class WebPage:
         blobs: Holds the bundles.
         fleet: Knows the version of the desired state.
         feed: Says when something changes.
+        gate: Tells who looks, and what they may do.
         vision: Answers about images.
         hosts: Names of this server beside the machine's own.
     """
@@ -104,6 +113,7 @@ class WebPage:
         blobs: Blobs,
         fleet: Fleet,
         feed: EventFeed,
+        gate: Gate,
         vision: Vision,
         hosts: tuple[str, ...] = (),
     ) -> None:
@@ -112,6 +122,8 @@ class WebPage:
         self._store = store
         self._blobs = blobs
         self._hosts = guard.Hosts(hosts)
+        self._gate = gate
+        self._sessions = Sessions(gate)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
         self._views = Views(store, blobs, fleet)
@@ -139,6 +151,9 @@ class WebPage:
             ("/log", self._log),
         ):
             add("GET", path, self._guarded(self._shown(look)))
+        add("GET", "/login", self._guarded(self._login_form, known=False))
+        add("POST", "/login", self._guarded(self._login, known=False))
+        add("POST", "/logout", self._guarded(self._logout))
         add("GET", "/assets/{digest}/{name}", self._asset)
         add("GET", f"{model}/revisions/{number}/report.html", self._guarded(self._report_content))
         add("POST", f"{model}/try", self._guarded(self._try))
@@ -149,19 +164,31 @@ class WebPage:
 
     # What surrounds every answer
 
-    def _guarded(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """Let only those in who may come in, and say in words what went wrong."""
+    def _guarded(
+        self, handler: Handler, *, known: bool = True
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """Let only those in who may come in, and say in words what went wrong.
+
+        Args:
+            handler: Answers.
+            known: Only those who are known.
+        """
 
         async def answer(request: web.Request) -> web.StreamResponse:
             visit: Visit | None = None
             try:
-                self._hosts.check(request)
+                if not self._sessions.enforced:
+                    self._hosts.check(request)
                 if request.method not in ("GET", "HEAD"):
                     guard.check_origin(request)
+                if guard.comes_from_elsewhere(request):
+                    # Its cookies were held back, as they should be; asked again from here, they
+                    # are sent.
+                    return self._again()
                 visit = self._visit(request)
-                response = await handler(visit)
-            except web.HTTPRedirection:
-                raise
+                response = await self._answer(visit, handler, known)
+            except web.HTTPRedirection as redirection:
+                response = redirection
             except web.HTTPException as error:
                 response = self._problem(visit, error.status, error.text or error.reason)
                 response.headers.update(
@@ -170,24 +197,53 @@ class WebPage:
             except Exception as error:
                 response = self._problem(visit, *_outcome(error))
             if visit is not None and visit.new_cookie and not response.prepared:
-                response.set_cookie(
-                    guard.cookie_name(request),
-                    visit.new_cookie,
-                    path="/",
-                    httponly=True,
-                    samesite="Strict",
-                    secure=request.secure,
-                )
+                _set_cookie(response, request, guard.cookie_name(request), visit.new_cookie)
+            if isinstance(response, web.HTTPException):
+                raise response
             return response
 
         return answer
 
+    def _again(self) -> web.Response:
+        text = '<!doctype html><title>Pollard</title><meta http-equiv="refresh" content="0">'
+        return web.Response(text=text, content_type="text/html", headers=guard.PAGE_HEADERS)
+
     def _visit(self, request: web.Request) -> Visit:
         value = request.cookies.get(guard.cookie_name(request), "")
         new = "" if guard.is_visit(value) else guard.new_visit()
-        visitor = Visitor(peer=_peer(request), csrf=guard.csrf_of(new or value))
+        visitor = Visitor(peer=_peer(request), csrf=guard.csrf_of(new or value), caller=NOBODY)
         manager = Manager(self._models, self._fleet_methods, visitor)
         return Visit(request, visitor, manager, new, new or value)
+
+    async def _answer(self, visit: Visit, handler: Handler, known: bool) -> web.StreamResponse:
+        """Answer, once it is known who looks."""
+        if not known:
+            return await handler(visit)
+        request = visit.request
+        try:
+            who = self._sessions.who(request)
+        except Unauthenticated:
+            if "text/html" not in request.headers.get("Accept", "") or request.method != "GET":
+                raise
+            raise web.HTTPSeeOther(f"/login?next={quote(request.path_qs, safe='')}") from None
+        visit.visitor = replace(
+            visit.visitor,
+            caller=who.caller,
+            authorization=who.authorization,
+            in_session=who.in_session,
+        )
+        visit.manager = Manager(self._models, self._fleet_methods, visit.visitor)
+        live = "text/event-stream" in request.headers.get("Accept", "")
+        with self._gate.enter(MODELS + ("WatchEvents" if live else "GetModel"), who.caller):
+            return await handler(visit)
+
+    def _is_still_in(self, visit: Visit) -> bool:
+        """Tell whether who follows a page may still do so."""
+        try:
+            self._sessions.who(visit.request)
+        except (ServiceError, web.HTTPException):
+            return False
+        return True
 
     def _shown(self, look: Callable[[Visit], Awaitable[View]]) -> Handler:
         """Answer with a page, or with what changes on it for those who ask for events."""
@@ -195,7 +251,10 @@ class WebPage:
         async def answer(visit: Visit) -> web.StreamResponse:
             if "text/event-stream" in visit.request.headers.get("Accept", ""):
                 return await self.live.serve(
-                    visit.request, visit.visitor, lambda: look(visit), lambda: True
+                    visit.request,
+                    visit.visitor,
+                    look=lambda: look(visit),
+                    is_still_in=lambda: self._is_still_in(visit),
                 )
             return self._page(visit, await look(visit))
 
@@ -215,10 +274,48 @@ class WebPage:
         view = View("problem.html", title, {"code": code, "message": message})
         if visit is not None:
             return self._page(visit, view, code)
-        text = self._renderer.page(view, Visitor(peer="", csrf="", may=lambda _: False))
+        text = self._renderer.page(view, Visitor(peer="", csrf="", caller=NOBODY))
         return web.Response(
             text=text, status=code, content_type="text/html", headers=guard.PAGE_HEADERS
         )
+
+    # Signing in and out
+
+    async def _login_form(self, visit: Visit) -> web.StreamResponse:
+        following = _local(visit.request.query.get("next", ""))
+        if self._is_still_in(visit):
+            raise web.HTTPSeeOther(following)
+        view = View("login.html", "Sign in", {"next": following}, place="login")
+        return self._page(visit, view)
+
+    async def _login(self, visit: Visit) -> web.StreamResponse:
+        form = await self._form(visit)
+        following = _local(form.get("next", ""))
+        try:
+            value = self._sessions.begin(form.get("token", "").strip())
+        except ServiceError as error:
+            code, message = _outcome(error)
+            _log.warning("signing in was refused", peer=visit.visitor.peer, reason=error.reason)
+            content = {"next": following, "said": message}
+            return self._page(visit, View("login.html", "Sign in", content, place="login"), code)
+        answer = web.HTTPSeeOther(following)
+        _set_cookie(answer, visit.request, sessions.cookie_name(visit.request), value)
+        # Whoever had a form before somebody signed in has none now.
+        visit.new_cookie = guard.new_visit()
+        raise answer
+
+    async def _logout(self, visit: Visit) -> web.StreamResponse:
+        await self._form(visit)
+        self._sessions.end(visit.request)
+        answer = web.HTTPSeeOther("/login")
+        answer.del_cookie(
+            sessions.cookie_name(visit.request),
+            path="/",
+            httponly=True,
+            samesite="Strict",
+            secure=visit.request.secure,
+        )
+        raise answer
 
     # Pages
 
@@ -380,6 +477,19 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     outcome = status.describe(error)
     message = outcome.message[:1].upper() + outcome.message[1:]
     return _STATUSES.get(outcome.code.name, 500), message
+
+
+def _local(path: str) -> str:
+    """Return a path of this site; the start where it is none, or one of the way in."""
+    if not re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", path) or path.startswith("/login"):
+        return "/"
+    return path
+
+
+def _set_cookie(response: web.StreamResponse, request: web.Request, name: str, value: str) -> None:
+    response.set_cookie(
+        name, value, path="/", httponly=True, samesite="Strict", secure=request.secure
+    )
 
 
 def _peer(request: web.Request) -> str:

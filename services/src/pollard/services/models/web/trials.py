@@ -112,7 +112,9 @@ class Trials:
         self, manager: Manager, address: str, model: str, choice: str, image: bytes
     ) -> Answer:
         try:
-            response = await self._vision.predict(address, model, choice, image)
+            response = await self._vision.predict(
+                address, model, choice, image, manager.visitor.metadata()
+            )
             palette: list[int] = []
             if response.WhichOneof("result") == "segmentation":
                 revision = await manager.revision(model, response.revision)

@@ -106,7 +106,11 @@
       showAges(place);
       document.dispatchEvent(new CustomEvent("pollard:part", { detail: id }));
     });
-    source.addEventListener("gone", () => { leave(); say("Gone", true); });
+    source.addEventListener("gone", (event) => {
+      leave();
+      say("Ended", true);
+      state.title = JSON.parse(event.data);
+    });
     source.onerror = () => {
       if (source && source.readyState === EventSource.CLOSED) { leave(); say("Not live", true); }
       else say("Reconnecting", true);
