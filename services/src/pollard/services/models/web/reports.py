@@ -35,7 +35,7 @@ async def send(
         raise NotFound(
             f"the report is longer than {MAX_BYTES} bytes; fetch it with `pollard models pull "
             f"{model} {number}`",
-            reason="REPORT_TOO_LONG",
+            reason="REPORT_TOO_LARGE",
         )
     response = web.StreamResponse(
         headers={**REPORT_HEADERS, "Content-Type": "text/html; charset=utf-8"}
