@@ -13,6 +13,9 @@ _SCALE = 16
 _BUCKETS = _SCALE * 32
 """From 1 µs to over an hour."""
 
+_FIRST_EXPONENT, _LAST_EXPONENT = 5, 25
+"""Prometheus gets one bound a doubling, 32 µs to 34 s: it keeps a series of each."""
+
 _DISTANCE_SCALE = 4
 _DISTANCE_BUCKETS = _DISTANCE_SCALE * 40
 """From a millionth to a million times the length."""
@@ -54,6 +57,22 @@ class RequestCounters:
         if self.shadow is None:
             self.shadow = ShadowCounters()
         return self.shadow
+
+    def to_seconds(self) -> tuple[list[tuple[str, float]], float]:
+        """Return the latencies of the answered as Prometheus wants histograms.
+
+        Returns:
+            Upper bounds in seconds, each with how many latencies are not above it, and the sum.
+        """
+        counts = self._counts.copy()
+        found: list[tuple[str, float]] = []
+        total = done = 0
+        for exponent in range(_FIRST_EXPONENT, _LAST_EXPONENT + 1):
+            total += sum(counts[done : exponent * _SCALE])
+            done = exponent * _SCALE
+            found.append((repr(2.0**exponent * 1e-6), total))
+        found.append(("+Inf", total + sum(counts[done:])))
+        return found, self._sum_us * 1e-6
 
     def to_proto(self) -> fleet_pb.Counters:
         """Return the counters as they stand; empty buckets at either end are left out."""

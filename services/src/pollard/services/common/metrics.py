@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -19,20 +19,23 @@ if TYPE_CHECKING:
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, *collectors: Collector) -> None:
         """Make the registry, with what is known of every process.
 
         Args:
             service: "inference", "preprocess" or "models".
+            collectors: What else is told; they are asked at each scrape, on the event loop.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.registry.register(_Build(service))
+        for collector in (_Build(service), *collectors):
+            self.registry.register(collector)
+        self._before: list[Callable[[], Awaitable[None]]] = []
 
-    def register(self, collector: Collector) -> None:
-        """Ask `collector`, on the event loop, at each scrape."""
-        self.registry.register(collector)
+    def before(self, prepare: Callable[[], Awaitable[None]]) -> None:
+        """Have `prepare` fetch, before each scrape, what a collector cannot wait for."""
+        self._before.append(prepare)
 
     def add_to(self, application: web.Application) -> None:
         """Answer ``/metrics``."""
@@ -42,6 +45,8 @@ class Metrics:
         from aiohttp import web
 
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        for prepare in self._before:
+            await prepare()
         # Collected here, where nothing changes meanwhile; written elsewhere, for requests to go on.
         collected = _Collected(list(self.registry.collect()))
         body = await asyncio.to_thread(encode, collected)

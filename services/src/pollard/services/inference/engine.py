@@ -80,6 +80,8 @@ class Engine:
         only not ready."""
         self._max_request_seconds = max_request_seconds
         self._counters: dict[tuple[str, int], RequestCounters] = {}
+        self.switches: dict[str, int] = {}
+        """How often what serves a model was changed, while there is one."""
         self._cores = len(os.sched_getaffinity(0))
         self._shadows = ShadowRunner(self._has_idle_worker)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -242,6 +244,9 @@ class Engine:
                 base.shadow = base.shadow or Shadowing(self._shadows)
                 base.shadow.add(model.revisions[rule.revision], rule.share, rule.output)
         self.table = self.table.with_model(model)
+        self.switches[model.name] = self.switches.get(model.name, 0) + 1
+        if not model.revisions:
+            del self.switches[model.name]
         if self._any_lost:
             self.on_lost()
         if before is not None:

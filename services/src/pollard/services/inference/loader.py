@@ -21,6 +21,7 @@ from pollard.runtime.device_session import DeviceSession
 from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine, available_memory_bytes
 from pollard.runtime.sessions import Array, Session, open_session
+from pollard.services.common.call_metrics import Buckets
 from pollard.services.inference.description import (
     BundleModel,
     ModelDescription,
@@ -52,6 +53,8 @@ _log = structlog.get_logger("pollard.inference.loader")
 _MEBIBYTE = 1 << 20
 
 _TIMED_RUNS = 5
+
+_LOAD_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 _LONG_SECONDS = 0.01
 """A run that takes longer than this is timed once: it is none to be run without a worker."""
@@ -106,6 +109,10 @@ class Loader:
             _log.info("requests run inline", longest_microseconds=round(worth * 1e6))
         self._options = options
         self._tunings = tunings
+        self.outcomes = dict.fromkeys(("loaded", "failed", "abandoned"), 0)
+        """Loads that have ended, by how."""
+        self.durations = Buckets(_LOAD_BOUNDS)
+        """Of the loads that succeeded, in seconds."""
         self._loads = 0
         """Under way or waiting for the loader's thread."""
         self.on_measured: Callable[[], None] = lambda: None
@@ -166,6 +173,10 @@ class Loader:
             prepared = await loop.run_in_executor(self._executor, self._prepare, source, abandoned)
         except asyncio.CancelledError:
             abandoned.set()
+            self.outcomes["abandoned"] += 1
+            raise
+        except Exception:
+            self.outcomes["failed"] += 1
             raise
         finally:
             self._loads -= 1
@@ -196,6 +207,8 @@ class Loader:
             labels=description.labels,
             config=description.config,
         )
+        self.outcomes["loaded"] += 1
+        self.durations.add(info.load_seconds)
         scheduling = description.scheduling
         _log.info(
             "loaded",

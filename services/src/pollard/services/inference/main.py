@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
+from prometheus_client.registry import Collector
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime import cuda, signing
@@ -17,6 +18,7 @@ from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.call_metrics import CallMetrics
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
@@ -34,6 +36,7 @@ from pollard.services.inference.frontends.experiments import begin_anew
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.memory import freeze_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
+from pollard.services.inference.metrics import EngineMetrics
 from pollard.services.inference.replicas import Replicas
 from pollard.services.inference.repository import Limits, ModelRepository
 from pollard.services.inference.servicer import SERVICE_NAME, InferenceServicer
@@ -138,7 +141,8 @@ def build_server(
         replicas=Replicas(settings.replicas, settings.replicas_dir),
     )
     member = InferenceMember(engine, loader)
-    grpc_server, servicer = _front(settings, engine, member, machine, make_front, gate)
+    calls = CallMetrics()
+    grpc_server, servicer = _front(settings, engine, member, machine, make_front, gate, calls)
     agent = FleetAgent(
         member,
         AgentOptions(
@@ -152,7 +156,7 @@ def build_server(
         ),
     )
     member.on_change = agent.report_soon
-    http = _http(settings, grpc_server, gate)
+    http = _http(settings, grpc_server, gate, calls, EngineMetrics(engine, loader))
     return InferenceServer(engine, member, agent, grpc_server, servicer, http, settings.advertise)
 
 
@@ -228,9 +232,10 @@ def build_standalone_server(
     machine = _detect(settings)
     engine = Engine(max_request_seconds=settings.max_request_seconds)
     tunings = Tunings(machine, settings.cache_dir / "tuning.json") if settings.measure else None
+    loader = Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy)
     models = StandaloneCatalogue(
         engine,
-        Loader(machine, settings.engine_options, tunings=tunings, busy=engine.busy),
+        loader,
         ModelRepository(settings.repository),
         control=settings.model_control,
         load_at_start=settings.load_model,
@@ -240,8 +245,9 @@ def build_standalone_server(
         ),
     )
     gate = Gate(settings.gate_rules)
-    grpc_server, servicer = _front(settings, engine, models, machine, make_front, gate)
-    http = _http(settings, grpc_server, gate)
+    calls = CallMetrics()
+    grpc_server, servicer = _front(settings, engine, models, machine, make_front, gate, calls)
+    http = _http(settings, grpc_server, gate, calls, EngineMetrics(engine, loader))
     return StandaloneServer(engine, models, grpc_server, servicer, http)
 
 
@@ -265,6 +271,7 @@ def _front(
     machine: Machine,
     make_front: MakeFront | None,
     gate: Gate,
+    metrics: CallMetrics,
 ) -> tuple[GrpcServer | EnvoyFront | CoreFront, InferenceServicer | EnvoyFront | CoreFront]:
     has_gpu = any(not target.startswith("cpu") for target in machine.targets)
     shared = SharedMemory(enabled=settings.shared_memory, gpu=CudaMemory() if has_gpu else None)
@@ -281,10 +288,10 @@ def _front(
     )
     if make_front is None and _by_grpcio(settings):
         grpc_server = GrpcServer(listen, [SERVICE_NAME], gate=gate if gate.enforced else None)
-        servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
+        servicer = InferenceServicer(engine, methods, shared, settings.restrictions, metrics)
         servicer.add_to(grpc_server.server)
         return grpc_server, servicer
-    calls = ServerCalls(engine, methods, shared, settings.restrictions, gate)
+    calls = ServerCalls(engine, methods, shared, settings.restrictions, gate, metrics)
     front: EnvoyFront | CoreFront
     if make_front is None:
         front = CoreFront(listen, calls)
@@ -294,10 +301,13 @@ def _front(
 
 
 def _http(
-    settings: InferenceSettings, front: GrpcServer | EnvoyFront | CoreFront, gate: Gate
+    settings: InferenceSettings,
+    front: GrpcServer | EnvoyFront | CoreFront,
+    gate: Gate,
+    *collectors: Collector,
 ) -> HttpServer:
     http = HttpServer(settings.http, ready=lambda: front.serving)
-    http.add(Metrics("inference").add_to)
+    http.add(Metrics("inference", *collectors).add_to)
     http.guard = http_guard(gate)
     return http
 

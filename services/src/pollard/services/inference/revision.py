@@ -15,12 +15,25 @@ import structlog
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
-from pollard.services.inference.errors import QueueTimeout, RequestExpired, ServerStopping
+from pollard.services.inference.errors import (
+    DeviceFailed,
+    ExecutionFailed,
+    QueueFull,
+    QueueTimeout,
+    RequestExpired,
+    ServerStopping,
+)
 from pollard.services.inference.memory import return_memory
 from pollard.services.inference.options import Running
 from pollard.services.inference.scheduling import Backlog, Scheduling
 from pollard.services.inference.shadowing import Shadowing
-from pollard.services.inference.statistics import RevisionStatistics
+from pollard.services.inference.statistics import (
+    BACKEND,
+    CANCELED,
+    OTHER,
+    REJECTED,
+    RevisionStatistics,
+)
 from pollard.services.inference.tensors import batches
 from pollard.services.inference.tuning import Tuning
 from pollard.services.inference.workers import Caller, LoopCaller, Outputs, Work, Workers
@@ -296,6 +309,7 @@ class LoadedRevision:
         """Count a request that failed for a reason of the client's before it was entered."""
         with self._lock:
             self.counters.reject()
+            self.statistics.failures[OTHER] += 1
 
     def _count(self, work: Work, error: BaseException | None) -> None:
         if work.queued:
@@ -309,12 +323,13 @@ class LoadedRevision:
                 self.statistics.succeed(work.batch, work.arrived, timing)
         elif isinstance(error, asyncio.CancelledError):
             self.counters.reject()
+            self.statistics.failures[CANCELED] += 1
         else:
             if isinstance(error, (RequestExpired, QueueTimeout)):
                 self.counters.reject()
             else:
                 self.counters.fail()
-            self.statistics.fail(work.arrived)
+            self.statistics.fail(work.arrived, _reason(error))
 
     def _gather(self, work: Work) -> None:
         """Run a request at the end of the event loop's turn, with those that come in it.
@@ -348,6 +363,11 @@ class LoadedRevision:
         """Why it cannot run any more, if its device is gone; empty while it can."""
         session = self._workers.session
         return session.lost if session is not None else ""
+
+    @property
+    def waiting(self) -> int:
+        """About how many requests wait for a worker."""
+        return self._workers.waiting
 
     @property
     def session(self) -> Session | None:
@@ -394,6 +414,12 @@ class LoadedRevision:
 
     def _on_workers_closed(self) -> None:
         _call_on(self._loop, self._closed.set)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (QueueFull, QueueTimeout, RequestExpired, ServerStopping)):
+        return REJECTED
+    return BACKEND if isinstance(error, (ExecutionFailed, DeviceFailed)) else OTHER
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from pollard.inference import grpc_service_pb2 as pb
 
+REJECTED, CANCELED, BACKEND, OTHER = "REJECTED", "CANCELED", "BACKEND", "OTHER"
+REASONS = (REJECTED, CANCELED, BACKEND, OTHER)
+"""Why requests fail: no place or time for them, their client's going, the model, anything else."""
+
 
 @dataclass(slots=True)
 class Timing:
@@ -66,6 +70,8 @@ class RevisionStatistics:
         self._queue = _Duration()
         self._compute = _Compute()
         self._batches: dict[int, _Compute] = {}
+        self.failures: dict[str, int] = dict.fromkeys(REASONS, 0)
+        """Requests that failed, by reason."""
 
     def succeed(self, rows: int, arrived: int, timing: Timing) -> None:
         """Count a request that was answered.
@@ -94,9 +100,33 @@ class RevisionStatistics:
             self.last_inference_ms = time.time_ns() // 1_000_000
             self._batches.setdefault(timing.batch, _Compute()).add(timing)
 
-    def fail(self, arrived: int) -> None:
-        """Count a request that fitted the model and failed all the same."""
+    def fail(self, arrived: int, reason: str) -> None:
+        """Count a request that fitted the model and failed all the same.
+
+        Args:
+            arrived: When it reached the engine, on the clock of `time.perf_counter_ns`.
+            reason: One of `REASONS`.
+        """
         self._fail.add(time.perf_counter_ns() - arrived)
+        self.failures[reason] += 1
+
+    def totals(self) -> dict[str, float]:
+        """Return what Triton's metrics count, under their names; durations in microseconds."""
+        success, compute = self._success, self._compute
+        return {
+            "nv_inference_request_success": success.count,
+            "nv_inference_count": self.inferences,
+            "nv_inference_exec_count": self.executions,
+            "nv_inference_request_duration_us": success.ns // 1000,
+            "nv_inference_queue_duration_us": self._queue.ns // 1000,
+            "nv_inference_compute_input_duration_us": compute.input.ns // 1000,
+            "nv_inference_compute_infer_duration_us": compute.infer.ns // 1000,
+            "nv_inference_compute_output_duration_us": compute.output.ns // 1000,
+        }
+
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """Return the sizes of the batches that were run, each with how often."""
+        return [(size, compute.infer.count) for size, compute in sorted(self._batches.items())]
 
     def to_proto(self, model: str, version: str) -> pb.ModelStatistics:
         """Return the statistics as they stand."""

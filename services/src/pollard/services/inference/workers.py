@@ -201,6 +201,11 @@ class Workers:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
+    def waiting(self) -> int:
+        """About how many requests wait for a thread."""
+        return self._queue.qsize()
+
+    @property
     def joins(self) -> bool:
         """Whether requests are joined into batches."""
         return self.joined_batch > 1

@@ -423,6 +423,10 @@ class Fleet:
         token = names.make_page_token(query, [page[-1]]) if len(ids) > limit else ""
         return [self._servers[server_id].to_proto() for server_id in page], token
 
+    def servers(self) -> list[pb.Server]:
+        """Return every server that is known."""
+        return [server.to_proto() for server in self._servers.values()]
+
     async def _run(self) -> None:
         retry = False
         while True:

@@ -10,6 +10,7 @@ import structlog
 from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import (
@@ -28,6 +29,7 @@ from pollard.services.models.checks import CheckLimits
 from pollard.services.models.collector import Collector
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.leader import Leadership
+from pollard.services.models.metrics import ManagerMetrics
 from pollard.services.models.relay import Relay
 from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
@@ -92,6 +94,7 @@ class ModelsService:
             changed=self.fleet.poke,
         )
         self.events = EventFeed(self.store)
+        calls = CallMetrics()
         self.grpc = GrpcServer(
             Listen(
                 host=settings.host,
@@ -103,7 +106,7 @@ class ModelsService:
                 health_port=settings.health_port,
             ),
             service_names=SERVICES,
-            interceptors=[ErrorInterceptor()],
+            interceptors=[CallInterceptor(calls), ErrorInterceptor()],
             gate=self.gate,
         )
         self._models = ModelServicer(
@@ -114,7 +117,9 @@ class ModelsService:
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
             self._fleet_methods, self.grpc.server
         )
-        self.metrics = Metrics("models")
+        registry = ManagerMetrics(self.store, self.fleet, self.leadership)
+        self.metrics = Metrics("models", calls, registry)
+        self.metrics.before(registry.prepare)
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
         self.http.add(self.metrics.add_to)
         self.http.guard = http_guard(self.gate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pollard.runtime.errors import ImageTooSmall, RuntimeFault, StepsInvalid
+from pollard.services.common.call_metrics import Buckets
 from pollard.services.common.counters import RequestCounters
 from pollard.services.common.errors import ServiceError
 from pollard.services.preprocess.errors import DecoderCrashed, DecodeTimeout, TensorRefused
@@ -17,10 +18,25 @@ class Counts:
 
     def __init__(self) -> None:
         self._counters: dict[tuple[str, int], RequestCounters] = {}
+        self.durations: dict[tuple[str, int], Buckets] = {}
+        """From an image's coming to its answer, in seconds, by model and revision."""
 
     def of(self, model: str, revision: int) -> RequestCounters:
         """Return the counters of a revision, making them."""
         return self._counters.setdefault((model, revision), RequestCounters())
+
+    def succeeded(self, model: str, revision: int, seconds: float) -> None:
+        """Count an image that was answered.
+
+        The manager is not told how long it took: gates judge what inference servers measure, in
+        which nothing of the decoders' load is.
+        """
+        self.of(model, revision).succeeded += 1
+        self.durations.setdefault((model, revision), Buckets()).add(seconds)
+
+    def known(self, model: str, revision: int) -> RequestCounters | None:
+        """Return the counters of a revision; None if it has had no request."""
+        return self._counters.get((model, revision))
 
     def failed(self, model: str, revision: int, error: RuntimeFault | ServiceError) -> None:
         """Count an image without an answer, if the revision's own part failed."""

@@ -15,6 +15,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ import structlog
 
 from pollard.runtime import errors as runtime_errors
 from pollard.runtime.transforms import Geometry, Transformed
+from pollard.services.common.call_metrics import Buckets
 from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import spawn
 from pollard.services.preprocess.errors import (
@@ -34,6 +36,8 @@ from pollard.services.preprocess.errors import (
 from pollard.services.preprocess.worker import HEADER, WorkerLimits
 
 _log = structlog.get_logger("pollard.preprocess.decode")
+
+OUTCOMES = ("decoded", "refused", "timeout", "crashed", "busy")
 
 _START_SECONDS = 30.0
 _ATTEMPTS = 2
@@ -72,6 +76,13 @@ class DecodePool:
         self.limits = limits or WorkerLimits()
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
+        self._waiting = 0
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        """Images that were given to the pool, by what became of them."""
+        self.replaced = 0
+        """Workers that ended or were killed, and were replaced."""
+        self.durations = Buckets()
+        """Time to decode and transform an image, without waiting, in seconds."""
         self._in_work = 0
         self._starting: set[_Worker] = set()
         self._alive: set[_Worker] = set()
@@ -89,6 +100,16 @@ class DecodePool:
     def in_work(self) -> int:
         """Number of images that workers have in hand."""
         return self._in_work
+
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait for a worker."""
+        return self._waiting
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Size of the images that wait for a worker."""
+        return self._waiting_bytes
 
     @property
     def has_idle_worker(self) -> bool:
@@ -135,6 +156,24 @@ class DecodePool:
             DecoderCrashed: the worker ended while it worked on it, twice.
             DecodersBusy: too many images wait already.
         """
+        try:
+            transformed = await self._transform(steps, content)
+        except runtime_errors.RuntimeFault:
+            self.outcomes["refused"] += 1
+            raise
+        except DecodeTimeout:
+            self.outcomes["timeout"] += 1
+            raise
+        except DecoderCrashed:
+            self.outcomes["crashed"] += 1
+            raise
+        except DecodersBusy:
+            self.outcomes["busy"] += 1
+            raise
+        self.outcomes["decoded"] += 1
+        return transformed
+
+    async def _transform(self, steps: bytes, content: bytes) -> Transformed:
         if len(content) > self.limits.max_image_bytes:
             # Not worth the way to a worker.
             raise runtime_errors.ImageTooLarge(
@@ -164,6 +203,7 @@ class DecodePool:
                 waiting_bytes=self._waiting_bytes,
             )
         self._waiting_bytes += size
+        self._waiting += 1
         try:
             while True:
                 worker = await self._idle.get()
@@ -171,10 +211,12 @@ class DecodePool:
                     return worker
         finally:
             self._waiting_bytes -= size
+            self._waiting -= 1
 
     async def _work(self, worker: _Worker, steps: bytes, content: bytes) -> Transformed | Exception:
         # Errors are returned: nobody may be there any more to take a raised one.
         self._in_work += 1
+        began = time.perf_counter()
         try:
             head, tensor = await worker.call(steps, content, self.limits.timeout_seconds)
         except TimeoutError:
@@ -188,6 +230,7 @@ class DecodePool:
             return lost
         finally:
             self._in_work -= 1
+            self.durations.add(time.perf_counter() - began)
         if worker in self._alive:
             self._idle.put_nowait(worker)
         try:
@@ -221,6 +264,7 @@ class DecodePool:
 
     async def _replace(self, worker: _Worker) -> None:
         code = await worker.reap()
+        self.replaced += 1
         _log.warning("decode worker ended and is replaced", pid=worker.pid, exit_code=code)
         pause = 0.1
         while True:

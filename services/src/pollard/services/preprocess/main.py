@@ -12,6 +12,7 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
@@ -24,6 +25,7 @@ from pollard.services.preprocess.decode_pool import DecodePool
 from pollard.services.preprocess.explaining import Explainer
 from pollard.services.preprocess.fetching import Fetcher
 from pollard.services.preprocess.inference_client import InferenceClient
+from pollard.services.preprocess.metrics import PreprocessMetrics
 from pollard.services.preprocess.prediction import Predictor
 from pollard.services.preprocess.servicer import (
     PREPROCESS_SERVICE,
@@ -129,6 +131,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     fetcher = Fetcher(settings.fetch_rules)
     contents = ImageContents(fetcher, settings.max_message_bytes)
     explainer = Explainer(current, pool, client, settings.explain_masks)
+    calls = CallMetrics()
     grpc_server = GrpcServer(
         Listen(
             host=settings.host,
@@ -141,7 +144,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             health_port=settings.health_port,
         ),
         [PREPROCESS_SERVICE, VISION_SERVICE],
-        [ErrorInterceptor()],
+        [CallInterceptor(calls), ErrorInterceptor()],
         gate,
     )
     preprocess_grpc.add_PreprocessServiceServicer_to_server(
@@ -164,7 +167,8 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     )
     member.on_change = agent.report_soon
     http = HttpServer(settings.http, ready=lambda: grpc_server.serving)
-    http.add(Metrics("preprocess").add_to)
+    metrics = Metrics("preprocess", calls, PreprocessMetrics(pool, current, counts))
+    http.add(metrics.add_to)
     http.guard = http_guard(gate)
     return PreprocessServer(
         pool,

@@ -347,7 +347,7 @@ class Predictor:
                 model=revision.model,
                 revision=revision.revision,
             ) from error
-        self._counts.of(revision.model, revision.revision).succeeded += 1
+        self._counts.succeeded(revision.model, revision.revision, time.perf_counter() - started)
         if options.augmentation is Augmentation.NONE and self._current.snapshot.has_image_shadows:
             self.shadows.offer(revision, content, answer)
         return Prediction(

@@ -10,6 +10,7 @@ from typing import Any
 from pollard.services.common.auth.callers import set_caller
 from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF
 from pollard.services.common.auth.usage import Lease
+from pollard.services.common.call_metrics import CANCELLED, OK
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import describe
@@ -83,6 +84,8 @@ class GrpcApplication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         headers = _read_headers(scope["headers"])
+        counts = self._calls.metrics.of(scope["path"])
+        began, code = counts.start(), OK
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -98,16 +101,18 @@ class GrpcApplication:
                 stream = self._calls.streams.get(scope["path"])
                 if stream is None:
                     raise FeatureNotOffered(f"there is no method {scope['path']}")
-                await self._answer_stream(stream, scope["path"], headers, receive, send, lease)
-        except CallerGone:
-            return
-        except asyncio.CancelledError:
-            # By whoever watches the client: it has gone, and nobody waits for an answer.
-            return
+                code = await self._answer_stream(
+                    stream, scope["path"], headers, receive, send, lease
+                )
+        except (CallerGone, asyncio.CancelledError):
+            # Cancelled by whoever watches the client: it has gone, and nobody waits for an answer.
+            code = CANCELLED
         except Exception as error:
             outcome = describe(error)
-            await _end(send, outcome.code.value[0], outcome.message, outcome.to_proto())
+            code = outcome.code.value[0]
+            await _end(send, code, outcome.message, outcome.to_proto())
         finally:
+            counts.end(began, code)
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
@@ -150,7 +155,7 @@ class GrpcApplication:
         receive: Receive,
         send: Send,
         lease: Lease,
-    ) -> None:
+    ) -> int:
         started = False
         ahead = ReadAhead(receive)
         messages = Messages(ahead.receive, headers.encoding, self._max_message_bytes)
@@ -186,13 +191,13 @@ class GrpcApplication:
                     await send(_START)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 await send(_OK)
-            return
+            return OK
         finally:
             ahead.stop()
             lease.close()
-        await _end(
-            send, outcome.code.value[0], outcome.message, outcome.to_proto(), started=started
-        )
+        code: int = outcome.code.value[0]
+        await _end(send, code, outcome.message, outcome.to_proto(), started=started)
+        return code
 
 
 def _read_headers(pairs: Any) -> Headers:

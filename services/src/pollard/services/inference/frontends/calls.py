@@ -20,6 +20,7 @@ from pollard.services.common import errors
 from pollard.services.common.auth import OPEN, Caller, Gate
 from pollard.services.common.auth.roles import ACCESS
 from pollard.services.common.auth.usage import Lease
+from pollard.services.common.call_metrics import BIDI_STREAM, SERVER_STREAM, CallMetrics
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.status import describe
@@ -78,8 +79,19 @@ class ServerCalls:
         shared: SharedMemory,
         restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
         gate: Gate | None = None,
+        metrics: CallMetrics | None = None,
     ) -> None:
-        """Serve `engine`, with everything but inference from `methods`, behind `gate`."""
+        """Serve `engine`, with everything but inference from `methods`.
+
+        Args:
+            engine: Runs the models.
+            methods: The rest of the protocol.
+            shared: Tensors in shared memory.
+            restrictions: What calls must carry, by method.
+            gate: Who may call what.
+            metrics: Where calls are counted.
+        """
+        self.metrics = metrics or CallMetrics()
         self.engine = engine
         self.gate = gate or Gate()
         self.shared = shared
@@ -100,6 +112,11 @@ class ServerCalls:
             f"/{_HEALTH}/Watch": self._watch,
             f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._reflect,
         }
+        for path in self.unary:
+            self.metrics.add(path)
+        for path in self.streams:
+            self.metrics.add(path, SERVER_STREAM if path.endswith("/Watch") else BIDI_STREAM)
+        self.infers = self.metrics.of(MODEL_INFER)
         names = [SERVICE_NAME, _HEALTH]
         self._reflection = reflection.ReflectionServicer(
             [*names, reflection.SERVICE_NAME],

@@ -241,7 +241,7 @@ class CoreFront:
             try:
                 lease = self.calls.enter(MODEL_INFER, headers, names_in(event.call))
             except ServiceError as error:
-                refuse(event.call, error)
+                refuse(event.call, error, self.calls.infers)
                 return
         if headers.shadow or self.calls.restriction(MODEL_INFER) is not None:
             self._on_loop(event, MODEL_INFER, headers, lease)
@@ -260,7 +260,7 @@ class CoreFront:
             try:
                 lease = self.calls.enter(path, headers, names_in(event.call))
             except ServiceError as error:
-                refuse(event.call, error)
+                refuse(event.call, error, self.calls.metrics.of(path))
                 return
         self._on_loop(event, path, headers, lease)
 

@@ -13,6 +13,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled modu
 
 from pollard.services.common.auth.callers import set_caller
 from pollard.services.common.auth.usage import Lease
+from pollard.services.common.call_metrics import CANCELLED, MethodCalls
 from pollard.services.common.status import describe
 from pollard.services.inference import protocol
 from pollard.services.inference.errors import FeatureNotOffered, RequestInvalid
@@ -46,6 +47,7 @@ class InferCall:
     """A ModelInfer; a `Caller` of the engine. Its methods never wait."""
 
     __slots__ = (
+        "_began",
         "_call",
         "_ended",
         "_front",
@@ -71,6 +73,7 @@ class InferCall:
         self._work: Work | None = None
         self._ended = False
         self._watched = False
+        self._began = front.calls.infers.start()
         self.gone = False
 
     def start(self) -> None:
@@ -172,6 +175,7 @@ class InferCall:
             if self._ended:
                 return
             self._ended = True
+        self._front.calls.infers.end(self._began, CANCELLED)
         assert self._prepared is not None  # noqa: S101 - else it were not watched
         assert self._revision is not None  # noqa: S101
         self._revision.finish(self._work, asyncio.CancelledError())
@@ -192,9 +196,12 @@ class InferCall:
             cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS),
         ]
         self._end(operations)
+        self._front.calls.infers.end(self._began)
 
     def _fail(self, error: Exception) -> None:
-        self._end([cygrpc.SendInitialMetadataOperation((), _NO_FLAGS), status_of(error)])
+        status, code = status_of(error)
+        self._end([cygrpc.SendInitialMetadataOperation((), _NO_FLAGS), status])
+        self._front.calls.infers.end(self._began, code)
 
     def _end(self, operations: list[Any]) -> None:
         if self._lease is not None:
@@ -239,17 +246,21 @@ class LoopCall:
 
     async def _run(self) -> None:
         set_caller(self._headers.caller)
+        counts = self._front.calls.metrics.of(self._path)
+        began, code = counts.start(), _OK
         try:
             await self._answer()
         except (CallerGone, asyncio.CancelledError):
             # The client has gone, and nobody waits for an answer.
-            return
+            code = CANCELLED
         except Exception as error:
+            status, code = status_of(error)
             with contextlib.suppress(CallerGone, asyncio.CancelledError):
                 self._leave()
-                await self._batch(*self._beginning(), status_of(error))
+                await self._batch(*self._beginning(), status)
         finally:
             self._leave()
+            counts.end(began, code)
 
     def _leave(self) -> None:
         """Give the caller's place back, before it learns that the call has ended."""
@@ -327,23 +338,27 @@ class LoopCall:
         return outcome
 
 
-def status_of(error: BaseException) -> Any:
-    """Return the operation that ends a call with an error."""
+def status_of(error: BaseException) -> tuple[Any, int]:
+    """Return the operation that ends a call with an error, and the status's number."""
     outcome = describe(error)
-    return cygrpc.SendStatusFromServerOperation(
+    code: int = outcome.code.value[0]
+    operation = cygrpc.SendStatusFromServerOperation(
         (("grpc-status-details-bin", outcome.to_proto().SerializeToString()),),
-        outcome.code.value[0],
+        code,
         outcome.message.encode(),
         _NO_FLAGS,
     )
+    return operation, code
 
 
-def refuse(call: Any, error: Exception) -> None:
+def refuse(call: Any, error: Exception, counts: MethodCalls) -> None:
     """End a call of which nothing has been read."""
+    status, code = status_of(error)
+    counts.end(counts.start(), code)
     call.start_server_batch(
         (
             cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
-            status_of(error),
+            status,
             cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),
         ),
         _ignore,
