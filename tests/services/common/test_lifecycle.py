@@ -84,6 +84,13 @@ async def test_health_follows_the_server(server):
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+async def test_a_server_that_takes_no_requests_still_shows_that_it_lives(server):
+    await server.set_serving(False)
+    lives = health_pb2.HealthCheckRequest(service="grpc.health.v1.Health")
+    answer = await health_pb2_grpc.HealthStub(server.channel).Check(lives, timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
 async def test_a_request_in_flight_is_finished_when_stopping(server):
     stub = fleet_service_pb2_grpc.FleetServiceStub(server.channel)
     call = stub.ListServers(fleet_service_pb2.ListServersRequest(page_token="slow"), timeout=20)

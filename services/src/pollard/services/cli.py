@@ -1,4 +1,4 @@
-"""`pollard serve`, `pollard up`, `pollard drill` and `pollard store`.
+"""`pollard serve`, `pollard up`, `pollard health`, `pollard drill` and `pollard store`.
 
 This module is imported by every `pollard` command, so it imports nothing heavy by itself.
 """
@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(serve, name="serve")
     app.command()(up)
     app.command()(doctor)
+    app.command()(health)
     app.add_typer(drill, name="drill")
     app.add_typer(store, name="store")
 
@@ -243,3 +244,31 @@ def doctor(
             as_json=as_json,
         )
     )
+
+
+def health(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Which server to ask.")],
+    service: Annotated[
+        str,
+        typer.Option(
+            help="Full name of one of its services; grpc.health.v1.Health asks only whether it "
+            "answers at all."
+        ),
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="How long it may take.")
+    ] = 5.0,
+) -> None:
+    """Ask a server whether it takes requests; exit with 0 if it does.
+
+    For health checks of containers and service managers. TLS comes from the environment, as for
+    every command: POLLARD_TLS_CA, and POLLARD_TLS_CERTIFICATE with POLLARD_TLS_KEY.
+    """
+    from pollard.services.common.probe import probe
+
+    try:
+        healthy, words = probe(address, service=service, timeout_seconds=timeout)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    print(words)
+    raise typer.Exit(0 if healthy else 1)

@@ -134,7 +134,12 @@ class HealthPort:
         await self._server.start()
 
     async def set_serving(self, serving: bool, names: Sequence[str] = ()) -> None:
-        """Tell health, for the server and its services."""
+        """Tell health, for the server and its services.
+
+        The health service itself is SERVING as long as it answers: that tells a server that waits
+        for what to serve, or drains, from one that hangs.
+        """
+        await self._servicer.set(health.SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         state = (
             health_pb2.HealthCheckResponse.SERVING
             if serving
@@ -272,6 +277,7 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
             await cancel(starting)
         else:
             starting.result()
+            systemd.notify("READY=1")
         await waiting
     except StartupError as error:
         _log.error(str(error))
@@ -279,6 +285,7 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
             with contextlib.suppress(Exception):
                 await service.stop(0.0)
         return 1
+    systemd.notify("STOPPING=1")
     _log.info("stopping", grace_seconds=grace_seconds)
     await service.stop(grace_seconds)
     _log.info("stopped")

@@ -23,6 +23,7 @@ from pollard.client.errors import PollardError, RequestFailed
 _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "up": ("pollard-services[cpu]", "Start all services on this machine."),
     "serve": ("pollard-services[cpu]", "Start one service."),
+    "health": ("pollard-services[cpu]", "Ask a server whether it takes requests."),
     "drill": ("pollard-services[cpu]", "Prove on this machine what Pollard promises."),
     "store": ("pollard-services[cpu]", "Back up what a manager keeps, and restore it."),
     "train": ("pollard-compression[cpu]", "Train a model of the zoo."),

@@ -124,11 +124,11 @@ class ServerCalls:
         )
 
     def set_serving(self, serving: bool) -> None:
-        """Tell health, for the server and its service."""
+        """Tell health, for the server and its service; that health itself answers, is seen."""
         self.serving = serving
         kind = health_pb2.HealthCheckResponse
         state = kind.SERVING if serving else kind.NOT_SERVING
-        self._health = {"": state, SERVICE_NAME: state, _HEALTH: state}
+        self._health = {"": state, SERVICE_NAME: state, _HEALTH: kind.SERVING}
         self._health_changed.set()
         self._health_changed = asyncio.Event()
 
