@@ -37,6 +37,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
                 # pydantic-settings passes over variables that name no setting.
                 assert name.removeprefix(prefix).lower() in fields, f"{name} is no setting"
             monkeypatch.setenv(name, value)
+        capsys.readouterr()  # what was said before
         assert serve_command(service, [*arguments[2:], "--print-config"]) == 0
         printed = capsys.readouterr().out
         for name in environment:

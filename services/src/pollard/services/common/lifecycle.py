@@ -19,6 +19,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pollard.services.common import systemd
 from pollard.services.common.auth.gate import Gate
 from pollard.services.common.auth.interceptor import GateInterceptor
 from pollard.services.common.errors import StartupError
