@@ -44,7 +44,12 @@ def test_the_systems_authorities_have_a_name(monkeypatch: pytest.MonkeyPatch) ->
     assert tls.ca_file is None
 
 
-@pytest.mark.parametrize("name", [CERTIFICATE, KEY, TOKEN])
+def test_a_token_alone_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "secret")
+    assert connection() == {"tls": None, "token": "secret"}
+
+
+@pytest.mark.parametrize("name", [CERTIFICATE, KEY])
 def test_what_needs_tls_is_refused_without_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "secret")
     with pytest.raises(ValueError, match=CA) as caught:

@@ -9,9 +9,16 @@ import pytest
 from pollard.client import Tls, VisionClient
 
 
-def test_a_token_without_tls_is_refused() -> None:
-    with pytest.raises(ValueError, match="over TLS only"):
-        VisionClient("127.0.0.1:1", token="open-sesame")
+@pytest.mark.parametrize("address", ["example.org:1", "10.0.0.1:1", "dns:///[2001:db8::1]:1"])
+def test_a_token_does_not_leave_the_machine_without_tls(address: str) -> None:
+    with pytest.raises(ValueError, match="over TLS only") as caught:
+        VisionClient(address, token="open-sesame")
+    assert "open-sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/tmp/x"])
+def test_a_token_stays_on_the_machine_without_tls(address: str) -> None:
+    VisionClient(address, token="open-sesame").close()
 
 
 @pytest.mark.parametrize("token", ["", "two words", "two\nlines", "clé"])

@@ -124,6 +124,20 @@ def start_up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 
 @pytest.fixture(scope="module")
+def make_up() -> Iterator[Callable[..., Up]]:
+    """A function that starts `pollard up` for all the tests of a module."""
+    started: list[Up] = []
+
+    def start(directory: Path, *arguments: str) -> Up:
+        started.append(Up(directory, *arguments))
+        return started[-1].start().wait_ready()
+
+    yield start
+    for made in started:
+        made.end()
+
+
+@pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """One `pollard up` for all the tests of a module that leave it running."""
     made = Up(tmp_path_factory.mktemp("up")).start()

@@ -99,7 +99,16 @@ def up(
         bool,
         typer.Option(
             "--insecure",
-            help="Allow an address that is not loopback though nobody has to show a certificate.",
+            help="Allow an address that is not loopback though anybody may call, or nothing is "
+            "encrypted.",
+        ),
+    ] = False,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Let only those in who show a token, and only to what its role allows. The first "
+            "start makes one for you and prints it.",
         ),
     ] = False,
     tls_certificate: Annotated[
@@ -196,6 +205,7 @@ def up(
         replicas=replicas,
         balance=balance,
         insecure=insecure,
+        tokens=tokens,
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca, tls_ca, tls_name),
         config=config,
         ready_file=ready_file,

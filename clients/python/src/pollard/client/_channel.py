@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -115,8 +116,25 @@ class Tls:
             raise ValueError("certificate_file and key_file are given together or not at all")
 
 
-def channel_credentials(tls: Tls | None, token: str | None) -> grpc.ChannelCredentials | None:
+def is_local(address: str) -> bool:
+    """Say whether what is sent to an address stays on this machine."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.rpartition("/")[2].rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def channel_credentials(
+    tls: Tls | None, token: str | None, address: str
+) -> grpc.ChannelCredentials | None:
     """Return the credentials of a channel; None for a plain connection.
+
+    Without TLS a token is not among them: `plain_token` says what is sent then.
 
     Raises:
         ValueError: There is a token without TLS, which would show it to the network.
@@ -125,8 +143,11 @@ def channel_credentials(tls: Tls | None, token: str | None) -> grpc.ChannelCrede
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("token must be printable ASCII, without spaces, and not empty")
     if tls is None:
-        if token is not None:
-            raise ValueError("a token is sent over TLS only; give tls=Tls(…) too")
+        if token is not None and not is_local(address):
+            raise ValueError(
+                f"a token is sent to {address} over TLS only; give tls=Tls(…) too (without it, "
+                "tokens go to this machine alone)"
+            )
         return None
     made = grpc.ssl_channel_credentials(
         root_certificates=_read(tls.ca_file),
@@ -136,6 +157,11 @@ def channel_credentials(tls: Tls | None, token: str | None) -> grpc.ChannelCrede
     if token is not None:
         made = grpc.composite_channel_credentials(made, grpc.access_token_call_credentials(token))
     return made
+
+
+def plain_token(tls: Tls | None, token: str | None) -> tuple[str, str] | None:
+    """Return the metadata with which a token goes over a connection that is not encrypted."""
+    return ("authorization", f"Bearer {token}") if token is not None and tls is None else None
 
 
 def _read(path: str | os.PathLike[str] | None) -> bytes | None:

@@ -28,27 +28,22 @@ def connection() -> Connection:
     `POLLARD_TLS_CA` names the PEM file of the authorities that a server's certificate may be signed
     by, and turns TLS on; `system` stands for those that gRPC trusts by itself.
     `POLLARD_TLS_CERTIFICATE` and `POLLARD_TLS_KEY` are shown to servers that ask for them,
-    `POLLARD_TOKEN` is sent with every call.
+    `POLLARD_TOKEN` is sent with every call; without TLS, clients send it to this machine only.
 
     Raises:
-        ValueError: a certificate is given without its key or the authorities, or a token without
-            TLS.
+        ValueError: a certificate is given without its key or the authorities.
     """
     authorities = os.environ.get(CA)
     certificate, key = os.environ.get(CERTIFICATE), os.environ.get(KEY)
     token = os.environ.get(TOKEN)
     if not authorities:
-        given = [
-            name
-            for name, value in ((CERTIFICATE, certificate), (KEY, key), (TOKEN, token))
-            if value
-        ]
+        given = [name for name, value in ((CERTIFICATE, certificate), (KEY, key)) if value]
         if given:
             raise ValueError(
                 f"{given[0]} is set, and {CA} is not: name the PEM file of the servers' "
                 "authorities there, or `system` for those that are generally trusted"
             )
-        return Connection(tls=None, token=None)
+        return Connection(tls=None, token=token or None)
     tls = Tls(
         ca_file=None if authorities == "system" else authorities,
         certificate_file=certificate or None,

@@ -5,6 +5,7 @@
     <cache>/lock                    held while a server uses the cache
     <cache>/server_id               the name under which the manager knows the server
     <cache>/state.json              the last desired state that ran, proto3 JSON
+    <cache>/access.bin              the tokens known last, by their hashes: an AccessList
     <cache>/bundles/<digest>/       whole bundles
     <cache>/descriptions/<digest>/  manifest and labels only, for servers that run no models
     <cache>/tmp/                    what is being fetched; emptied at the start
@@ -26,6 +27,7 @@ from typing import IO
 
 import structlog
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
@@ -146,6 +148,25 @@ class BundleCache:
         """
         text = json_format.MessageToJson(state, preserving_proto_field_name=True)
         write_durably(self.root / "state.json", text.encode("utf-8"))
+
+    def load_access(self) -> fleet_pb.AccessList | None:
+        """Return the tokens that were known last; None if there are none, or they are damaged."""
+        try:
+            raw = (self.root / "access.bin").read_bytes()
+            return fleet_pb.AccessList.FromString(raw)
+        except FileNotFoundError:
+            return None
+        except (OSError, DecodeError) as error:
+            _log.error("the tokens in the cache cannot be read", error=str(error))
+            return None
+
+    def save_access(self, access: fleet_pb.AccessList) -> None:
+        """Save the tokens that are known, so that a restart knows them without the manager.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        write_durably(self.root / "access.bin", access.SerializeToString())
 
 
 class Staging:

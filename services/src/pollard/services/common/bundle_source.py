@@ -16,6 +16,7 @@ from pollard.models.v1 import model_service_pb2 as models_pb
 from pollard.models.v1 import model_service_pb2_grpc as models_grpc
 from pollard.runtime.bundle import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, write_durably
 from pollard.runtime.errors import BundleError
+from pollard.services.common.auth.own import Pairs
 from pollard.services.common.bundle_cache import BundleCache, Staging, disk_full
 from pollard.services.common.errors import (
     DataLoss,
@@ -37,10 +38,22 @@ _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 class BundleSource:
     """Hands out bundles by digest, each fetched at most once at a time."""
 
-    def __init__(self, cache: BundleCache, channel: Callable[[], grpc.aio.Channel | None]) -> None:
-        """Fetch into `cache` over the channel that `channel` returns; None means no manager."""
+    def __init__(
+        self,
+        cache: BundleCache,
+        channel: Callable[[], grpc.aio.Channel | None],
+        shows: Callable[[], Pairs] = tuple,
+    ) -> None:
+        """Fetch into `cache`.
+
+        Args:
+            cache: Where bundles lie.
+            channel: Returns the channel to the manager; None means no manager.
+            shows: Returns the metadata that tells the manager who asks.
+        """
         self._cache = cache
         self._channel = channel
+        self._shows = shows
         self._fetching: dict[tuple[str, bool], asyncio.Task[Path]] = {}
 
     def cached(self, digest: str) -> bool:
@@ -88,7 +101,7 @@ class BundleSource:
         content = bytearray()
         request = models_pb.DownloadBundleRequest(bundle_sha256=digest, paths=[SIGNATURE])
         call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(
-            request, timeout=_SILENCE_SECONDS
+            request, timeout=_SILENCE_SECONDS, metadata=self._shows()
         )
         try:
             async for piece in call:
@@ -169,7 +182,9 @@ class BundleSource:
         skip_manifest: bool = False,
     ) -> None:
         request = models_pb.DownloadBundleRequest(bundle_sha256=digest, paths=paths)
-        call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(request)
+        call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(
+            request, metadata=self._shows()
+        )
         try:
             while True:
                 async with asyncio.timeout(_SILENCE_SECONDS):

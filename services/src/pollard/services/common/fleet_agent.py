@@ -24,6 +24,9 @@ from google.protobuf import timestamp_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import fleet_service_pb2_grpc as fleet_grpc
 from pollard.runtime.errors import RuntimeFault
+from pollard.services.common.auth import Gate
+from pollard.services.common.auth.own import OwnToken
+from pollard.services.common.auth.wire import table_of
 from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
@@ -104,6 +107,10 @@ class AgentOptions:
     """Longest pause before the stream is opened again."""
     tls: TlsFiles = PLAIN
     """How the managers are reached."""
+    gate: Gate | None = None
+    """Told which tokens the manager knows."""
+    token: OwnToken = field(default_factory=lambda: OwnToken(None))
+    """What is shown to the managers."""
 
 
 class FleetAgent:
@@ -126,7 +133,7 @@ class FleetAgent:
         self._managers = [name.strip() for name in options.manager.split(",") if name.strip()]
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._current = 0
-        self.bundles = BundleSource(self.cache, lambda: self._channel)
+        self.bundles = BundleSource(self.cache, lambda: self._channel, options.token.metadata)
         self._run_id = secrets.token_hex(8)
         self._saved = fleet_pb.DesiredState()
         self._order: fleet_pb.DesiredState | None = None
@@ -150,6 +157,9 @@ class FleetAgent:
         """
         for manager in self._managers:
             self._channels[manager] = open_channel(manager, self._tls, _CHANNEL_OPTIONS)
+        known = await asyncio.to_thread(self.cache.load_access)
+        if known is not None and self._options.gate is not None:
+            self._options.gate.know(table_of(known))
         saved = await asyncio.to_thread(self.cache.load_state)
         if saved is not None:
             _log.info("starting from the cache", version=saved.version, models=len(saved.models))
@@ -231,16 +241,23 @@ class FleetAgent:
                     capabilities=self._options.capabilities,
                     applied_version=self._saved.version,
                     software_version=self._options.software_version,
+                    wants_access=True,
                 )
             )
         )
         outbox.put_nowait(self._report())
-        call: Any = fleet_grpc.FleetServiceStub(self._channel).Sync(_drain(outbox))
+        call: Any = fleet_grpc.FleetServiceStub(self._channel).Sync(
+            _drain(outbox), metadata=self._options.token.metadata()
+        )
         self._outbox = outbox
         reporter = asyncio.create_task(self._report_regularly(outbox), name="fleet-report")
         try:
             async for response in call:
                 self._heard = True
+                if response.HasField("access"):
+                    await self._take_access(response.access)
+                if not response.HasField("desired_state"):
+                    continue
                 state = response.desired_state
                 if state.HasField("report_interval"):
                     seconds = state.report_interval.ToTimedelta().total_seconds()
@@ -252,6 +269,15 @@ class FleetAgent:
             self._outbox = None
             await cancel(reporter)
             call.cancel()
+
+    async def _take_access(self, access: fleet_pb.AccessList) -> None:
+        if self._options.gate is not None:
+            self._options.gate.know(table_of(access))
+        try:
+            await asyncio.to_thread(self.cache.save_access, access)
+        except OSError as error:
+            # What was revoked is refused now; after a restart the manager is asked again.
+            _log.error("the tokens cannot be kept in the cache", error=str(error))
 
     async def _report_regularly(self, outbox: asyncio.Queue[fleet_pb.SyncRequest]) -> None:
         while True:

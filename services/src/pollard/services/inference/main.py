@@ -18,6 +18,7 @@ from pollard.runtime.keys import TrustedKeys
 from pollard.runtime.machine import Machine
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.call_metrics import CallMetrics
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
@@ -153,6 +154,8 @@ def build_server(
             software_version=software_version(),
             capabilities=_capabilities(machine),
             tls=settings.tls,
+            gate=gate,
+            token=OwnToken(settings.token_file),
         ),
     )
     member.on_change = agent.report_soon

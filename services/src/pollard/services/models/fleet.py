@@ -132,25 +132,32 @@ class Connection:
             self._ended, self._error = True, error
             self._changed.set()
 
-    async def states(self) -> AsyncIterator[pb.DesiredState]:
-        """Yield the desired state now and after every change, until the stream is ended.
+    async def messages(self) -> AsyncIterator[pb.SyncResponse]:
+        """Yield what the server must know now and after every change, until the stream is ended.
 
-        States that were overtaken before they could be sent are left out.
+        That is the desired state and, if the server wants it, whose calls to take. What was
+        overtaken before it could be sent is left out.
 
         Raises:
             ServiceError: why the stream was ended.
         """
-        sent = 0
+        sent, told = 0, -1
         while True:
             self._changed.clear()
             if self._ended:
                 if self._error is not None:
                     raise self._error
                 return
+            access = self._fleet.access
+            if access is not None and access.version != told and self.server.hello.wants_access:
+                # First: with the state it begins to be asked.
+                told = access.version
+                yield pb.SyncResponse(access=access)
+                continue
             state = self._fleet.state
             if state.version > sent:
                 sent = state.version
-                yield self._address(state)
+                yield pb.SyncResponse(desired_state=self._address(state))
                 continue
             await self._changed.wait()
 
@@ -281,6 +288,8 @@ class Fleet:
         """A stream on which nothing was heard for so long is ended."""
         self.state = pb.DesiredState()
         """The desired state in force; version 0 before :meth:`start`."""
+        self.access: pb.AccessList | None = None
+        """Whose calls servers should take; None before :meth:`tell_access`."""
         self.watching = False
         """Whether a rollout runs, so that every report counts."""
         self._store = store
@@ -345,6 +354,13 @@ class Fleet:
         if dirty:
             with contextlib.suppress(Exception):  # only the times of last sight would be lost
                 await self._store.write(lambda session: self._save(session, dirty))
+
+    def tell_access(self, access: pb.AccessList) -> None:
+        """Tell every server, now and when it comes, whose calls to take."""
+        self.access = access
+        for server in self._servers.values():
+            if server.connection is not None:
+                server.connection.notify()
 
     def poke(self) -> None:
         """Something changed: look whether a step is possible."""

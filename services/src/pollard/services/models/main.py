@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
+from pollard.models.v1 import (
+    fleet_service_pb2_grpc,
+    model_service_pb2_grpc,
+    token_service_pb2_grpc,
+)
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.http_server import HttpServer
@@ -24,6 +29,7 @@ from pollard.services.common.logs import configure_logging
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.models import ownership, signatures
+from pollard.services.models.access import AccessKeeper
 from pollard.services.models.blobs import open_blobs
 from pollard.services.models.checks import CheckLimits
 from pollard.services.models.collector import Collector
@@ -33,6 +39,7 @@ from pollard.services.models.metrics import ManagerMetrics
 from pollard.services.models.relay import Relay
 from pollard.services.models.servicer_fleet import FleetServicer
 from pollard.services.models.servicer_models import ModelServicer
+from pollard.services.models.servicer_tokens import TokenServicer
 from pollard.services.models.settings import ModelsSettings
 from pollard.services.models.signatures import SignaturePolicy
 from pollard.services.models.store import Store
@@ -44,7 +51,11 @@ if TYPE_CHECKING:
     # Imported when the HTTP port is opened: it brings aiohttp and Jinja.
     from pollard.services.models.web.page import WebPage
 
-SERVICES = ("pollard.models.v1.ModelService", "pollard.models.v1.FleetService")
+SERVICES = (
+    "pollard.models.v1.ModelService",
+    "pollard.models.v1.FleetService",
+    "pollard.models.v1.TokenService",
+)
 
 CLEAN_EVERY_SECONDS = 3600.0
 CLEAN_STOP_SECONDS = 10.0
@@ -86,7 +97,8 @@ class ModelsService:
             report_interval_seconds=settings.report_interval_seconds,
             check=lambda session: self.leadership.check(session),
         )
-        self.relay = Relay(settings.tls)
+        self.access = AccessKeeper(self.store, self.gate, self.fleet.tell_access)
+        self.relay = Relay(settings.tls, OwnToken(settings.token_file))
         self.leadership = Leadership(
             self.store,
             begin=lambda after_another: self.fleet.start(after_another=after_another),
@@ -120,6 +132,10 @@ class ModelsService:
         registry = ManagerMetrics(self.store, self.fleet, self.leadership)
         self.metrics = Metrics("models", calls, registry)
         self.metrics.before(registry.prepare)
+        token_service_pb2_grpc.add_TokenServiceServicer_to_server(
+            TokenServicer(self.store, self.access), self.grpc.server
+        )
+        self.metrics = Metrics("models")
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
         self.http.add(self.metrics.add_to)
         self.http.guard = http_guard(self.gate)
@@ -145,6 +161,7 @@ class ModelsService:
             await asyncio.to_thread(
                 signatures.review, self.store, self.blobs, self.signatures.trusted
             )
+            await self.access.start(self.settings.first_tokens)
             if not self.store.database.shared:
                 await self.leadership.start("")
             self.events.start()
@@ -158,6 +175,7 @@ class ModelsService:
                 await self.leadership.start(self.settings.advertise or self.address)
         except BaseException as error:
             await self.events.stop()
+            await self.access.stop()
             await self.leadership.stop()
             await self.http.stop()
             await self.grpc.stop(0)
@@ -177,6 +195,7 @@ class ModelsService:
         await cancel(*self._tasks)
         # Watches and Sync streams never end by themselves.
         await self.events.stop()
+        await self.access.stop()
         await self.leadership.stop()
         await self.relay.close()
         await self.grpc.stop(grace_seconds)

@@ -14,6 +14,8 @@ import grpc
 
 from pollard.models.v1 import fleet_service_pb2 as pb
 from pollard.models.v1 import fleet_service_pb2_grpc as pb_grpc
+from pollard.services.common.auth.gate import AUTHORIZATION
+from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.errors import Unavailable
 from pollard.services.common.status import RelayedError
 from pollard.services.common.tls import open_channel
@@ -35,9 +37,10 @@ _OPTIONS = [
 class Relay:
     """Calls to the manager that leads."""
 
-    def __init__(self, tls: TlsFiles = PLAIN) -> None:
-        """Reach managers by `tls`."""
+    def __init__(self, tls: TlsFiles = PLAIN, token: OwnToken | None = None) -> None:
+        """Reach managers by `tls`, and show them `token` where the caller has shown none."""
         self._tls = tls
+        self._token = token or OwnToken(None)
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
 
@@ -67,7 +70,7 @@ class Relay:
                 yield message
 
         call: Any = (await self._stub(leader, context)).Sync(
-            messages(), metadata=_metadata(context)
+            messages(), metadata=self._metadata(context)
         )
         # The stream may end while this generator waits to be asked for more.
         context.add_done_callback(lambda _: call.cancel())  # type: ignore[arg-type]  # typed as a class of its own
@@ -101,7 +104,7 @@ class Relay:
         stub = await self._stub(leader, context)
         try:
             answer: pb.ListServersResponse = await stub.ListServers(
-                request, timeout=context.time_remaining() or 10.0, metadata=_metadata(context)
+                request, timeout=context.time_remaining() or 10.0, metadata=self._metadata(context)
             )
         except grpc.aio.AioRpcError as error:
             raise RelayedError.of(error) from None
@@ -116,11 +119,15 @@ class Relay:
             self._channel = open_channel(leader, self._tls, _OPTIONS)
         return pb_grpc.FleetServiceStub(self._channel)
 
-
-def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> tuple[tuple[str, str | bytes], ...]:
-    kept = [
-        (key, value)
-        for key, value in context.invocation_metadata() or ()
-        if key == "authorization" or key.startswith("pollard-")
-    ]
-    return (*kept, (_MARK, "1"))
+    def _metadata(
+        self, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> tuple[tuple[str, str | bytes], ...]:
+        kept = [
+            (key, value)
+            for key, value in context.invocation_metadata() or ()
+            if key == AUTHORIZATION or key.startswith("pollard-")
+        ]
+        # A certificate cannot be handed on, and this manager has looked at it.
+        shown = any(key == AUTHORIZATION for key, _ in kept)
+        own = () if shown else self._token.metadata()
+        return (*kept, *own, (_MARK, "1"))

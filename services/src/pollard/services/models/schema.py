@@ -279,6 +279,24 @@ class Lease(Base):
     """Grows while it lives. No clock is compared with another machine's."""
 
 
+class Token(Base):
+    """What is kept of a token; the token itself is not."""
+
+    __tablename__ = "tokens"
+
+    token_id: Mapped[str] = mapped_column(_Name, primary_key=True)
+    """Part of the token that is no secret."""
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    name: Mapped[str] = mapped_column(String(63))
+    role: Mapped[str] = mapped_column(String(16))
+    limits: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
+    """By the names of the contract's fields; what is not in it is the server's."""
+    creator: Mapped[str] = mapped_column(String(255))
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    expire_time: Mapped[int | None] = mapped_column(BigInteger)
+    revoke_time: Mapped[int | None] = mapped_column(BigInteger)
+
+
 class Event(Base):
     """One change; the audit log."""
 

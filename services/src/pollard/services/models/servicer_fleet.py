@@ -54,8 +54,8 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
         context.add_done_callback(ended)  # type: ignore[arg-type]  # typed as a class of its own
         listening = asyncio.create_task(self._listen(connection, incoming))
         try:
-            async for state in connection.states():
-                yield pb.SyncResponse(desired_state=state)
+            async for message in connection.messages():
+                yield message
         finally:
             self._fleet.disconnect(connection)
             await cancel(listening)

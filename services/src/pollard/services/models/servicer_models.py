@@ -11,11 +11,13 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.runtime.bundle import parse_manifest
+from pollard.services.common.auth import current_caller
 from pollard.services.common.errors import InvalidRequest
 from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.quorum import Quorum
+from pollard.services.models.quotas import Quotas
 from pollard.services.models.schema import Model, Revision
 from pollard.services.models.servicer_rollouts import Context, RolloutMethods
 from pollard.services.models.servicer_rollouts import actor as actor_of
@@ -45,6 +47,7 @@ class ModelServicer(RolloutMethods):
         self._blobs = blobs
         self._uploads = uploads
         self._feed = feed
+        self._quotas = Quotas(store)
 
     # Bundles
 
@@ -59,7 +62,8 @@ class ModelServicer(RolloutMethods):
                 "the first message of an upload is its header", reason="HEADER_MISSING"
             )
         request = _decode_header(first.header)
-        uploaded = await self._uploads.receive(request, _chunks(incoming), actor_of(context))
+        async with self._quotas.room_for(current_caller(), request.total_bytes):
+            uploaded = await self._uploads.receive(request, _chunks(incoming), actor_of(context))
         self._fleet.poke()
         found = await self._revision(uploaded.model, uploaded.revision)
         return pb.UploadBundleResponse(

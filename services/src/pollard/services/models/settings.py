@@ -44,6 +44,11 @@ class ModelsSettings(ServiceSettings):
         description="URL of an S3 that is not Amazon's; keys and region come from where AWS tools "
         "look for them.",
     )
+    initial_tokens: Path | None = Field(
+        None,
+        description="With --tokens: directory of admin.token and server.token, which are let in at "
+        "the start and, where there never was a token, made; default is tokens/ in the store.",
+    )
     drain_seconds: float = Field(
         30.0,
         ge=0,
@@ -103,6 +108,11 @@ class ModelsSettings(ServiceSettings):
         "localhost, this machine's name and addresses. Where nobody has to sign in, the page "
         "answers under no other.",
     )
+
+    @property
+    def first_tokens(self) -> Path | None:
+        """Where the first tokens lie; None where tokens do not count."""
+        return (self.initial_tokens or self.store / "tokens") if self.tokens else None
 
     @property
     def signature_mode(self) -> Literal["allow", "warn", "require"]:

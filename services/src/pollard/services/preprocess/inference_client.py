@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.runtime.tensors import FROM_NUMPY, NUMPY
+from pollard.services.common.auth.errors import LIMIT_REASONS, LimitReached
+from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.lifecycle import cancel, spawn
 from pollard.services.common.shadows import SHADOW_METADATA
+from pollard.services.common.status import RelayedError
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.preprocess.errors import (
@@ -82,6 +85,7 @@ class InferenceClient:
         max_message_bytes: int = 64 * 1024**2,
         drain_seconds: float = 30.0,
         tls: TlsFiles = PLAIN,
+        token: OwnToken | None = None,
     ) -> None:
         """Open nothing yet.
 
@@ -90,8 +94,10 @@ class InferenceClient:
             drain_seconds: Longest wait for calls in flight before a channel
                 that is no longer needed is closed.
             tls: How the servers are reached.
+            token: What is shown to them.
         """
         self._tls = tls
+        self._token = token or OwnToken(None)
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -138,6 +144,7 @@ class InferenceClient:
             InferenceUnavailable: no server could be reached in time.
             RequestExpired: the deadline passed first.
             TensorRefused: the server says that the tensor does not fit.
+            LimitReached: the client for whom this is uses as much as it may.
             InferenceFailed: the server failed, or its answer makes no sense.
         """
         request = _encode(work)
@@ -164,6 +171,11 @@ class InferenceClient:
                 except grpc.aio.AioRpcError as error:
                     if error.code() == grpc.StatusCode.NOT_FOUND:
                         gone += 1
+                    elif error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and (
+                        limited := _limit_of(error)
+                    ):
+                        # The client's own; another server would only let it have more.
+                        raise limited from None
                     elif error.code() in _PASSING:
                         words = f"{address}: {error.details()}"
                     else:
@@ -190,7 +202,9 @@ class InferenceClient:
             raise ShadowDropped("no inference server is known")
         address = random.choice(endpoints)
         try:
-            answer = await self._channel(address)(_encode(work), timeout=seconds, metadata=_SHADOW)
+            answer = await self._channel(address)(
+                _encode(work), timeout=seconds, metadata=(*self._token.on_behalf(), *_SHADOW)
+            )
         except grpc.aio.AioRpcError as error:
             if error.code() in (*_PASSING, *_TOO_LATE):
                 raise ShadowDropped(f"{address}: {error.details()}") from error
@@ -201,7 +215,9 @@ class InferenceClient:
         left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
         if left <= 0:
             raise RequestExpired("no time is left to run the model; allow the request more")
-        answer: bytes = await self._channel(address)(request, timeout=left)
+        answer: bytes = await self._channel(address)(
+            request, timeout=left, metadata=self._token.on_behalf()
+        )
         return answer
 
     def _channel(self, address: str) -> Any:
@@ -210,6 +226,20 @@ class InferenceClient:
             # No serialisers: the same bytes may go to several servers.
             self._channels[address] = (channel, channel.unary_unary(_METHOD))
         return self._channels[address][1]
+
+
+def _limit_of(error: grpc.aio.AioRpcError) -> LimitReached | None:
+    """Return the limit that a client has reached; None if the server itself has no room."""
+    outcome = RelayedError.of(error).outcome
+    if outcome.reason not in LIMIT_REASONS:
+        return None
+    metadata = {key: value for key, value in outcome.metadata.items() if key.isidentifier()}
+    return LimitReached(
+        outcome.message,
+        reason=outcome.reason,
+        retry_seconds=outcome.retry_seconds,
+        **metadata,
+    )
 
 
 def _unavailable(work: Work, words: str) -> InferenceUnavailable:

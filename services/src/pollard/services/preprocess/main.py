@@ -12,6 +12,7 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
+from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
@@ -123,7 +124,10 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
     client = InferenceClient(
-        settings.max_message_bytes, drain_seconds=settings.max_request_seconds, tls=settings.tls
+        settings.max_message_bytes,
+        drain_seconds=settings.max_request_seconds,
+        tls=settings.tls,
+        token=OwnToken(settings.token_file),
     )
     counts = Counts()
     member = PreprocessMember(current, client, settings.worker_limits.image_limits, counts=counts)
@@ -163,6 +167,8 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             server_id=settings.server_id,
             software_version=_software_version(),
             tls=settings.tls,
+            gate=gate,
+            token=OwnToken(settings.token_file),
         ),
     )
     member.on_change = agent.report_soon

@@ -14,7 +14,15 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from pollard.services.up.plan import BALANCER, INFERENCE, MODELS, PREPROCESS, UpOptions, make_plan
+from pollard.services.up.plan import (
+    BALANCER,
+    INFERENCE,
+    MODELS,
+    PREPROCESS,
+    UpOptions,
+    first_tokens,
+    make_plan,
+)
 from pollard.services.up.supervisor import Child, Supervisor, install_signals
 
 # ANSI colours: cyan, green, magenta, blue.
@@ -39,6 +47,8 @@ def run_up(options: UpOptions) -> int:
 async def _run(options: UpOptions) -> int:
     data_dir, plans = make_plan(options)
     first = True
+    admin = first_tokens(data_dir) / "admin.token" if options.tokens else None
+    known_before = admin is not None and admin.exists()
 
     def notice(line: str) -> None:
         _write_log("up", line)
@@ -54,6 +64,8 @@ async def _run(options: UpOptions) -> int:
             write_ready_file(options.ready_file, data_dir, supervisor.children)
         if first and not options.quiet:
             _show(data_dir, supervisor.children)
+            if admin is not None:
+                _show_admin(admin, known_before)
         first = False
 
     supervisor = Supervisor(
@@ -117,6 +129,20 @@ def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) 
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.replace(path)
+
+
+def _show_admin(file: Path, known_before: bool) -> None:
+    """Say what the operator calls with, at the first start with the token itself."""
+    if known_before or not file.exists():
+        _write(sys.stdout, f"Only who shows a token gets in; the first admin's is in {file}\n")
+        return
+    _write(
+        sys.stdout,
+        "Only who shows a token gets in. The first admin's, which is shown this once:\n"
+        f"  export POLLARD_TOKEN={file.read_text().strip()}\n"
+        f"It is also in {file}; remove that file when you have another.\n"
+        "Make tokens for others: pollard tokens create NAME --role predictor\n",
+    )
 
 
 def _show(data_dir: Path, children: Mapping[str, Child]) -> None:

@@ -54,6 +54,8 @@ class UpOptions:
     """0 takes a free one; None follows `port_base`."""
     insecure: bool = False
     """Allow an address that is not loopback though nobody has to show anything."""
+    tokens: bool = False
+    """Let only those in who show a token; the first ones are made."""
     tls: TlsFiles = PLAIN
     """How the services speak TLS, with others and among themselves."""
     config: Path | None = None
@@ -118,6 +120,11 @@ def default_data_dir() -> Path:
     return Path(state).expanduser() / "pollard"
 
 
+def first_tokens(data_dir: Path) -> Path:
+    """Return the directory of the tokens that the manager makes at the first start."""
+    return data_dir / MODELS / "tokens"
+
+
 def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
     """Choose directories and ports; return the data directory and the services.
 
@@ -145,6 +152,9 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
     if options.config is not None:
         common += ["--config", str(options.config.absolute())]
     common += _tls_arguments(options.tls)
+    if options.tokens:
+        server = first_tokens(data_dir) / "server.token"
+        common += ["--tokens", "--token-file", str(server)]
     together: list[str] = []
     if options.replicas > 1:
         together = ["--replicas", str(options.replicas)]

@@ -40,17 +40,22 @@ class AsyncBaseClient:
                 three times more. `RetryPolicy.none()` lets every failure through.
             max_message_bytes: Largest message in either direction.
             tls: Encrypt the connection; None for a plain one.
-            token: Sent with every request as "authorization: Bearer …"; needs `tls`.
+            token: Sent with every request as "authorization: Bearer …"; needs `tls`, unless the
+                address is this machine's.
 
         Raises:
-            ValueError: If an argument is out of its range, or there is a token without `tls`.
+            ValueError: If an argument is out of its range, or a token would be sent to another
+                machine without `tls`.
             OSError: If a file of `tls` cannot be read.
         """
         self.address = _channel.checked_address(address)
         self._timeout = _channel.checked_timeout(timeout, timeout)
         options = _channel.channel_options(retry or _channel.RetryPolicy(), max_message_bytes)
         self._channel = _io.open_channel(
-            self.address, options, _channel.channel_credentials(tls, token)
+            self.address,
+            options,
+            _channel.channel_credentials(tls, token, self.address),
+            _channel.plain_token(tls, token),
         )
         self._closed = False
 

@@ -40,7 +40,10 @@ async def requests_of(
 
 
 def open_channel(
-    address: str, options: list[tuple[str, Any]], credentials: grpc.ChannelCredentials | None
+    address: str,
+    options: list[tuple[str, Any]],
+    credentials: grpc.ChannelCredentials | None,
+    shown: tuple[str, str] | None = None,
 ) -> grpc.aio.Channel:
     """Open a channel; it connects with the first request.
 
@@ -56,7 +59,40 @@ def open_channel(
         ) from None
     if credentials is not None:
         return grpc.aio.secure_channel(address, credentials, options=options)
-    return grpc.aio.insecure_channel(address, options=options)
+    interceptors = [kind(shown) for kind in _SHOWING] if shown is not None else []
+    return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+
+
+class _Showing:
+    """Adds what is shown to the metadata of every call; credentials of gRPC would want TLS."""
+
+    def __init__(self, shown: tuple[str, str]) -> None:
+        self._shown = shown
+
+    async def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()))
+        metadata.add(*self._shown)
+        return await continuation(details._replace(metadata=metadata), request)
+
+
+class _UnaryUnary(_Showing, grpc.aio.UnaryUnaryClientInterceptor):
+    intercept_unary_unary: Any = _Showing._intercept
+
+
+class _UnaryStream(_Showing, grpc.aio.UnaryStreamClientInterceptor):
+    intercept_unary_stream: Any = _Showing._intercept
+
+
+class _StreamUnary(_Showing, grpc.aio.StreamUnaryClientInterceptor):
+    intercept_stream_unary: Any = _Showing._intercept
+
+
+class _StreamStream(_Showing, grpc.aio.StreamStreamClientInterceptor):
+    intercept_stream_stream: Any = _Showing._intercept
+
+
+# A class for each: grpc puts an interceptor into the list of the first kind that it is.
+_SHOWING = (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)
 
 
 async def close_channel(channel: grpc.aio.Channel) -> None:

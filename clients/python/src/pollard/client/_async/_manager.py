@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pollard.client import _channel
 from pollard.client._async._base import AsyncBaseClient
-from pollard.models.v1 import fleet_service_pb2_grpc, model_service_pb2_grpc
+from pollard.models.v1 import (
+    fleet_service_pb2_grpc,
+    model_service_pb2_grpc,
+    token_service_pb2_grpc,
+)
 
 SERVICE = "/pollard.models.v1.ModelService"
 PAGE = 200
@@ -34,3 +38,4 @@ class AsyncManagerClient(AsyncBaseClient):
         )
         self._stub = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._fleet = fleet_service_pb2_grpc.FleetServiceStub(self._channel)
+        self._token_stub = token_service_pb2_grpc.TokenServiceStub(self._channel)

@@ -36,12 +36,38 @@ def requests_of(
 
 
 def open_channel(
-    address: str, options: list[tuple[str, Any]], credentials: grpc.ChannelCredentials | None
+    address: str,
+    options: list[tuple[str, Any]],
+    credentials: grpc.ChannelCredentials | None,
+    shown: tuple[str, str] | None = None,
 ) -> grpc.Channel:
     """Open a channel; it connects with the first request."""
     if credentials is not None:
         return grpc.secure_channel(address, credentials, options=options)
-    return grpc.insecure_channel(address, options=options)
+    channel = grpc.insecure_channel(address, options=options)
+    return grpc.intercept_channel(channel, _Showing(shown)) if shown is not None else channel
+
+
+class _Showing(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds what is shown to the metadata of every call; credentials of gRPC would want TLS."""
+
+    def __init__(self, shown: tuple[str, str]) -> None:
+        self._shown = shown
+
+    def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
+        metadata = [*(details.metadata or ()), self._shown]
+        return continuation(details._replace(metadata=metadata), request)
+
+    # grpc calls all four alike.
+    intercept_unary_unary: Any = _intercept
+    intercept_unary_stream: Any = _intercept
+    intercept_stream_unary: Any = _intercept
+    intercept_stream_stream: Any = _intercept
 
 
 def close_channel(channel: grpc.Channel) -> None:

@@ -8,11 +8,12 @@ from pollard.client._sync._manager import PAGE
 from pollard.client._sync.bundles import BundleMethods
 from pollard.client._sync.events import EventMethods
 from pollard.client._sync.rollouts import RolloutMethods
+from pollard.client._sync.tokens import TokenMethods
 from pollard.client.types import Server
 from pollard.models.v1 import fleet_service_pb2
 
 
-class ModelsClient(BundleMethods, RolloutMethods, EventMethods):
+class ModelsClient(BundleMethods, RolloutMethods, EventMethods, TokenMethods):
     """Asks the model management server."""
 
     def servers(self) -> list[Server]:

@@ -145,6 +145,7 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     APPLIED_VERSION_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    WANTS_ACCESS_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     """Stable across restarts of the server, unique in the fleet, at most 128
     characters.
@@ -157,6 +158,8 @@ class Hello(_message.Message):
     """Version of the desired state that it runs from its cache; 0 for none."""
     software_version: _builtins.str
     """Version of Pollard."""
+    wants_access: _builtins.bool
+    """Whether it wants to be told whose calls to take, by SyncResponse.access."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What it can run; unset for a preprocess server."""
@@ -170,10 +173,11 @@ class Hello(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         applied_version: _builtins.int = ...,
         software_version: _builtins.str = ...,
+        wants_access: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "applied_version", b"applied_version", "capabilities", b"capabilities", "kind", b"kind", "server_id", b"server_id", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "applied_version", b"applied_version", "capabilities", b"capabilities", "kind", b"kind", "server_id", b"server_id", "software_version", b"software_version", "wants_access", b"wants_access"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,7 +641,7 @@ Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
 
 @_typing.final
 class SyncResponse(_message.Message):
-    """SyncResponse is one message from the manager."""
+    """SyncResponse is one message from the manager: one of the two."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -649,8 +653,8 @@ class SyncResponse(_message.Message):
 
     @_builtins.property
     def access(self) -> Global___AccessList:
-        """Whose calls the server should take; unset where it is as it was before on
-        this stream. It needs no Ack.
+        """Whose calls the server should take; only sent to servers whose Hello wants
+        it, at the beginning and whenever it changes. It is not answered.
         """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -48,6 +48,14 @@ class Limits:
     streams: int = 0
     message_bytes: int = 0
     stored_bytes: int = 0
+
+    def over(self, default: Limits) -> Limits:
+        """Return these limits as a token has them: 0 is the default's, less is none."""
+        merged = {}
+        for item in fields(self):
+            own = getattr(self, item.name)
+            merged[item.name] = max(0, own) if own else getattr(default, item.name)
+        return Limits(**merged)
 
 
 UNLIMITED = Limits()

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from pollard.services.common import errors
 
+LIMIT_REASONS = frozenset({"RATE_LIMIT", "CONCURRENCY_LIMIT", "STREAM_LIMIT", "MESSAGE_LIMIT"})
+"""Reasons of `LimitReached` that are about one caller on one server."""
+
 
 class CredentialMissing(errors.Unauthenticated):
     """Nothing was shown."""

@@ -79,13 +79,19 @@ class Gate:
         self.usage = UsageBook()
         self._jwt = JwtChecker(rules.jwt) if rules.jwt is not None else None
         self._table = EMPTY
+        self._limits_by_id: Mapping[str, Limits] = {}
         self._heard = False
         self._remembered: dict[bytes, Caller] = {}
         self._refusals = RefusalLog()
 
     def know(self, table: TokenTable) -> None:
         """Take the tokens that count from now on."""
-        self._table, self._heard = table, True
+        limits = {
+            token.token_id: token.limits.over(self.rules.limits)
+            for token in table.by_id.values()
+            if token.limits is not None
+        }
+        self._limits_by_id, self._table, self._heard = limits, table, True
 
     def admit(
         self,
@@ -223,7 +229,7 @@ class Gate:
             "token",
             f"token:{known.token_id}",
             known.expires,
-            self._limits(known.limits, known.role),
+            self._limits(known.token_id, known.role),
         )
 
     def _caller_of_jwt(self, token: str) -> Caller:
@@ -241,16 +247,16 @@ class Gate:
             found.kind,
             found.key,
             found.expires,
-            self._limits(None, found.role),
+            self._limits("", found.role),
         )
         self._remembered[digest] = caller
         return caller
 
-    def _limits(self, own: Limits | None, role: Role) -> Limits:
+    def _limits(self, token_id: str, role: Role) -> Limits:
         """Return a caller's limits; services have none, those they call for have."""
         if role is Role.SERVER:
             return UNLIMITED
-        return self.rules.limits if own is None else own
+        return self._limits_by_id.get(token_id, self.rules.limits)
 
     def _role_of_name(self, name: str) -> Role | None:
         for pattern, role in self.rules.certificates:
@@ -278,12 +284,7 @@ class Gate:
         if len(parts) != 3 or len(text) > 1024 or parts[0] not in set(Role):
             return server
         role, key, name = Role(parts[0]), parts[1], parts[2]
-        limits = self.rules.limits
-        kind, _, token_id = key.partition(":")
-        if kind == "token":
-            known = self._table.by_id.get(token_id)
-            if known is not None and known.limits is not None:
-                limits = known.limits
+        limits = self._limits(key.removeprefix("token:"), role)
         return Caller(name, role, "token", key, limits=limits).through(server)
 
     def _how(self) -> str:

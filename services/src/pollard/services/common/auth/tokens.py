@@ -56,7 +56,7 @@ class KnownToken:
     """In seconds since the epoch; None for never."""
     revoked: bool = False
     limits: Limits | None = None
-    """None takes the server's."""
+    """0 in them is the server's, less is none; None takes the server's for all."""
 
 
 @dataclass(frozen=True, slots=True)
