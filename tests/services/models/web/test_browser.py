@@ -259,6 +259,20 @@ async def test_a_running_rollout_is_taken_back(world: World, tab: Tab, picture: 
     assert (await world.models.alias(MODEL, "production")).revision == 1
 
 
+async def test_a_refused_form_stays_live(world: World, tab: Tab) -> None:
+    path = f"/models/{MODEL}/revisions/2"
+    await tab.page.goto(path)
+    await tab.page.get_by_label("Steps").fill("50, 20")
+    await tab.page.get_by_role("button", name="Start rollout").click()
+    await tab.see("growing shares", ".notice")
+    assert await tab.page.get_by_label("Steps").input_value() == "50, 20"
+    await tab.page.locator("#link-state", has_text="Live").wait_for(timeout=SECONDS)
+    assert tab.page.url.endswith(path)
+    # The browser tells of the status.
+    assert all("400" in words for words in tab.complaints)
+    tab.complaints.clear()
+
+
 async def test_an_image_is_answered_by_two_revisions(
     world: World, tab: Tab, picture: bytes, tmp_path: Path
 ) -> None:

@@ -93,7 +93,7 @@ async def test_a_session_is_begun_and_ended(locked: Any, visit: Any) -> None:
     assert "Signed in as the-publisher" in shown.text
     assert token not in shown.text
     assert (await visitor.post("/models/m/rollouts", revision="2", after="0")).status == 303
-    assert "ROLLOUT_CREATED" in await actors(suite)
+    assert (await actors(suite))["ROLLOUT_CREATED"].startswith("the-publisher (token ")
     left = await visitor.post("/logout")
     assert (left.status, left.headers["Location"]) == (303, "/login")
     assert (await visitor.get("/")).status == 401

@@ -155,6 +155,8 @@ def compare(left: Answer, right: Answer) -> str:
         same = _same_boxes(left.boxes, right.boxes)
         if not left.boxes and not right.boxes:
             return "Neither finds anything."
+        if not left.boxes or not right.boxes:
+            return f"One finds {len(left.boxes) + len(right.boxes)} boxes, the other nothing."
         return f"{same} of {len(left.boxes)} and {len(right.boxes)} boxes show the same."
     if left.kind == "segmentation" and left.mask is not None and right.mask is not None:
         if left.mask.classes.shape != right.mask.classes.shape:

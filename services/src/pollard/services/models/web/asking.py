@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
 from google.protobuf.message import Message
 
@@ -78,7 +79,8 @@ class _Context:
         self._visitor = visitor
 
     def peer(self) -> str:
-        return self._visitor.peer
+        # The audit log has who has signed in, rather than from where.
+        return quote(self._visitor.caller.actor) or self._visitor.peer
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         return self._visitor.metadata()

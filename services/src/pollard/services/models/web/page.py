@@ -262,8 +262,12 @@ class WebPage:
 
     def _page(self, visit: Visit, view: View, code: int = 200) -> web.Response:
         theme = visit.request.cookies.get(guard.THEME_COOKIE, "")
+        asked = visit.request
         text = self._renderer.page(
-            view, visit.visitor, theme=theme if theme in ("dark", "light") else ""
+            view,
+            visit.visitor,
+            theme=theme if theme in ("dark", "light") else "",
+            path=asked.path_qs if asked.method == "GET" else view.path,
         )
         return web.Response(
             text=text, status=code, content_type="text/html", headers=guard.PAGE_HEADERS
@@ -475,8 +479,11 @@ class WebPage:
 def _outcome(error: BaseException) -> tuple[int, str]:
     """Return the status of HTTP and the words for an error; what nobody expected is logged."""
     outcome = status.describe(error)
-    message = outcome.message[:1].upper() + outcome.message[1:]
-    return _STATUSES.get(outcome.code.name, 500), message
+    first, _, rest = outcome.message.partition(" ")
+    # The name of a field or a method stays as it is.
+    if first.isalpha():
+        first = first[:1].upper() + first[1:]
+    return _STATUSES.get(outcome.code.name, 500), f"{first} {rest}".strip()
 
 
 def _local(path: str) -> str:

@@ -93,6 +93,7 @@ class Renderer:
             "visitor": visitor,
             "parts": self._parts(visitor),
             "theme": "",
+            "path": view.path,
             "said": "",
             **view.content,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import select, tuple_
@@ -45,12 +45,12 @@ class View:
     """Which entry of the navigation it belongs to."""
     tick_seconds: float = 2.0
     """How soon what changes without an event is shown."""
+    path: str = ""
+    """Where it is found, for a page that is the answer to a form."""
 
     def with_more(self, **content: Any) -> View:
         """Return the page with more content."""
-        return View(
-            self.template, self.title, self.content | content, self.place, self.tick_seconds
-        )
+        return replace(self, content=self.content | content)
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class Views:
                 },
             },
             place="models",
+            path=f"/models/{model}",
             tick_seconds=1.0 if running else 2.0,
         )
 
@@ -213,6 +214,7 @@ class Views:
                 "form": _DEFAULTS,
             },
             place="models",
+            path=f"/models/{model}/revisions/{number}",
         )
 
     async def report(self, manager: Manager, model: str, number: int) -> View:
@@ -242,6 +244,7 @@ class Views:
                 "serving": fleet.serving(model, found.rollout.revision),
             },
             place="models",
+            path=f"/models/{model}/rollouts/{number}",
             tick_seconds=1.0 if found.running else 2.0,
         )
 

@@ -90,8 +90,9 @@
   };
   let source = null;
   const follow = () => {
-    if (source || !("live" in document.body.dataset)) return;
-    source = new EventSource(location.pathname + location.search);
+    const path = document.body.dataset.live;
+    if (source || !path) return;
+    source = new EventSource(path);
     source.addEventListener("version", (event) => {
       // The service was updated: this page's script may not fit its parts any more.
       if (JSON.parse(event.data) !== document.body.dataset.version) location.reload();
@@ -125,6 +126,10 @@
   addEventListener("pagehide", leave);
   addEventListener("pageshow", follow);
   follow();
+  // A form that was refused is answered at its own address, which nobody should load again.
+  if (document.body.dataset.live && document.body.dataset.live !== location.pathname + location.search) {
+    history.replaceState(null, "", document.body.dataset.live);
+  }
 
   // Colours
 
