@@ -54,15 +54,23 @@ class Memory:
             self.highest = max(self.highest, self.process.memory_info().rss / 1e6)
 
 
-def _copy_and_hash(source: Path, target: Path) -> float:
-    """Return how many seconds `cp`, a sync of the copy and `sha256sum` take."""
+def _processor_seconds(process: psutil.Process) -> tuple[float, float]:
+    """Return the processor time of a process, and of its children that have ended."""
+    spent = process.cpu_times()
+    return spent.user + spent.system, spent.children_user + spent.children_system
+
+
+def _copy_and_hash(source: Path, target: Path) -> tuple[float, float]:
+    """Return how many seconds, and of processor time, `cp`, `sync` and `sha256sum` take."""
     started = time.perf_counter()
+    _, before = _processor_seconds(psutil.Process())
     subprocess.run(["cp", source, target], check=True)
     subprocess.run(["sync", target], check=True)
     subprocess.run(["sha256sum", target], check=True, stdout=subprocess.DEVNULL)
     took = time.perf_counter() - started
+    _, after = _processor_seconds(psutil.Process())
     target.unlink()
-    return took
+    return took, after - before
 
 
 def _start(store: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -87,15 +95,18 @@ def _start(store: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
 def _round(folder: Path, megabytes: int, seed: int) -> dict[str, float]:
     bundle = large_bundle(folder / "bundle", seed, megabytes)
     size = bundle.size_bytes / 1e6
-    plain = _copy_and_hash(bundle.path / "model.onnx", folder / "copy")
+    plain, plain_processor = _copy_and_hash(bundle.path / "model.onnx", folder / "copy")
     manager, address = _start(folder / "store", folder / "manager.log")
     try:
         process = psutil.Process(manager.pid)
         idle = process.memory_info().rss / 1e6
+        mine, before = psutil.Process(), _processor_seconds(process)
+        client_before, _ = _processor_seconds(mine)
         with Memory(process) as memory, ModelsClient(address) as client:
             started = time.perf_counter()
             client.push(bundle.path, "large")
             took = time.perf_counter() - started
+        after, (client_after, _) = _processor_seconds(process), _processor_seconds(mine)
     finally:
         manager.terminate()
         manager.wait(30)
@@ -108,6 +119,10 @@ def _round(folder: Path, megabytes: int, seed: int) -> dict[str, float]:
         "push_seconds": took,
         "mb_per_second": size / took,
         "ratio": took / plain,
+        "plain_processor_seconds": plain_processor,
+        "client_processor_seconds": client_after - client_before,
+        "manager_processor_seconds": after[0] - before[0],
+        "check_processor_seconds": after[1] - before[1],
         "idle_mb": idle,
         "above_idle_mb": memory.highest - idle,
     }
@@ -141,6 +156,11 @@ def main(
             f"(goal {_GOAL_MB_PER_SECOND:.0f} MB/s)",
             f"- `cp`, `sync` and `sha256sum` of the same bytes: {middle['plain_seconds']:.2f} s; "
             f"the push takes {middle['ratio']:.2f} × as long",
+            "- processor time: client "
+            f"{middle['client_processor_seconds']:.2f} s, manager "
+            f"{middle['manager_processor_seconds']:.2f} s, check of the bundle in its own process "
+            f"{middle['check_processor_seconds']:.2f} s; `cp`, `sync` and `sha256sum` "
+            f"{middle['plain_processor_seconds']:.2f} s",
             f"- memory of the manager: {memory:.0f} MB above idle at most (allowed "
             f"{_ALLOWED_MB:.0f} MB)",
             "",
