@@ -414,6 +414,126 @@ class GroupedTransposed(nn.Module):
         return out
 
 
+class Ssd(nn.Module):
+    """Heads of their own on three scales, whose answers for all places are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 32, stride=2)
+        self.scales = nn.ModuleList([unit(32, 48, stride=2), unit(48, 64, stride=2)])
+        self.heads = nn.ModuleList(nn.Conv2d(w, 2 * CLASSES, 3, padding=1) for w in (32, 48, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        levels = [x]
+        for scale in self.scales:
+            levels.append(scale(levels[-1]))
+        answers = [
+            head(level).flatten(2).unflatten(1, (2, CLASSES))
+            for head, level in zip(self.heads, levels, strict=True)
+        ]
+        return torch.cat(answers, 3).mean(3).sum(1)
+
+
+class Hourglass(nn.Module):
+    """Down and up twice; what comes up is added to a residual branch of each size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 48, stride=2)
+        self.sides = nn.ModuleList([_Bottleneck(48, 48), _Bottleneck(48, 48)])
+        self.downs = nn.ModuleList([_Bottleneck(48, 48), _Bottleneck(48, 48)])
+        self.bottom, self.up = _Bottleneck(48, 48), nn.Upsample(scale_factor=2.0)
+        self.head = Head(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = self.stem(x)
+        small = self.downs[0](functional.max_pool2d(large, 2))
+        least = self.bottom(self.downs[1](functional.max_pool2d(small, 2)))
+        small = self.sides[1](small) + self.up(least)
+        out: Tensor = self.head(self.sides[0](large) + self.up(small))
+        return out
+
+
+class CrossStage(nn.Module):
+    """Half of the channels goes past a dense stage and is joined behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 64, stride=2)
+        self.inner = nn.Sequential(unit(32, 32), unit(32, 32))
+        self.join, self.last = unit(96, 64, 1), unit(64, 96, stride=2)
+        self.head = Head(96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        past, through = self.stem(x).chunk(2, 1)
+        first = self.inner[0](through)
+        joined = torch.cat([past, first, self.inner[1](first)], 1)
+        out: Tensor = self.head(self.last(self.join(joined)))
+        return out
+
+
+class _Ghost(nn.Module):
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.primary = unit(ins, outs // 2, 1)
+        self.cheap = unit(outs // 2, outs // 2, groups=outs // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.primary(x)
+        return torch.cat([x, self.cheap(x)], 1)
+
+
+class GhostNet(nn.Sequential):
+    """Half of the channels is made from the other half by cheap depthwise convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            unit(3, 32, stride=2), _Ghost(32, 64), nn.MaxPool2d(2), _Ghost(64, 96), Head(96)
+        )
+
+
+class SelectiveKernel(nn.Module):
+    """Two branches of different reach, weighed against each other channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 48, stride=2)
+        self.near, self.far = unit(48, 48), nn.Conv2d(48, 48, 3, padding=2, dilation=2)
+        self.squeeze, self.excite = nn.Conv2d(48, 16, 1), nn.Conv2d(16, 48, 1)
+        self.last, self.head = unit(48, 64, stride=2), Head(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        near, far = self.near(x), torch.relu(self.far(x))
+        mean = functional.adaptive_avg_pool2d(near + far, 1)
+        share = torch.sigmoid(self.excite(torch.relu(self.squeeze(mean))))
+        out: Tensor = self.head(self.last(near * share + far * (1 - share)))
+        return out
+
+
+class _InceptionResidual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [unit(width, 16, 1), nn.Sequential(unit(width, 16, 1), unit(16, 24))]
+        )
+        self.up = nn.Conv2d(40, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + 0.3 * self.up(torch.cat([b(x) for b in self.branches], 1)))
+
+
+class InceptionResNet(nn.Sequential):
+    """Joined branches, scaled and added to what goes past them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            unit(3, 48, stride=2), _InceptionResidual(48), _InceptionResidual(48),
+            unit(48, 64, stride=2), Head(64),
+        )  # fmt: skip
+
+
 _MAKERS: dict[str, Callable[[], nn.Module]] = {
     "vgg": Vgg,
     "resnet": ResNet,
@@ -435,6 +555,12 @@ _MAKERS: dict[str, Callable[[], nn.Module]] = {
     "convnext": ConvNext,
     "two-heads": TwoHeads,
     "grouped-transposed": GroupedTransposed,
+    "ssd": Ssd,
+    "hourglass": Hourglass,
+    "cross-stage": CrossStage,
+    "ghostnet": GhostNet,
+    "selective-kernel": SelectiveKernel,
+    "inception-resnet": InceptionResNet,
 }
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pollard.compress.anydata import Batches, ModelRecipe, Predict, compress_model
+from pollard.compress import export
+from pollard.compress.anydata import Batches, ModelRecipe, compress_model
+from pollard.compress.anydata_eight_bits import MetricJudge, Predict, quantize_module, score
 from pollard.compress.channel_map import load_pruned, save_pruned
 from pollard.compress.errors import (
     DataInvalid,
@@ -20,7 +22,9 @@ from pollard.compress.errors import (
     UsageInvalid,
     WeightsInvalid,
 )
+from pollard.compress.progress import Reporter
 from pollard.compress.prune import prune
+from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo import find
 
@@ -97,6 +101,37 @@ def test_eight_bits_compete(trained: nn.Module, tmp_path: Path) -> None:
     assert [row.name for row in result.candidates] == [
         "parent-fp32", "parent-int8", "pruned-fp32", "pruned-int8",
     ]  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    tried = [trial["name"] for trial in report["quantization"]["pruned-int8"]["trials"]]
+    assert {"min-max", "mse", "percentile-99.9"} < set(tried)
+
+
+def test_ranges_are_compared_on_the_inputs_of_the_metric(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    """One wild input among those that ranges are measured on makes min-max far too wide."""
+    wild = batches(1)
+    wild[0] = (wild[0][0].clone(), wild[0][1])
+    wild[0][0][0, :, 0, 0] = 400.0
+    found = {}
+    for method in ("auto", "min-max"):
+        judge = MetricJudge(float_file(trained), score(closeness, trained), closeness, 10.0)
+        config = QuantizeConfig(reduce_range=True, method=method)  # type: ignore[arg-type]
+        raw, told = quantize_module(trained, EXAMPLE, wild, 4, judge, config, Reporter())
+        assert judge.attainable
+        assert told["trials"][0]["name"] == "min-max"
+        found[method] = (told["method"], judge.divergence(raw))
+    assert found["auto"][0] != "min-max"
+    assert found["auto"][1] < 0.5 * found["min-max"][1]
+
+
+def float_file(module: nn.Module) -> bytes:
+    return export.serialize(export.export_core(module, EXAMPLE))
+
+
+def test_a_metric_that_asks_nothing_is_refused(trained: nn.Module) -> None:
+    with pytest.raises(DataInvalid, match="does not ask"):
+        MetricJudge(float_file(trained), 1.0, lambda _: 1.0, 0.1)
 
 
 def test_a_gate_that_cannot_be_met_leaves_nothing(trained: nn.Module, tmp_path: Path) -> None:

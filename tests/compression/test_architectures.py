@@ -49,6 +49,7 @@ def silenced(parent: nn.Module, pruned: Pruned) -> nn.Module:
         ("unet", 0.5),
         ("fpn", 0.5),
         ("gated", 0.5),
+        ("cross-stage", 0.3),
     ],
 )
 def test_an_architecture_is_pruned_exported_and_quantized(

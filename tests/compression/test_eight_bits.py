@@ -26,6 +26,7 @@ class Gate:
     """A real judge of divergence with a gate of its own on it."""
 
     attainable = True
+    unit = "nats"
 
     def __init__(self, net: nn.Module, core: onnx.ModelProto, max_drop: float) -> None:
         self.max_drop = max_drop

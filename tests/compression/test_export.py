@@ -98,3 +98,21 @@ def test_a_model_that_cannot_be_exported_is_refused() -> None:
 
     with pytest.raises(ExportFailed, match="cannot be exported"):
         export.export_core(Undecided(), UNEVEN)
+
+
+class _FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.dense = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The length is a plain number to the exporter: that of its example.
+        made: torch.Tensor = self.dense(self.convolution(x).reshape(len(x), 4, -1).mean(2))
+        return made
+
+
+def test_a_model_that_fixes_its_batch_is_refused() -> None:
+    net = _FixedBatch().eval()
+    raw = export.serialize(export.attach_pixels(export.export_core(net, UNEVEN), UNEVEN))
+    with pytest.raises(ExportFailed, match="8 image"):
+        export.check_parity(raw, net, UNEVEN)

@@ -48,6 +48,7 @@ def test_the_bundle_is_whole_and_served_as_it_was_verified(
     result, out = compressed
     bundle = Bundle.open(out)
     assert bundle.digest == result.bundle.digest == result.report["digest"]
+    assert result.report["warnings"] == []
     (variant,) = bundle.manifest.variants
     session = open_session(bundle.model_path(variant), target=variant.target)
     check_signature(session, bundle.manifest)

@@ -12,6 +12,7 @@ import pytest
 
 from pollard.compress.errors import PruneFailed, UsageInvalid
 from pollard.compress.pipeline import compress
+from pollard.compress.progress import Reporter
 from pollard.compress.recipe import Recipe
 from pollard.compress.search import Found, Outcome, Point, Trial, choose, front, search
 
@@ -67,6 +68,14 @@ def test_the_same_seed_tries_the_same_points_even_when_it_was_interrupted(tmp_pa
     assert [t.point.latency for t in whole.trials[:4]] == [0.5, 0.3, 0.7, 0.2]
     search(4, 3, 1.0, tmp_path / "two.db", made_up, workers=2)
     assert numbers(search(7, 3, 1.0, tmp_path / "two.db", made_up, workers=2)) == numbers(whole)
+
+
+def test_a_search_whose_time_is_over_ends_with_what_it_has(tmp_path: Path) -> None:
+    hurried = Reporter()
+    hurried.allow(1e-9)
+    found = search(40, 3, 100.0, tmp_path / "few.db", made_up, workers=2, reporter=hurried)
+    assert len(found.trials) == 2
+    assert found.why.endswith("2 of 40 trials fitted into the time that was given")
 
 
 def test_a_killed_search_goes_on_and_leaves_no_process(tmp_path: Path) -> None:

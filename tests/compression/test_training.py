@@ -195,3 +195,47 @@ def _net_with_chance() -> nn.Sequential:
     net = _net()
     net.insert(4, nn.Dropout(0.3))
     return net
+
+
+def test_a_limit_of_time_takes_fewer_steps_and_keeps_what_was_learnt(data: Dataset) -> None:
+    seen: list[float] = []
+
+    class Watch:
+        def step(self, step: int, loss: float, learning_rate: float) -> None:
+            seen.append(learning_rate)
+
+        def epoch(self, epoch: int, loss: float, score: float, best: bool) -> None:
+            pass
+
+    history = fit(_net(), data, SPEC, FitConfig(50, 16, 1e-2), observer=Watch(), seconds=1e-9)
+    assert len(seen) == 1
+    assert len(history.choose_accuracy) == 1
+    assert history.stopped == "1 of 200 steps fitted into the time that was given"
+
+
+def test_shortened_training_ends_with_a_small_learning_rate(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Half:
+        def __init__(self, seconds: float) -> None:
+            self.done = 0
+
+        def fitting(self, left: int) -> int:
+            self.done += 1
+            return min(left, 30 - self.done) if self.done >= 10 else left
+
+    monkeypatch.setattr(training, "Pace", Half)
+    rates: list[float] = []
+
+    class Watch:
+        def step(self, step: int, loss: float, learning_rate: float) -> None:
+            rates.append(learning_rate)
+
+        def epoch(self, epoch: int, loss: float, score: float, best: bool) -> None:
+            pass
+
+    history = fit(_net(), data, SPEC, FitConfig(50, 16, 1e-2), observer=Watch(), seconds=1.0)
+    assert len(rates) == 30
+    assert rates[-1] < 0.05 * max(rates)
+    # Seven whole epochs of four steps, and the half of one.
+    assert len(history.choose_accuracy) == 8

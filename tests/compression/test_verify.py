@@ -8,8 +8,15 @@ import pytest
 
 from pollard.compress.candidates import Candidate
 from pollard.compress.errors import GateRefused
-from pollard.compress.evaluate import Drop, wilson
-from pollard.compress.verify import Measured, Timing, confirm, explain_dropped, select
+from pollard.compress.evaluate import Accuracy, Drop, wilson
+from pollard.compress.verify import (
+    Measured,
+    Timing,
+    confirm,
+    explain_dropped,
+    seen_before,
+    select,
+)
 from pollard.compress.zoo import find
 from pollard.runtime.measure import Ratio
 
@@ -154,3 +161,29 @@ def test_a_gpu_is_judged_by_its_own_batch(tmp_path: Path) -> None:
         speed = Ratio(900 / many, 880 / many, 920 / many)
         field.append(dataclasses.replace(found, timings=timings, speedup=speed, judged_batch=32))
     assert select(field, 1.0).candidate.name == "pruned-fp16"
+
+
+@pytest.mark.parametrize(
+    ("choosing", "held_out", "named"),
+    [
+        (wilson(975, 1000, "d/choose"), wilson(4495, 5000, "d/held-out"), "trained on d/choose"),
+        (wilson(890, 1000, "d/choose"), wilson(4900, 5000, "d/held-out"), "trained on d/held-out"),
+    ],
+)
+def test_a_parent_that_is_far_better_on_one_part_has_seen_it(
+    choosing: Accuracy, held_out: Accuracy, named: str
+) -> None:
+    assert named in seen_before(choosing, held_out)
+
+
+@pytest.mark.parametrize(
+    ("choosing", "held_out"),
+    [
+        (wilson(902, 1000, "c"), wilson(4495, 5000, "h")),  # chance
+        (wilson(30, 30, "c"), wilson(44, 50, "h")),  # far better, of too few to tell
+        (wilson(9999, 10_000, "c"), wilson(99_700, 100_000, "h")),  # sure, and of no weight
+        (wilson(50, 50, "c"), wilson(50, 50, "h")),
+    ],
+)
+def test_chance_is_not_taken_for_knowledge(choosing: Accuracy, held_out: Accuracy) -> None:
+    assert seen_before(choosing, held_out) == ""

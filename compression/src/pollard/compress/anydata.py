@@ -10,15 +10,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,28 +28,35 @@ from pollard.compress.anydata_cuts import (
     batch_gradients,
     shrink_by_batches,
 )
+from pollard.compress.anydata_eight_bits import (
+    Evaluate,
+    MetricJudge,
+    predictor,
+    quantize_module,
+    score,
+)
 from pollard.compress.budget import parse_budgets
 from pollard.compress.channel_map import save_pruned
 from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, UsageInvalid
-from pollard.compress.macs import count_parameters, example_input, total_macs
+from pollard.compress.macs import count_parameters, total_macs
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
-from pollard.compress.recipe import CPU_TARGETS, IMPORTANCES, Importance, Target
+from pollard.compress.recipe import (
+    CALIBRATIONS,
+    CPU_TARGETS,
+    IMPORTANCES,
+    Importance,
+    Method,
+    Target,
+)
 from pollard.compress.schedules import one_cycle
-from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.shrink import ShrinkConfig
 from pollard.compress.training import recalibrate_by, seed_everything
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.bundle import write_durably
 from pollard.runtime.machine import Machine
 from pollard.runtime.measure import Ratio, interleaved, ratio
-from pollard.runtime.sessions import Session, open_session
-
-Predict = Callable[[Tensor], Tensor]
-"""From a batch of inputs to outputs: a module, or an ONNX file as it is served."""
-
-Evaluate = Callable[[Predict], float]
-"""From a model to its metric, of which more is better."""
+from pollard.runtime.sessions import open_session
 
 _PARITY = 1e-3
 
@@ -88,6 +93,15 @@ class ModelRecipe:
     """Share of the loss that is the squared distance to the parent's outputs."""
     calibration_batches: int = 8
     """Batches that 8-bit ranges are measured on."""
+    calibration: Method | Literal["auto"] = "auto"
+    """How 8-bit ranges come from what was seen: "min-max", "mse", "percentile-99.999",
+    "percentile-99.99" or "percentile-99.9"; "auto" compares them."""
+    equalize: bool = True
+    """Whether channels may be balanced between layers before they become 8 bits."""
+    correct_biases: bool = True
+    """Whether biases may make up for what rounding moves."""
+    float_layers: bool = True
+    """Whether layers may stay in float where 8 bits miss the gate."""
     keep_whole: tuple[str, ...] = ()
     """Layers whose outputs are not pruned."""
     seed: int = 0
@@ -110,6 +124,10 @@ class ModelRecipe:
             (0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}"),
             (self.calibration_batches > 0, f"calibration_batches is {self.calibration_batches}"),
             (
+                self.calibration in CALIBRATIONS,
+                f"calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}",
+            ),
+            (
                 self.target == "cpu-int8" or self.prunes,
                 "target cpu-fp32 with prune 0 leaves nothing to do",
             ),
@@ -122,6 +140,17 @@ class ModelRecipe:
     def prunes(self) -> bool:
         """Whether anything is to be cut."""
         return bool(self.budget) or self.prune > 0
+
+    @property
+    def quantize_config(self) -> quantize.QuantizeConfig:
+        """What may be tried in 8 bits, on this machine."""
+        return quantize.QuantizeConfig(
+            reduce_range=not Machine.detect().has_vnni,
+            method=self.calibration,
+            equalize=self.equalize,
+            correct_biases=self.correct_biases,
+            float_layers=self.float_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,10 +247,21 @@ def compress_model(
         if pruned is not None:
             modules["pruned"] = pruned.module
         files: dict[str, bytes] = {}
-        with reporter.step("Exporting and quantizing", len(modules)) as step:
+        quantization: dict[str, dict[str, Any]] = {}
+        with reporter.step("Exporting", len(modules)) as step:
             for kind, module in modules.items():
-                files |= _files(kind, module, example_input, first, train_data, recipe)
+                files[f"{kind}-fp32"] = _file(kind, module, example_input, first)
                 step.advance()
+        if recipe.target == "cpu-int8":
+            metric = score(eval_fn, predictor(open_session(files["parent-fp32"])))
+            for kind, module in modules.items():
+                name, raw = f"{kind}-int8", files.pop(f"{kind}-fp32")
+                judge = MetricJudge(raw, metric, eval_fn, recipe.max_drop)
+                files[f"{kind}-fp32"] = raw
+                files[name], quantization[name] = quantize_module(
+                    module, example_input, train_data, recipe.calibration_batches, judge,
+                    recipe.quantize_config, reporter,
+                )  # fmt: skip
         with reporter.step("Measuring", 1):
             rows = _measure(files, eval_fn, example_input, 40)
         chosen = _choose(rows, recipe.max_drop)
@@ -245,6 +285,7 @@ def compress_model(
             "parent": asdict(parent_row),
             "chosen": asdict(chosen_row),
             "candidates": [asdict(row) for row in rows],
+            "quantization": quantization,
             "macs": {name: total_macs(m, example_input) for name, m in modules.items()},
             "parameters": {name: count_parameters(m) for name, m in modules.items()},
             "left_whole": pruned.left_whole if pruned else {},
@@ -302,7 +343,7 @@ def _recover(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * recipe.epochs))
     # Those of the parent describe channels that are gone.
     recalibrate_by(module, (batch[0] for batch in itertools.islice(data, RECALIBRATION_BATCHES)))
-    best, state = _score(eval_fn, module), copy.deepcopy(module.state_dict())
+    best, state = score(eval_fn, module), copy.deepcopy(module.state_dict())
     with reporter.step("Recovering", steps * recipe.epochs) as step:
         for _ in range(recipe.epochs):
             module.train()
@@ -324,73 +365,26 @@ def _recover(
                 optimizer.step()
                 schedule.step()
                 step.advance(note=f"loss {loss.item():.3f}")
-            score = _score(eval_fn, module)
-            if score >= best:
-                best, state = score, copy.deepcopy(module.state_dict())
+            now = score(eval_fn, module)
+            if now >= best:
+                best, state = now, copy.deepcopy(module.state_dict())
     module.load_state_dict(state)
     module.eval()
 
 
-def _score(eval_fn: Evaluate, predict: Predict) -> float:
-    if isinstance(predict, nn.Module):
-        predict.eval()
-    with torch.no_grad():
-        value = float(eval_fn(predict))
-    if not math.isfinite(value):
-        raise DataInvalid(f"eval_fn gave {value}; it must give a finite number")
-    return value
-
-
-class _Reader:
-    """Feeds training inputs to calibration."""
-
-    def __init__(self, data: Batches, batches: int) -> None:
-        self._left, self._batches = batches, iter(data)
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        batch = next(self._batches, None) if self._left else None
-        self._left -= 1
-        return None if batch is None else {export.CORE_INPUT: batch[0].float().numpy()}
-
-
-def _files(
-    kind: str,
-    module: nn.Module,
-    example: Tensor,
-    probe: Tensor,
-    data: Batches,
-    recipe: ModelRecipe,
-) -> dict[str, bytes]:
-    core = export.export_core(module, example)
-    raw = export.serialize(core)
+def _file(kind: str, module: nn.Module, example: Tensor, probe: Tensor) -> bytes:
+    """Return a module's float file, which computes what the module does."""
+    raw = export.serialize(export.export_core(module, example))
     with torch.no_grad():
         wanted = module(probe)
-    got = _predictor(open_session(raw))(probe)
+    got = predictor(open_session(raw))(probe)
     worst = float((got - wanted).abs().max()) / (float(wanted.max() - wanted.min()) or 1.0)
     if not worst <= _PARITY:
         raise ExportFailed(
             f"the exported {kind} differs from the PyTorch model by {worst:.2e} of the outputs' "
             f"range (allowed {_PARITY:g})"
         )
-    files = {f"{kind}-fp32": raw}
-    if recipe.target == "cpu-int8":
-        work = copy.deepcopy(module)
-        if rewrite_shortcuts(work, example_input(example)):
-            core = export.export_core(work, example)
-        config = quantize.QuantizeConfig(reduce_range=not Machine.detect().has_vnni)
-        reader = _Reader(data, recipe.calibration_batches)
-        quantized = quantize.quantize_core(core, reader, config)
-        onnx.checker.check_model(quantized)
-        files[f"{kind}-int8"] = export.serialize(quantized)
-    return files
-
-
-def _predictor(session: Session) -> Predict:
-    def predict(inputs: Tensor) -> Tensor:
-        feeds = {export.CORE_INPUT: inputs.detach().float().contiguous().numpy()}
-        return torch.from_numpy(np.asarray(session.run(feeds, [export.OUTPUT])[export.OUTPUT]))
-
-    return predict
+    return raw
 
 
 def _measure(
@@ -402,7 +396,7 @@ def _measure(
     return [
         ModelFigures(
             name,
-            _score(eval_fn, _predictor(session)),
+            score(eval_fn, predictor(session)),
             float(np.median(times)),
             ratio(turns[0], times),
             len(raw),

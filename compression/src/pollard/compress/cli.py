@@ -207,6 +207,16 @@ def compress(
             "--vnni/--no-vnni", help="Whether the serving machines have VNNI; default as here."
         ),
     ] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time",
+            metavar="MINUTES",
+            help="What the run may take, about: search, recovery and training in 8 bits end with "
+            "what they have, then files are measured.",
+            show_default="no limit",
+        ),
+    ] = None,
     keep_whole: Annotated[
         list[str] | None, typer.Option("--keep-whole", help="Layer not to prune; repeatable.")
     ] = None,
@@ -266,6 +276,7 @@ def compress(
             "float_layers": float_layers,
             "qat_epochs": qat_epochs,
             "vnni": vnni,
+            "max_time": max_time,
             "max_train_images": train_images,
             "keep_whole": tuple(keep_whole or ()),
             "seed": seed,

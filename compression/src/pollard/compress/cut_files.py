@@ -24,6 +24,9 @@ from pollard.compress.training import FitConfig, History
 
 _CUT, _HISTORY = "cut.json", "history.json"
 
+# Of the time that is left, what recovery may take; the rest is for exporting and measuring.
+_RECOVERY_SHARE = 0.7
+
 
 @dataclasses.dataclass(frozen=True)
 class Recovered:
@@ -74,6 +77,7 @@ def recover_stage(
     fit: FitConfig,
     reporter: Reporter,
     start: nn.Module | None = None,
+    share: float = 1.0,
 ) -> Done[Recovered]:
     """Recover what a stage cut; killed in the middle, it goes on from there.
 
@@ -87,6 +91,7 @@ def recover_stage(
         fit: How.
         reporter: Told of progress.
         start: The same network with the weights to begin from, if not as it was cut.
+        share: Of the time that recoveries may take, where the reporter knows of a limit.
     """
 
     def make(folder: Path) -> None:
@@ -95,8 +100,9 @@ def recover_stage(
             cut.module.load_state_dict(start.state_dict())
         checkpoint = Checkpoint(scratch(folder) / "recover.pt", json.dumps(encode(fit)))
         history = recover(
-            cut.module, parent, data, spec, fit, reporter=reporter, checkpoint=checkpoint
-        )
+            cut.module, parent, data, spec, fit, reporter=reporter, checkpoint=checkpoint,
+            seconds=_RECOVERY_SHARE * share * reporter.left,
+        )  # fmt: skip
         save_pruned(cut.module, folder, cut.channels)
         write_json(folder / _HISTORY, encode(history))
 
@@ -104,7 +110,10 @@ def recover_stage(
         pruned = _present(load_cut(parent, cut_folder, folder))
         return Recovered(pruned, decode(History, read_json(folder / _HISTORY)))
 
-    return stages.run("recover", {**inputs, "fit": fit}, make, load)
+    told = {**inputs, "fit": fit}
+    if reporter.max_seconds is not None:
+        told["max_seconds"] = reporter.max_seconds
+    return stages.run("recover", told, make, load)
 
 
 def _present(cut: Pruned | None) -> Pruned:

@@ -49,6 +49,9 @@ layers must go back to float."""
 class Judge(Protocol):
     """Says how good a quantized model is; less is better."""
 
+    unit: str
+    """What a divergence is in, for people."""
+
     attainable: bool
     """Whether the float model itself holds the gate."""
     max_drop: float
@@ -79,6 +82,8 @@ class ImageJudge:
         parent_right: Which of its images the parent answers right, bool [n].
         max_drop: Most points that may be lost.
     """
+
+    unit = "nats"
 
     def __init__(
         self, float_file: bytes, part: Part, parent_right: NDArray[np.bool_], max_drop: float
@@ -369,8 +374,8 @@ class _Search:
             row = told[node]
             reasons[node] = {
                 **row,
-                "why": f"in 8 bits it alone moves the answers by {row['divergence']:.2g} nats; in "
-                f"float it costs {row['cost_us']:.1f} µs",
+                "why": f"in 8 bits it alone moves the answers by {row['divergence']:.2g} "
+                f"{self._judge.unit}; in float it costs {row['cost_us']:.1f} µs",
             }
         trial = _Trial(
             start.core, start.ranges, raw, self._judge.divergence(raw), drop, reasons, total,

@@ -333,8 +333,21 @@ def check_parity(model: bytes, module: nn.Module, spec: InputSpec) -> float:
     predict = session_predictor(open_session(model))
     span = float(np.ptp(wanted)) or 1.0
     worst = 0.0
-    for got, want in ((predict(images), wanted), (predict(images[:1]), wanted[:1])):
-        worst = max(worst, float(np.abs(got - want).max()) / span)
+    for count in (len(images), 1):
+        try:
+            got = predict(images[:count])
+        except Exception as error:  # onnxruntime raises its own kinds, without a common root
+            first = str(error).strip().splitlines()[0]
+            raise ExportFailed(
+                f"the exported file does not run with {count} image(s); does the model fix its "
+                f"batch, as with len(x) or view(8, …)? {first}"
+            ) from error
+        if got.shape != wanted[:count].shape:
+            raise ExportFailed(
+                f"the exported file gives {list(got.shape)} for {count} image(s), the model gives "
+                f"{list(wanted[:count].shape)}"
+            )
+        worst = max(worst, float(np.abs(got - wanted[:count]).max()) / span)
     if not worst <= _PARITY:
         raise ExportFailed(
             f"the exported file differs from the PyTorch model by {worst:.2e} of the logits' range "

@@ -7,6 +7,7 @@ other; batch norms are folded already, and the ranges of activations stay as cal
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pollard.compress.data import Dataset
 from pollard.compress.eight_bits import Train
+from pollard.compress.errors import QuantizeFailed
 from pollard.compress.progress import Reporter
 from pollard.compress.quantize import Prepared, depthwise_overrides
 from pollard.compress.spec import InputSpec
@@ -27,6 +29,9 @@ from pollard.compress.training import FitConfig, fit
 
 # What onnxruntime's quantizer calls what it made of a constant.
 _SUFFIX = "_quantized"
+
+# Of the time that is left, what training may take.
+_SHARE = 0.5
 
 
 class FakeQuantized(nn.Module):
@@ -113,10 +118,13 @@ def trainer(
     def train(
         prepared: Prepared, core: onnx.ModelProto, quantized: onnx.ModelProto
     ) -> tuple[onnx.ModelProto, dict[str, Any]]:
+        left = math.inf if reporter is None else reporter.left
+        if left <= 0:
+            raise QuantizeFailed("the time that was given is over")
         module = FakeQuantized(prepared, core, quantized)
         history = fit(
             module, data, spec, config, teacher=teacher, reporter=reporter,
-            title="Training in 8 bits",
+            title="Training in 8 bits", seconds=_SHARE * left,
         )  # fmt: skip
         return module.write(core), {"learning_rate": config.learning_rate, **asdict(history)}
 

@@ -220,6 +220,7 @@ def _groups(
         outputs: dict[str, float] = defaultdict(float)
         inputs: dict[str, float] = defaultdict(float)
         why = ""
+        splits = any("Split" in str(dep.target.name) for dep, _ in found)
         for dep, idxs in found:
             target = dep.target.module
             is_output = graph.is_out_channel_pruning_fn(dep.handler)
@@ -234,6 +235,9 @@ def _groups(
                 why = why or f"its channels cannot be followed to {name}"
             if not isinstance(target, COUNTED):
                 continue
+            # Models split by halves, whatever is left: one half alone must not be narrowed.
+            if splits and is_output and len(idxs) != graph.get_out_channels(target):
+                why = why or f"the parts that {name} is split into would become uneven"
             if name in keep_whole and is_output:
                 why = "it was named to stay whole"
             grouped = getattr(target, "groups", 1)

@@ -114,6 +114,7 @@ def compress(
     require_weights(recipe.weights, source)
     machine = Machine.detect()
     recipe = _fill_in(recipe, source, machine)
+    reporter.allow(None if recipe.max_time is None else 60 * recipe.max_time)
     device = find_device(recipe.target, machine)
     if device.why_not:
         reporter.say(
@@ -137,6 +138,11 @@ def compress(
         built = run.build(pruned)
         measured, picked = run.choose(built, _ROUNDS_CHOOSE)
         parent_final, chosen = run.confirm(built[0], picked.candidate, _ROUNDS_CONFIRM)
+        warnings = [
+            w for w in (verify.seen_before(measured[0].accuracy, parent_final.accuracy),) if w
+        ]
+        for warning in warnings:
+            reporter.say(f"Warning: {warning}")
         # Operators are timed on processors.
         profiled = (built[0], picked.candidate) if recipe.target != CUDA else ()
         profiles = {c.name: run.profile(c) for c in profiled}
@@ -164,6 +170,7 @@ def compress(
                 profiles=profiles,
                 stages=stages.done,
                 search=found,
+                warnings=warnings,
                 seconds=time.monotonic() - started + earlier,
             )
         )

@@ -119,6 +119,11 @@ class Plan:
         told.append(
             f"Time: about {_duration(total)}, of which recovery {_duration(self.recovery_seconds)}"
         )
+        if recipe.max_time is not None and total > 60 * recipe.max_time:
+            told.append(
+                f"That is more than {recipe.max_time:g} min: searching, recovery and training in 8 "
+                "bits will be shortened, which costs accuracy"
+            )
         return told
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -18,7 +20,25 @@ class Step(Protocol):
 
 
 class Reporter:
-    """Takes what there is to say. This one says nothing; subclasses do."""
+    """Takes what there is to say. This one says nothing; subclasses do.
+
+    It also knows how much time is given, because whoever reports how far work is can tell
+    that it takes too long.
+    """
+
+    max_seconds: float | None = None
+    """What was given to the whole work; None for no limit."""
+    _until: float = math.inf
+
+    def allow(self, seconds: float | None) -> None:
+        """Give time to the work that begins now; None for no limit."""
+        self.max_seconds = seconds
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, 0 when they are over; infinite without a limit."""
+        return max(0.0, self._until - time.monotonic())
 
     @contextmanager
     def step(self, title: str, total: int) -> Iterator[Step]:

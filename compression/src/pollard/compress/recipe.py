@@ -85,6 +85,9 @@ class Recipe:
     """Whether the machines that will serve have VNNI; this one decides when None."""
     max_train_images: int | None = None
     """Train on so many images only; all when None."""
+    max_time: float | None = None
+    """Minutes that the run may take, about: searching, recovery and training in 8 bits end
+    with what they have, measuring follows. What fits depends on how busy the machine is."""
     keep_whole: tuple[str, ...] = ()
     """Layers whose outputs are not pruned."""
     seed: int = 0
@@ -133,6 +136,10 @@ class Recipe:
             f"calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}",
         )
         _check(self.qat_epochs is None or self.qat_epochs >= 0, f"qat_epochs is {self.qat_epochs}")
+        _check(
+            self.max_time is None or self.max_time > 0,
+            f"max_time is {self.max_time}; it is in minutes, above 0",
+        )
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}")
         _check(self.threads is None or self.threads > 0, f"threads is {self.threads}")
 

@@ -70,6 +70,7 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
         "Epochs of training in 8 bits where nothing else holds the gate; 0: never; null: by model.",
     ),
     "vnni": (_SWITCH, True, "Whether the serving machines have VNNI; null: as here."),
+    "max_time": (_NUMBER, True, "Minutes that the run may take, about; null: as long as it takes."),
     "max_train_images": (_COUNT, True, "Use only so many training images; null: all."),
     "keep_whole": (_LIST, False, "Layers that are not pruned, by name."),
     "seed": (_COUNT, False, "Seed of every random choice."),

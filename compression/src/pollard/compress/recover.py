@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 from torch import nn
 
@@ -28,6 +29,7 @@ def recover(
     *,
     reporter: Reporter | None = None,
     checkpoint: Checkpoint | None = None,
+    seconds: float = math.inf,
 ) -> History:
     """Fine-tune ``pruned`` in place with the parent as its teacher.
 
@@ -35,7 +37,8 @@ def recover(
     describe channels that are gone. They are measured once more at the end, on
     images as they are served, and kept if the choosing part agrees.
 
-    With a ``checkpoint`` it goes on from where it was left, to the same result.
+    With a ``checkpoint`` it goes on from where it was left, to the same result; with
+    ``seconds`` it takes about so long at most.
 
     Raises:
         OSError: the checkpoint cannot be written.
@@ -51,6 +54,7 @@ def recover(
         reporter=reporter,
         title="Recovering accuracy",
         checkpoint=checkpoint,
+        seconds=seconds,
     )
     before = choose_accuracy(pruned, spec, data.choose)
     kept = copy.deepcopy(pruned.state_dict())

@@ -73,6 +73,8 @@ class Compression:
     stages: Sequence[Done[Any]]
     """What the result was made in."""
     search: Found | None
+    warnings: list[str]
+    """What makes the figures doubtful, each a sentence."""
     seconds: float
 
 
@@ -125,6 +127,7 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "chosen": chosen.to_json(),
         "candidates": [m.to_json() for m in run.candidates],
         "dropped_stages": run.dropped,
+        "warnings": run.warnings,
         "pruning": None if run.pruned is None else _pruning(run.pruned, run.recipe["prune"]),
         "recovery": None if run.history is None else asdict(run.history),
         "layers": _layers(run.layers_before, run.layers_after),

@@ -112,6 +112,10 @@ def _heading(content: dict[str, Any]) -> str:
         f"{html.escape(content['machine']['onnxruntime'])}"
         f"{', one thread' if content['summary']['judged_batch'] == 1 else ''}; "
         f"the run took {content['seconds']:g} s.</p>"
+        + "".join(
+            f"<p class='warning'><b>Warning.</b> {html.escape(told[:1].upper() + told[1:])}.</p>"
+            for told in content["warnings"]
+        )
     )
 
 

@@ -37,6 +37,8 @@ tr.chosen td { background: #eaf6ef; font-weight: 600; }
 .two > * { min-width: 0; overflow-x: hidden; }
 pre { white-space: pre-wrap; word-break: break-word; font-size: 12.5px; margin: 0; }
 details { margin-top: 10px; } summary { cursor: pointer; color: #3266ad; }
+.warning { background: #fdf3e3; border: 1px solid #ecd3a4; border-radius: 10px;
+  padding: 10px 16px; }
 ul { margin: 6px 0 12px; padding-left: 22px; }
 """
 

@@ -153,6 +153,8 @@ class Run:
         if config is not None:
             # What files are chosen by goes in, the gate, too: layers stay float for it.
             inputs |= {"quantize": config, **chosen_by(self.recipe)}
+            if self.recipe.max_time is not None:
+                inputs["max_time"] = self.recipe.max_time
         return self.stages.run("export", inputs, make, load).value
 
     def _tuning(self, config: QuantizeConfig | None) -> Tuning | None:

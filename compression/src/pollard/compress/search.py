@@ -36,6 +36,9 @@ _LEAST, _MOST = 0.08, 0.9
 # Of the training images, what a trial is recovered on, once.
 TRIAL_SHARE = 0.3
 
+# Of the time that is given to a run, what stays for compressing to the point that is chosen.
+_AFTERWARDS = 0.5
+
 _STUDY = "search"
 
 
@@ -128,6 +131,7 @@ def search(
     import optuna
 
     reporter = reporter or Reporter()
+    reserve = _AFTERWARDS * (reporter.max_seconds or 0.0)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{storage}",
@@ -144,7 +148,7 @@ def search(
     with reporter.step("Searching", count) as step, pool:
         step.advance(len(done))
         try:
-            while len(done) < count:
+            while len(done) < count and (not done or reporter.left > reserve):
                 # Whole rounds: what is proposed must not depend on which trial ends first.
                 size = min(workers - len(done) % workers, count - len(done))
                 proposed = [_propose(study, seed, len(done) + index) for index in range(size)]
@@ -162,6 +166,8 @@ def search(
             stop.set()  # nobody waits for trials that nobody wants any more
     trials = [_trial(trial) for trial in done]
     chosen, why = choose(trials, max_drop)
+    if len(trials) < count:
+        why += f"; {len(trials)} of {count} trials fitted into the time that was given"
     return Found(trials, chosen, why)
 
 

@@ -77,6 +77,8 @@ def search_stage(run: Run) -> Found:
     fields = ("search", "seed", "max_drop", "target", "vnni", "keep_whole", "calibration_images")
     inputs = {name: getattr(recipe, name) for name in fields}
     inputs["fit"] = fit_config(recipe, run.parent)
+    if recipe.max_time is not None:
+        inputs["max_time"] = recipe.max_time
     return run.stages.run(
         "search", inputs, make, lambda folder: decode(Found, read_json(folder / "found.json"))
     ).value

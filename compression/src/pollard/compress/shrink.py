@@ -163,12 +163,13 @@ def shrink(
         last = cut.value is None or step == config.steps
         source = source if cut.value is None else cut.folder
         epochs = left if last else between
+        share = epochs / left if left else 1.0
         left -= epochs
         given = dataclasses.replace(fit, epochs=epochs)
         inputs = {"of": cut.key, "after": before}
         start = result.pruned.module if cut.value is None and result is not None else None
         done = recover_stage(
-            stages, source, inputs, parent, data, spec, given, reporter, start=start
+            stages, source, inputs, parent, data, spec, given, reporter, start=start, share=share
         )
         result, before = done.value, done.key
         if last:

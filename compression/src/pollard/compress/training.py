@@ -22,6 +22,7 @@ from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
 from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
+from pollard.compress.pace import Pace
 from pollard.compress.parallel import Team
 from pollard.compress.progress import Reporter
 from pollard.compress.schedules import Schedule, schedule
@@ -126,6 +127,7 @@ def fit(
     frozen: Frozen | None = None,
     team: Team | None = None,
     observer: Observer | None = None,
+    seconds: float = math.inf,
 ) -> History:
     """Fit ``module`` in place; it ends with the best state on the choosing part.
 
@@ -144,6 +146,8 @@ def fit(
         frozen: Which layers learn, and from when on; all from the start when None.
         team: The processes that share the batches; all must call this with the same.
         observer: Told of steps and epochs.
+        seconds: What it may take, about. Fewer steps are taken where not all of them fit,
+            and the learning rate falls to its end within those that do.
 
     Raises:
         OSError: the checkpoint cannot be written.
@@ -154,17 +158,17 @@ def fit(
     run = _Run.begin(module, data, spec, config, team)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         run.restore(saved)
-    history, total = run.history, run.steps * config.epochs
-    diverged = ""
+    history, total = run.history, run.total
+    diverged, pace = "", Pace(seconds)
     if teacher is not None:
         teacher.eval()
     with reporter.step(title, total) as step:
         step.advance(run.done)
-        while run.epoch <= config.epochs and not history.stopped:
+        while run.done < run.total and not history.stopped:
             module.train()
             if frozen is not None:
                 frozen.apply(module, run.epoch)
-            while run.position < len(data.train):
+            while run.position < len(data.train) and run.done < run.total:
                 inputs, labels, mixed, weight = run.batch(data.train, spec, config)
                 loss = _loss(module, teacher, inputs, labels, config, mixed)
                 value = team.sum(weight * loss.item())
@@ -172,6 +176,8 @@ def fit(
                     diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
                     break
                 run.learn(weight * loss, value)
+                if (fit_in := pace.fitting(run.total - run.done)) < run.total - run.done:
+                    run.shorten(run.done + fit_in, config)
                 step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
                 if observer is not None:
                     observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
@@ -186,7 +192,7 @@ def fit(
                     score, better = history.choose_accuracy[-1], history.best_epoch == last
                     observer.epoch(last, history.loss[-1], score, better)
                 waited = run.epoch - 1 - history.best_epoch
-                if config.patience and waited >= config.patience and run.epoch <= config.epochs:
+                if config.patience and waited >= config.patience and run.done < run.total:
                     history.stopped = f"no epoch of the last {waited} was better"
                 if checkpoint is not None and team.leads and checkpoint.due:
                     checkpoint.save(run.state())
@@ -199,6 +205,9 @@ def fit(
         reporter.say(
             f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
         )
+    if run.total < total and not history.stopped:
+        history.stopped = f"{run.total:,} of {total:,} steps fitted into the time that was given"
+        reporter.say(f"{title} was shortened: {history.stopped}")
     module.load_state_dict(run.best_state)
     if frozen is not None:
         module.requires_grad_(True)
@@ -257,6 +266,8 @@ class _Run:
     batch_size: int
     steps: int
     """Of an epoch."""
+    total: int
+    """Of all epochs, or fewer where the time is limited."""
     team: Team
     mean_decay: float
     history: History
@@ -293,6 +304,7 @@ class _Run:
             generator,
             config.batch_size,
             steps,
+            steps * config.epochs,
             team,
             config.ema,
             History(start_accuracy=start),
@@ -355,6 +367,11 @@ class _Run:
             else:
                 self.mean[key].copy_(value_now)
 
+    def shorten(self, total: int, config: FitConfig) -> None:
+        """End after ``total`` steps, with the learning rate where it would be then."""
+        self.total = total
+        self.schedule.lr_lambdas = [schedule(config.schedule, max(1, total))]
+
     @contextmanager
     def judged(self) -> Iterator[None]:
         """Put the mean of the weights into the module meanwhile, if there is one."""
@@ -395,6 +412,7 @@ class _Run:
             "position": self.position,
             "losses": self.losses,
             "mean": self.mean,
+            "total": self.total,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -409,6 +427,7 @@ class _Run:
         self.epoch, self.position = saved["epoch"], saved["position"]
         self.losses = list(saved["losses"])
         self.mean = saved.get("mean", {})
+        self.total = saved.get("total", self.total)
 
 
 def _loss(

@@ -39,6 +39,9 @@ MIN_SPEEDUP = 1.03
 # The largest batch that a file is checked with.
 MAX_BATCH = 32
 
+# From how many points, and standard errors, a parent is far better on one part than on another.
+_FAR_POINTS, _FAR_ERRORS = 2.0, 3.5
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -251,6 +254,37 @@ def confirm(parent: Measured, chosen: Measured, max_drop: float) -> None:
             f"bound of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers([chosen])}",
             _figures([parent, chosen]),
         )
+
+
+def seen_before(choosing: Accuracy, held_out: Accuracy) -> str:
+    """Say that the parent seems to have been trained on one of the parts; empty if it does not.
+
+    Images of both parts are as hard as each other, so a parent that has seen neither is about
+    as good on one as on the other.
+
+    Args:
+        choosing: The parent's accuracy on the part that choices are made on.
+        held_out: On the part that figures are reported of.
+    """
+    points = 100 * (choosing.value - held_out.value)
+    right = choosing.value * choosing.samples + held_out.value * held_out.samples
+    both = right / (choosing.samples + held_out.samples)
+    error = math.sqrt(both * (1 - both) * (1 / choosing.samples + 1 / held_out.samples))
+    if abs(points) < _FAR_POINTS or abs(points) < 100 * _FAR_ERRORS * error:
+        return ""
+    better, worse = (choosing, held_out) if points > 0 else (held_out, choosing)
+    what = (
+        "what holds the gate there may not hold it on new images, and layers, ranges and epochs "
+        "were chosen by it"
+        if points > 0
+        else "the figures reported of it say little of new images"
+    )
+    return (
+        f"the parent is far better on {better.dataset} ({better.value:.2%} of {better.samples}) "
+        f"than on {worse.dataset} ({worse.value:.2%} of {worse.samples}): it was probably trained "
+        f"on {better.dataset}; {what}. Keep images that the parent has not seen in a folder "
+        f"{'val/' if points > 0 else 'test/'}"
+    )
 
 
 def explain_dropped(
