@@ -17,6 +17,7 @@ from pollard.compress import export, half, quantize
 from pollard.compress.data import Part
 from pollard.compress.eight_bits import ImageJudge, Train, layer_costs_of, search
 from pollard.compress.macs import count_parameters, example_input, total_macs
+from pollard.compress.onnx_file import OnnxModule
 from pollard.compress.progress import Reporter
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.spec import InputSpec
@@ -162,7 +163,8 @@ def build(
         return built
     # Without parameter-free shortcuts no float operator stays between two 8-bit ones.
     work = copy.deepcopy(module)
-    if rewrite_shortcuts(work, example_input(spec)):
+    traced = not isinstance(module, OnnxModule)
+    if traced and rewrite_shortcuts(work, example_input(spec)):
         core = export.export_core(work, spec)
     prepared = quantize.prepare(core, spec, calibration, config)
     del core
@@ -172,7 +174,7 @@ def build(
         quantized = export.serialize(model)
     else:
         judge = ImageJudge(raw, tuning.choose, tuning.parent_right, tuning.max_drop)
-        costs = layer_costs_of(work, spec)
+        costs = layer_costs_of(work, spec) if traced else None
         found = search(prepared, judge, train=tuning.train, costs=costs, reporter=reporter)
         quantized, told = found.raw, found.told
     path = folder / f"{kind}-int8.onnx"

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from pollard.compress.spec import InputSpec
 
 _Model = Annotated[
-    str, typer.Argument(help="zoo:NAME, or package.module:factory.", show_default=False)
+    str,
+    typer.Argument(
+        help="zoo:NAME, package.module:factory, or FILE.onnx, which is packed as it is.",
+        show_default=False,
+    ),
 ]
 _Weights = Annotated[
     str, typer.Option("--weights", help="Trained parent: .pt state dict or .safetensors.")
@@ -81,7 +85,9 @@ def compress(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="zoo:NAME, or package.module:factory; or in the recipe.", show_default=False
+            help="zoo:NAME, package.module:factory, or FILE.onnx, which can only be quantized; or "
+            "in the recipe.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -296,6 +302,8 @@ def compress(
         }
         if (size := make_spec(input_size, mean, std)) is not None:
             fields["spec"] = size
+        if str(fields.get("model", "")).endswith(".onnx"):
+            fields.setdefault("prune", 0.0)  # there is nothing to prune in it
         if init is not None:
             if init.exists() and not force:
                 raise UsageInvalid(f"{init} exists; choose another name, or --force to replace it")

@@ -67,6 +67,7 @@ def profile(
         from pollard.runtime.bundle import write_durably
 
         source = resolve(model, make_spec(input_size, mean, std))
+        source.require_pytorch("a profile")
         loaded = load_model(source, weights or None)
         found = profile_module(
             loaded.module,

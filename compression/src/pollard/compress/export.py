@@ -23,6 +23,7 @@ from torch import nn
 from pollard.compress.errors import ExportFailed
 from pollard.compress.evaluate import session_predictor, torch_predictor
 from pollard.compress.macs import example_input
+from pollard.compress.onnx_file import OnnxModule
 from pollard.compress.spec import InputSpec
 from pollard.runtime.sessions import open_session
 
@@ -50,6 +51,11 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
     Raises:
         ExportFailed: the module cannot be traced or converted.
     """
+    if isinstance(module, OnnxModule):
+        given = onnx.ModelProto()
+        given.CopyFrom(module.core)
+        strip_metadata(given)
+        return given
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
         with _quiet():

@@ -29,14 +29,29 @@ class Source:
     """A model that can be built, before it is."""
 
     reference: str
-    """"zoo:NAME" or "package.module:factory"."""
+    """"zoo:NAME", "package.module:factory", or "onnx:FILE" without its folder."""
     spec: InputSpec
     training: TrainDefaults
+    file: Path | None = None
+    """The ONNX file that holds it; None for what is built in PyTorch."""
 
     @property
     def name(self) -> str:
         """Short name, for people."""
-        return self.reference.partition(":")[2]
+        name = self.reference.partition(":")[2]
+        return name if self.file is None else name.removesuffix(".onnx")
+
+    def require_pytorch(self, purpose: str) -> None:
+        """Check that it can be taken apart.
+
+        Raises:
+            UsageInvalid: it is an ONNX file.
+        """
+        if self.file is not None:
+            raise UsageInvalid(
+                f"{self.reference.partition(':')[2]} is an ONNX file, which can be quantized and "
+                f"packed; for {purpose} give the PyTorch model it was exported from"
+            )
 
     def build(self, classes: int) -> nn.Module:
         """Build the module with fresh weights.
@@ -46,6 +61,10 @@ class Source:
                 something else.
         """
         kind, _, name = self.reference.partition(":")
+        if self.file is not None:
+            from pollard.compress.onnx_file import OnnxModule, read_core
+
+            return OnnxModule(read_core(self.file, self.spec), self.spec)
         if kind == "zoo":
             return find(name).build(classes)
         model = _import_factory(kind, name)()
@@ -76,9 +95,10 @@ def resolve(reference: str, spec: InputSpec | None = None) -> Source:
     """Find a model without building it.
 
     Args:
-        reference: "zoo:NAME", the bare name of a zoo model, or
-            "package.module:factory"; the factory takes no arguments.
-        spec: What the model takes; needed for factories, and instead of the
+        reference: "zoo:NAME", the bare name of a zoo model,
+            "package.module:factory" (the factory takes no arguments), or the path of an
+            `.onnx` file, also behind "onnx:".
+        spec: What the model takes; needed for factories and files, and instead of the
             zoo's own otherwise.
 
     Raises:
@@ -87,6 +107,8 @@ def resolve(reference: str, spec: InputSpec | None = None) -> Source:
     """
     if reference in ENTRIES:
         reference = f"zoo:{reference}"
+    if reference.endswith(".onnx"):
+        return _onnx_source(Path(reference.removeprefix("onnx:")), spec)
     kind, colon, name = reference.partition(":")
     if kind == "zoo" or not colon:
         entry = find(name if colon else reference)
@@ -97,6 +119,17 @@ def resolve(reference: str, spec: InputSpec | None = None) -> Source:
             "--mean and --std"
         )
     return Source(reference, spec, TrainDefaults())
+
+
+def _onnx_source(path: Path, spec: InputSpec | None) -> Source:
+    if not path.is_file():
+        raise ModelUnknown(f"there is no ONNX file {path}")
+    if spec is None:
+        raise UsageInvalid(
+            f"what {path} was trained on is not known: give --input-size HEIGHTxWIDTHxCHANNELS, "
+            "--mean and --std"
+        )
+    return Source(f"onnx:{path.name}", spec, TrainDefaults(), path)
 
 
 def load_model(
@@ -129,6 +162,10 @@ def load_model(
         classes = find(name).classes if kind == "zoo" else 0
     module = source.build(classes)
     digest = ""
+    if source.file is not None:
+        if weights:
+            raise UsageInvalid(f"{source.file} holds its own weights; leave --weights out")
+        digest, weights = sha256_file(source.file), None
     if weights is not None:
         path = Path(weights)
         state = read_state(path)

@@ -112,6 +112,8 @@ def compress(
     bundling.check_output(out, force=force)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
+    if recipe.prunes:
+        source.require_pytorch("pruning")
     machine = Machine.detect()
     recipe = _fill_in(recipe, source, machine)
     reporter.allow(None if recipe.max_time is None else 60 * recipe.max_time)
@@ -144,7 +146,8 @@ def compress(
         for warning in warnings:
             reporter.say(f"Warning: {warning}")
         # Operators are timed on processors.
-        profiled = (built[0], picked.candidate) if recipe.target != CUDA else ()
+        timed = recipe.target != CUDA and source.file is None
+        profiled = (built[0], picked.candidate) if timed else ()
         profiles = {c.name: run.profile(c) for c in profiled}
         earlier = sum(done.seconds for done in stages.done if done.reused)
         content = report.describe_compression(
@@ -257,7 +260,7 @@ def require_weights(weights: str, source: Source) -> None:
     Raises:
         UsageInvalid: no weights are given; the message says how to get some.
     """
-    if weights:
+    if weights or source.file is not None:
         return
     if source.reference.startswith("zoo:"):
         raise UsageInvalid(

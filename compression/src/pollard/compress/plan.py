@@ -137,6 +137,8 @@ def make_plan(recipe: Recipe) -> Plan:
     trials, recipe = recipe.search, _planned(recipe)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
+    if recipe.prunes:
+        source.require_pytorch("pruning")
     items = open_source(recipe.data).items
     labels = sorted({item.label for item in items})
     if len(labels) < 2:

@@ -34,7 +34,7 @@ class Recipe:
     """
 
     model: str
-    """"zoo:NAME" or "package.module:factory"."""
+    """"zoo:NAME", "package.module:factory" or the path of an ONNX file."""
     data: str
     """"digits", a directory, or a zip file."""
     weights: str

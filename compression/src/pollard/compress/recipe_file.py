@@ -28,7 +28,7 @@ _TEXT, _NUMBER, _COUNT, _SWITCH, _LIST = (
 
 # Field → what it holds, whether null is possible, what the commented recipe says of it.
 _FIELDS: dict[str, tuple[str, bool, str]] = {
-    "model": (_TEXT, False, "zoo:NAME, or package.module:factory."),
+    "model": (_TEXT, False, "zoo:NAME, package.module:factory, or FILE.onnx (quantized only)."),
     "data": (_TEXT, False, "digits, a directory, or a zip; relative to where the command runs."),
     "weights": (_TEXT, False, "The trained parent: a state dict (.pt) or .safetensors."),
     "target": (_TEXT, False, "cpu-int8 (float files compete, too), cpu-fp32 or cuda-fp16."),

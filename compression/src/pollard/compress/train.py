@@ -191,6 +191,7 @@ def train(
             f"an unfinished run has left {path}: --resume goes on with it, --force begins anew"
         )
     source = resolve(model, spec)
+    source.require_pytorch("training")
     config = options.fill_in(source, seed)
     with team() as processes, torch_threads(threads):
         reporter = reporter if reporter is not None and processes.leads else Reporter()
