@@ -33,6 +33,7 @@ types: $(VENV)/.installed-dev
 
 contracts: $(VENV)/.installed-dev $(GEN_VENV)/.installed
 	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
 	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null); \
 	if [ -n "$$tag" ]; then \
 	  echo "buf breaking, against $$tag"; $(BIN)/buf breaking --against ".git#tag=$$tag"; \
@@ -53,9 +54,10 @@ reference: $(VENV)/.installed-dev ## Write docs/reference from the code and the 
 clients: ## Build the clients in other languages, as far as their toolchains are there
 	$(PYTHON) clients/build.py
 
-format: $(VENV)/.installed-dev ## Format the Python code
+format: $(VENV)/.installed-dev ## Format the Python code and the contracts
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/buf format -w
 
 # torch is named with its exact version: a range would bring another build of it.
 $(VENV)/.installed: constraints.txt $(DISTRIBUTIONS:%=%/pyproject.toml)

@@ -13,6 +13,7 @@ used here, and nothing is downloaded: TypeScript wants `npm ci` in `clients/type
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -49,9 +50,19 @@ class Language(ABC):
         todo += [self.hint] if self.hint else []
         return f"{self.name}: {', '.join(lacking)} not found ({'; '.join(todo)})"
 
-    @abstractmethod
     def build(self) -> None:
-        """Build the client and its contract runner; quick when nothing has changed."""
+        """Build the client and its contract runner; quick when nothing has changed.
+
+        Whoever builds the same at the same time waits.
+        """
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with (BUILD / f".{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.make()
+
+    @abstractmethod
+    def make(self) -> None:
+        """Build, with nobody else at it."""
 
     @abstractmethod
     def runner(self) -> list[str]:
@@ -104,7 +115,7 @@ class Python(Language):
 
     name = "python"
 
-    def build(self) -> None:
+    def make(self) -> None:
         """There is nothing to build."""
 
     def runner(self) -> list[str]:
@@ -135,7 +146,7 @@ class TypeScript(Language):
     files = (CLIENTS / "typescript" / "node_modules" / "typescript",)
     hint = "npm ci in clients/typescript"
 
-    def build(self) -> None:
+    def make(self) -> None:
         folder = CLIENTS / "typescript"
         sources = [folder / "src", folder / "package-lock.json", folder / "build.mjs"]
         self.once(folder / "dist", sources, ["node", folder / "build.mjs"])
@@ -177,7 +188,7 @@ class Go(Language):
     )
     package = "github.com/pollard-ai/pollard/clients/go"
 
-    def build(self) -> None:
+    def make(self) -> None:
         place = BUILD / "gopath" / "src" / self.package
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_symlink():
@@ -221,7 +232,7 @@ class Cpp(Language):
     programs = ("cmake", "c++", "protoc", "grpc_cpp_plugin")
     files = (Path("/usr/include/grpcpp/grpcpp.h"),)
 
-    def build(self) -> None:
+    def make(self) -> None:
         folder = BUILD / "cpp"
         self.run(
             *("cmake", "-S", CLIENTS / "cpp", "-B", folder, "-DCMAKE_BUILD_TYPE=Release"),
@@ -229,7 +240,7 @@ class Cpp(Language):
             *("-DCMAKE_CXX_FLAGS_RELEASE=-O0", "-DCMAKE_CXX_FLAGS=-Wall -Wextra"),
             *("-DPOLLARD_BUILD_EXAMPLES=ON", "-DPOLLARD_BUILD_CONTRACT=ON"),
         )
-        self.run("cmake", "--build", folder, "-j", "1")
+        self.run("cmake", "--build", folder, "-j", str(len(os.sched_getaffinity(0))))
 
     def runner(self) -> list[str]:
         return [str(BUILD / "cpp" / "contract")]
@@ -279,7 +290,7 @@ class Java(Language):
             self.files = (*type(self).files, Path("/usr") / self.native)
         return super().missing()
 
-    def build(self) -> None:
+    def make(self) -> None:
         folder, source = BUILD / "java", CLIENTS / "java" / "src"
         generated, classes = folder / "generated", folder / "classes"
         # Netty takes its library only by another name than Debian gives it, and no link to it.

@@ -7,6 +7,7 @@ What it adds is data, from the vectors.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
 import random
@@ -21,6 +22,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pool, json_format
+from google.protobuf.message_factory import GetMessageClass
 
 from pollard.client import ModelsClient
 from pollard.runtime.bundle import write_bundle
@@ -41,16 +44,38 @@ def load(path: str) -> ModuleType:
     return module
 
 
+_SHARED: list[tuple[Any, contextlib.ExitStack]] = []
+"""The live services, and what ends them, while tests of this directory run: all share them."""
+
+
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`pollard up` with what the vectors speak of.
 
     The model "digits" has two revisions that answer differently: 1 is "production", 2 "candidate".
     The rollout 1 of the model "rolled" was taken back by hand. `live.bundle` is the directory of a
-    third bundle, which is registered nowhere.
+    third bundle, which is registered nowhere, `live.bundles` has all three. Tests may add models.
     """
+    if not _SHARED:
+        stack = contextlib.ExitStack()
+        _SHARED.append((stack.enter_context(_started(tmp_path_factory.mktemp("live"))), stack))
+    return _SHARED[0][0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End the services when no test of this directory follows."""
+    try:
+        yield
+    finally:
+        if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+            while _SHARED:
+                _SHARED.pop()[1].close()
+
+
+@contextlib.contextmanager
+def _started(directory: Path) -> Iterator[Any]:
     models = load("tests/conftest.py")
-    directory = tmp_path_factory.mktemp("live")
     up = load("tests/e2e/conftest.py").Up(directory / "up").start()
     try:
         bundles = []
@@ -74,6 +99,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             manager.push(bundles[1], "rolled")
             rollout = manager.start_rollout("rolled", 2)
             manager.abort_rollout("rolled", rollout.number)
+        up.bundles = bundles
         up.bundle = bundles[2]
         yield up
     finally:
@@ -98,7 +124,12 @@ class Front(grpc.GenericRpcHandler):
             `token` (what must be shown), `fail_first` (so many calls fail with `code` first),
             `hang` (no call is answered), `cut_upload_bytes` (the first upload is ended after so
             many bytes), `restart_after` (when so many messages went out on a call, the server
-            restarts, once).
+            restarts, once; with 0 in the middle of the first call, before any answer).
+            What a server of another version does: `lacks` (methods that it has not), `append` (by
+            method, as base64, what comes after the bytes of an answer: fields that nobody knows),
+            `set` (by method, as JSON, what an answer says instead: values that nobody knows),
+            `details_base64` (goes with the errors of `fail_first`),
+            `max_request_bytes` (the largest request that it takes).
         backend: Address of the live service.
         authority: Signs its certificate.
     """
@@ -116,7 +147,11 @@ class Front(grpc.GenericRpcHandler):
         self._server = self._start()
 
     def _start(self) -> grpc.Server:
-        server = grpc.server(futures.ThreadPoolExecutor(8), options=OPTIONS)
+        largest = self._spec.get("max_request_bytes", -1)
+        server = grpc.server(
+            futures.ThreadPoolExecutor(8),
+            options=[*OPTIONS[1:], ("grpc.max_receive_message_length", largest)],
+        )
         server.add_generic_rpc_handlers((self,))
         address = f"127.0.0.1:{self.port}"
         self.port = (
@@ -145,8 +180,10 @@ class Front(grpc.GenericRpcHandler):
         self._server.stop(None).wait()
         self._backend.close()
 
-    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler:
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler | None:
         method = handler_call_details.method
+        if method.rpartition("/")[2] in self._spec.get("lacks", ()):
+            return None
 
         def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             return self._handle(method, requests, context)
@@ -177,8 +214,11 @@ class Front(grpc.GenericRpcHandler):
         if token is not None and shown.get("authorization") != f"Bearer {token}":
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
         if number <= self._spec.get("fail_first", 0):
+            if "details_base64" in self._spec:
+                details = base64.b64decode(self._spec["details_base64"])
+                context.set_trailing_metadata((("grpc-status-details-bin", details),))
             context.abort(grpc.StatusCode[self._spec["code"]], "not now")
-        if self._spec.get("hang"):
+        if self._maybe_restart(0) or self._spec.get("hang"):
             over.wait()
             return
         cut = name == "UploadBundle" and number == 1 and "cut_upload_bytes" in self._spec
@@ -191,10 +231,14 @@ class Front(grpc.GenericRpcHandler):
             requests, metadata=passed, timeout=context.time_remaining()
         )
         context.add_callback(call.cancel)
+        more = base64.b64decode(self._spec.get("append", {}).get(name, ""))
+        other = self._spec.get("set", {}).get(name)
         try:
             for count, answer in enumerate(call, 1):
-                yield answer
-                self._maybe_restart(count)
+                yield (answer if other is None else _changed(method, answer, other)) + more
+                if self._maybe_restart(count):
+                    over.wait()
+                    return
         except grpc.RpcError:
             if cut:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
@@ -203,19 +247,31 @@ class Front(grpc.GenericRpcHandler):
             )
             context.abort(call.code(), call.details())
 
-    def _maybe_restart(self, messages: int) -> None:
+    def _maybe_restart(self, messages: int) -> bool:
+        """Restart the server if it is time for it; say whether it was."""
         with self._lock:
             if self._restarted or messages < self._spec.get("restart_after", messages + 1):
-                return
+                return False
             self._restarted = True
 
         def restart() -> None:
+            # The next listens beside the old one before that ends: a client has few attempts.
             old = self._server
-            old.stop(None).wait()
             self._server = self._start()
+            old.stop(None).wait()
 
         self._restarting = threading.Thread(target=restart)
         self._restarting.start()
+        return True
+
+
+def _changed(method: str, answer: bytes, fields: dict[str, Any]) -> bytes:
+    """Set fields of an answer; other fields stay, also within those that are messages."""
+    service, _, name = method.removeprefix("/").partition("/")
+    described = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
+    message = GetMessageClass(described.output_type).FromString(answer)
+    changed: bytes = json_format.ParseDict(fields, message).SerializeToString()
+    return changed
 
 
 def _some(requests: Iterator[bytes], limit: int) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ line of JSON: what the client returned, or what it raised. See `README.md` besid
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import sys
@@ -24,6 +25,7 @@ KINDS = {
     "infer": "InferenceClient",
     "list_models": "ModelsClient",
     "watch_events": "ModelsClient",
+    "watch_rollout": "ModelsClient",
     "push": "ModelsClient",
 }
 
@@ -64,6 +66,8 @@ def method(call: str, arguments: dict[str, Any]) -> tuple[str, list[Any], dict[s
         return "push", [arguments["bundle"], arguments["model"]], {}
     if call == "watch_events":
         return "watch_events", [arguments.get("model")], {"start": arguments["start"]}
+    if call == "watch_rollout":
+        return "watch_rollout", [arguments["model"], arguments["rollout"]], {}
     raise ValueError(f"this runner knows no call {call!r}")
 
 
@@ -97,6 +101,9 @@ def answer(call: str, result: Any) -> dict[str, Any]:
     if call == "push":
         found = result.revision
         return {"model": found.model, "revision": found.revision, "existed": result.existed}
+    if call == "watch_rollout":
+        names = ("revision", "base_revision", "state")
+        return {"rollouts": [{name: getattr(each, name) for name in names} for each in result]}
     return {
         "events": [
             {"sequence": event.sequence, "action": event.action, "resource": event.resource}
@@ -123,8 +130,9 @@ def run_sync(case: dict[str, Any]) -> dict[str, Any]:
             # Closing a sync client is how its requests in flight are cancelled.
             threading.Timer(case["cancel_after_seconds"], made.close).start()
         result = getattr(made, name)(*args, **kwargs)
-        if call == "watch_events":
-            result = list(itertools.islice(result, arguments["count"]))
+        if call.startswith("watch_"):
+            # Every state of a rollout that ends, or so many events.
+            result = list(itertools.islice(result, arguments.get("count")))
     return answer(call, result)
 
 
@@ -134,13 +142,14 @@ async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
     async with getattr(pollard, f"Async{KINDS[call]}")(
         case["address"], **options(case["client"])
     ) as made:
-        if call == "watch_events":
-            events = []
-            async for event in made.watch_events(*args, **kwargs):
-                events.append(event)
-                if len(events) == arguments["count"]:
-                    break
-            return answer(call, events)
+        if call.startswith("watch_"):
+            seen = []
+            async with contextlib.aclosing(getattr(made, name)(*args, **kwargs)) as watch:
+                async for each in watch:
+                    seen.append(each)
+                    if len(seen) == arguments.get("count"):
+                        break
+            return answer(call, seen)
         task = asyncio.ensure_future(getattr(made, name)(*args, **kwargs))
         if "cancel_after_seconds" in case:
             await asyncio.sleep(case["cancel_after_seconds"])

@@ -120,18 +120,24 @@ def run_of(
         made.build()
         for front in before.values():
             front.reset()
-        ended = subprocess.run(
+        with subprocess.Popen(
             [*made.runner(), str(plan(language))],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **made.environment()},
             stdin=subprocess.DEVNULL,
-            timeout=120,
-            check=False,
-        )
+        ) as runner:
+            try:
+                printed, errors = runner.communicate(timeout=120)
+            except subprocess.TimeoutExpired:
+                # The cases before the one that hangs are judged all the same.
+                runner.kill()
+                printed, errors = runner.communicate()
+                errors += "\nthe runner had not ended after 120 s"
         result = Run()
-        result.exit_code, result.errors = ended.returncode, ended.stderr
-        for line in ended.stdout.splitlines():
+        result.exit_code, result.errors = runner.returncode, errors
+        for line in printed.splitlines():
             read = json.loads(line)
             result.lines[read.pop("case")] = read
         for name, front in before.items():

@@ -22,6 +22,12 @@ def test_contracts_pass_the_lint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_contracts_are_formatted() -> None:
+    command = [_buf(), "format", "--diff", "--exit-code"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_contracts_break_nothing_since_the_last_release() -> None:
     tag = subprocess.run(
         ["git", "describe", "--tags", "--abbrev=0", "--match", "v*"],

@@ -47,7 +47,9 @@ const CALLS = {
   },
   async watch_rollout(models, { model, rollout }, signal) {
     const rollouts = [];
-    for await (const state of models.watchRollout(model, rollout, { signal })) rollouts.push(state);
+    for await (const { revision, baseRevision, state } of models.watchRollout(model, rollout, { signal })) {
+      rollouts.push({ revision, base_revision: baseRevision, state });
+    }
     return { rollouts };
   },
   async push(models, { bundle, model }, signal) {

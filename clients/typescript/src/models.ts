@@ -52,9 +52,12 @@ export interface Rollout {
   readonly steps: readonly number[];
   /** The step that it is at, from 0 on. */
   readonly step: number;
+  /** "UNSPECIFIED" also stands for a state that this client does not know, of a newer manager. */
   readonly state: "SHADOW" | "CANARY" | "PAUSED" | "PROMOTED" | "ROLLED_BACK" | "UNSPECIFIED";
   /** Why it was taken back; empty otherwise. */
   readonly error: string;
+  /** When it ended; undefined while it goes on. */
+  readonly endTime: Date | undefined;
 }
 
 /** What `push` stored. */
@@ -381,8 +384,8 @@ function mayResumeUpload(failure: RequestFailedError): boolean {
   return failure instanceof OutOfRangeError || failure instanceof AbortedError || mayResume(failure);
 }
 
-function hasEnded({ state }: Rollout): boolean {
-  return state === "PROMOTED" || state === "ROLLED_BACK";
+function hasEnded({ endTime }: Rollout): boolean {
+  return endTime !== undefined;
 }
 
 function model(message: ModelMessage): Model {
@@ -411,5 +414,6 @@ function rollout(message: RolloutMessage): Rollout {
     step: message.step,
     state: state as Rollout["state"],
     error: message.error?.message ?? "",
+    endTime: message.endTime,
   };
 }

@@ -19,6 +19,9 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message in either direction; the servers' default too."""
 
+MAX_CONNECTIONS = 64
+"""Most channels of one client."""
+
 DEFAULT_INFERENCE_ADDRESS = "127.0.0.1:8001"
 DEFAULT_VISION_ADDRESS = "127.0.0.1:8011"
 DEFAULT_MODELS_ADDRESS = "127.0.0.1:8021"
@@ -120,6 +123,11 @@ def is_local(address: str) -> bool:
     """Say whether what is sent to an address stays on this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
+    bare = address.removeprefix("ipv4:").removeprefix("ipv6:")
+    return all(_is_loopback(part) for part in bare.split(","))
+
+
+def _is_loopback(address: str) -> bool:
     host = address.rpartition("/")[2].rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
@@ -169,9 +177,18 @@ def _read(path: str | os.PathLike[str] | None) -> bytes | None:
 
 
 def channel_options(
-    retry: RetryPolicy, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    retry: RetryPolicy,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    spread: bool = False,
 ) -> list[tuple[str, Any]]:
-    """Return the options with which every channel is opened."""
+    """Return the options with which every channel is opened.
+
+    Args:
+        retry: When requests are sent again.
+        max_message_bytes: Largest message in either direction.
+        spread: The address stands for several servers that take requests in turn.
+    """
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -182,15 +199,26 @@ def channel_options(
         # A proxy from the environment must not come between a client and its services.
         ("grpc.enable_http_proxy", 0),
     ]
-    if retry.max_attempts > 1:
-        options += [("grpc.enable_retries", 1), ("grpc.service_config", service_config(retry))]
-    else:
-        options.append(("grpc.enable_retries", 0))
+    if retry.max_attempts > 1 or spread:
+        options.append(("grpc.service_config", service_config(retry, spread=spread)))
+    options.append(("grpc.enable_retries", int(retry.max_attempts > 1)))
     return options
 
 
-def service_config(retry: RetryPolicy) -> str:
-    """Return gRPC's service config (JSON) that retries the idempotent methods."""
+def service_config(retry: RetryPolicy, *, spread: bool = False) -> str:
+    """Return gRPC's service config (JSON) that retries the idempotent methods.
+
+    With `spread` it also gives requests in turn to the servers that are there.
+    """
+    config: dict[str, Any] = {}
+    if spread:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+    if retry.max_attempts > 1:
+        config["methodConfig"] = [_retries(retry)]
+    return json.dumps(config)
+
+
+def _retries(retry: RetryPolicy) -> dict[str, Any]:
     names = [
         {"service": service, "method": method}
         for service, methods in _RETRIED.items()
@@ -205,16 +233,18 @@ def service_config(retry: RetryPolicy) -> str:
         # caller cancels itself is never sent again.
         "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
     }
-    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]})
+    return {"name": names, "retryPolicy": policy}
 
 
 def checked_address(address: str) -> str:
     """Return `address`, or raise ValueError when it is none that gRPC can dial.
 
-    Known forms: "host:port", "[v6]:port", "unix:/path", and "dns:///host:port" with other
-    schemes of gRPC's.
+    Known forms: "host:port", "[v6]:port", "unix:/path", several "1.2.3.4:port" with commas
+    between, and "dns:///host:port" with other schemes of gRPC's.
     """
     text = address.strip()
+    if "," in text and ":///" not in text:
+        return _checked_list(text)
     if text.startswith(("http://", "https://", "grpc://")):
         raise ValueError(f"address {address!r} must be HOST:PORT, without a scheme")
     if text.startswith(("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:")):
@@ -223,6 +253,36 @@ def checked_address(address: str) -> str:
     if not colon or not host or not port.isdigit() or not 1 <= int(port) <= 65535:
         raise ValueError(f"address {address!r} must be HOST:PORT, such as 127.0.0.1:8001")
     return text
+
+
+def _checked_list(text: str) -> str:
+    """Return several addresses as one target: gRPC itself takes IP addresses of one kind."""
+    bare = text.removeprefix("ipv4:").removeprefix("ipv6:")
+    kinds = set()
+    for part in bare.split(","):
+        host, _, _ = checked_address(part).rpartition(":")
+        try:
+            kinds.add(f"ipv{ipaddress.ip_address(host.strip('[]')).version}")
+        except ValueError:
+            raise ValueError(
+                f"{part.strip()!r} of the addresses {text!r} must be an IP address with a port; "
+                "for names give one that resolves to all servers, as dns:///NAME:PORT"
+            ) from None
+    if len(kinds) > 1:
+        raise ValueError(f"the addresses {text!r} must be all of IPv4 or all of IPv6")
+    return f"{kinds.pop()}:{','.join(part.strip() for part in bare.split(','))}"
+
+
+def is_several(address: str) -> bool:
+    """Whether a checked address may stand for several servers."""
+    return "," in address or address.startswith("dns:")
+
+
+def checked_connections(connections: int) -> int:
+    """Return the number of channels of a client, or raise ValueError."""
+    if not 1 <= connections <= MAX_CONNECTIONS:
+        raise ValueError(f"connections must be 1 to {MAX_CONNECTIONS}, not {connections}")
+    return connections
 
 
 def checked_timeout(timeout: float | None, default: float) -> float:

@@ -37,6 +37,15 @@ ALIAS_METADATA_KEY = "pollard-alias"
 STICKY_METADATA_KEY = "pollard-sticky-key"
 
 
+def enum_name(enum: Any, number: int, prefix: str) -> str:
+    """Return the name of an enum's value, without its prefix.
+
+    A value that a newer server has and this client does not know is "UNSPECIFIED".
+    """
+    value = enum.DESCRIPTOR.values_by_number.get(number)
+    return "UNSPECIFIED" if value is None else str(value.name).removeprefix(prefix)
+
+
 def sticky_metadata(key: str) -> str:
     """Return a sticky key as metadata can carry it, or raise ValueError when it cannot."""
     if not key.isascii() or not key.isprintable() or key != key.strip():
@@ -165,7 +174,7 @@ def alias(message: model_service_pb2.Alias) -> types.Alias:
         revision=message.revision,
         pending_revision=message.pending_revision,
         previous_revision=message.previous_revision,
-        state=model_service_pb2.Alias.State.Name(message.state).removeprefix("STATE_"),
+        state=enum_name(model_service_pb2.Alias.State, message.state, "STATE_"),
         error=message.error.message,
         failures=tuple(
             server_failure(failure.server_id, failure.status) for failure in message.failures
@@ -195,7 +204,7 @@ def revision(message: model_service_pb2.Revision) -> types.Revision:
         revision=message.revision,
         bundle_sha256=message.bundle_sha256,
         size_bytes=message.size_bytes,
-        state=model_service_pb2.Revision.State.Name(message.state).removeprefix("STATE_"),
+        state=enum_name(model_service_pb2.Revision.State, message.state, "STATE_"),
         error=message.error.message,
         notes=message.notes,
         labels=MappingProxyType(dict(message.labels)),
@@ -212,7 +221,7 @@ def revision(message: model_service_pb2.Revision) -> types.Revision:
 
 def _signature(message: model_service_pb2.BundleSignature) -> types.BundleSignature:
     return types.BundleSignature(
-        state=model_service_pb2.BundleSignature.State.Name(message.state).removeprefix("STATE_"),
+        state=enum_name(model_service_pb2.BundleSignature.State, message.state, "STATE_"),
         key_sha256=message.key_sha256,
         create_time=_time(message, "create_time"),
         creator=message.creator,
@@ -271,7 +280,7 @@ def server(message: fleet_service_pb2.Server) -> types.Server:
     hello = message.hello
     return types.Server(
         server_id=hello.server_id or last_part(message.name),
-        kind=fleet_service_pb2.ServerKind.Name(hello.kind).removeprefix("SERVER_KIND_"),
+        kind=enum_name(fleet_service_pb2.ServerKind, hello.kind, "SERVER_KIND_"),
         address=hello.address,
         connected=message.connected,
         last_seen_time=_time(message, "last_seen_time"),
@@ -283,9 +292,7 @@ def server(message: fleet_service_pb2.Server) -> types.Server:
             types.ServerRevision(
                 model=item.model,
                 revision=item.revision,
-                state=fleet_service_pb2.RevisionState.Name(item.state).removeprefix(
-                    "REVISION_STATE_"
-                ),
+                state=enum_name(fleet_service_pb2.RevisionState, item.state, "REVISION_STATE_"),
                 variant=item.variant,
                 error=item.error.message,
                 succeeded=item.counters.succeeded,
@@ -343,7 +350,7 @@ def rollout(message: model_service_pb2.Rollout) -> types.Rollout:
         max_p99_ratio=message.gates.max_p99_ratio,
         shadow_percent=message.shadow_percent,
         min_agreement=message.gates.min_agreement,
-        state=model_service_pb2.Rollout.State.Name(message.state).removeprefix("STATE_"),
+        state=enum_name(model_service_pb2.Rollout.State, message.state, "STATE_"),
         error=message.error.message,
         create_time=_time(message, "create_time"),
         end_time=_time(message, "end_time"),
@@ -376,7 +383,7 @@ def _evidence(message: model_service_pb2.RolloutEvidence) -> types.RolloutEviden
         gates=tuple(
             types.GateEvidence(
                 gate=gate.gate,
-                state=model_service_pb2.GateEvidence.State.Name(gate.state).removeprefix("STATE_"),
+                state=enum_name(model_service_pb2.GateEvidence.State, gate.state, "STATE_"),
                 words=gate.words,
             )
             for gate in message.gates

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import grpc
+from google.protobuf import message as protobuf_message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -282,12 +283,10 @@ def _details(error: grpc.RpcError) -> ErrorDetails:
     # one in the details differ; a client should report what it got.
     for key, value in error.trailing_metadata() or ():
         if key == _STATUS_DETAILS_KEY and isinstance(value, bytes):
-            status = status_pb2.Status()
             try:
-                status.ParseFromString(value)
-            except ValueError:
+                return _error_info(status_pb2.Status.FromString(value))
+            except protobuf_message.DecodeError:  # what failed is still known without them
                 return ErrorDetails()
-            return _error_info(status)
     return ErrorDetails()
 
 

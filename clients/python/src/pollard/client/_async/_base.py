@@ -1,4 +1,4 @@
-"""What all clients share: one channel, deadlines, typed errors."""
+"""What all clients share: channels, deadlines, typed errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class AsyncBaseClient:
-    """One channel to one server. Use it as a context manager, or call `close()`.
+    """A connection to a server. Use it as a context manager, or call `close()`.
 
     Many requests may be in flight at once over one client.
     """
@@ -30,11 +30,14 @@ class AsyncBaseClient:
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client. It connects with the first request.
 
         Args:
-            address: "HOST:PORT" or "unix:/path".
+            address: "HOST:PORT" or "unix:/path". Several servers are "1.2.3.4:PORT,1.2.3.5:PORT",
+                or "dns:///NAME:PORT" for all that the name stands for: requests go in turn to
+                those that are there, and a retry to another.
             timeout: Deadline in seconds of requests that give none.
             retry: How often idempotent requests that meet UNAVAILABLE are sent again; by default
                 three times more. `RetryPolicy.none()` lets every failure through.
@@ -42,16 +45,27 @@ class AsyncBaseClient:
             tls: Encrypt the connection; None for a plain one.
             token: Sent with every request as "authorization: Bearer …"; needs `tls`, unless the
                 address is this machine's.
+            connections: Channels that requests take in turn, 1 to 64; more than one where a single
+                connection is the limit.
 
         Raises:
-            ValueError: If an argument is out of its range, or a token would be sent to another
-                machine without `tls`.
+            ValueError: If an argument is out of its range, a token would be sent to another machine
+                without `tls`, or there are several addresses with it: certificates are for names.
             OSError: If a file of `tls` cannot be read.
         """
         self.address = _channel.checked_address(address)
         self._timeout = _channel.checked_timeout(timeout, timeout)
-        options = _channel.channel_options(retry or _channel.RetryPolicy(), max_message_bytes)
-        self._channel = _io.open_channel(
+        if tls is not None and "," in self.address:
+            raise ValueError(
+                f"with tls give one name for all servers, as dns:///NAME:PORT, not {address!r}"
+            )
+        options = _channel.channel_options(
+            retry or _channel.RetryPolicy(),
+            max_message_bytes,
+            spread=_channel.is_several(self.address),
+        )
+        self._channel = _io.open_channels(
+            _channel.checked_connections(connections),
             self.address,
             options,
             _channel.channel_credentials(tls, token, self.address),
@@ -63,7 +77,7 @@ class AsyncBaseClient:
         """Close the channel; requests in flight are cancelled. More than once does no harm."""
         if not self._closed:
             self._closed = True
-            await _io.close_channel(self._channel)
+            await _io.close_channels(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import grpc
 
 from pollard.client._images import ImageLike
+from pollard.client._pool import LOCAL_SUBCHANNELS, ChannelPool
 from pollard.client._upload import Upload
 from pollard.models.v1 import model_service_pb2
 
@@ -39,13 +40,14 @@ async def requests_of(
         failures.append(error)
 
 
-def open_channel(
+def open_channels(
+    number: int,
     address: str,
     options: list[tuple[str, Any]],
     credentials: grpc.ChannelCredentials | None,
     shown: tuple[str, str] | None = None,
 ) -> grpc.aio.Channel:
-    """Open a channel; it connects with the first request.
+    """Open a channel, or a pool of several; they connect with the first requests.
 
     Raises:
         RuntimeError: There is no running event loop.
@@ -57,6 +59,23 @@ def open_channel(
         raise RuntimeError(
             "asyncio clients are made inside a coroutine; elsewhere use the sync ones"
         ) from None
+    if number > 1:
+        pool = ChannelPool(
+            [
+                _open(address, [*options, LOCAL_SUBCHANNELS], credentials, shown)
+                for _ in range(number)
+            ]
+        )
+        return cast("grpc.aio.Channel", pool)  # it has all that stubs use
+    return _open(address, options, credentials, shown)
+
+
+def _open(
+    address: str,
+    options: list[tuple[str, Any]],
+    credentials: grpc.ChannelCredentials | None,
+    shown: tuple[str, str] | None,
+) -> grpc.aio.Channel:
     if credentials is not None:
         return grpc.aio.secure_channel(address, credentials, options=options)
     interceptors = [kind(shown) for kind in _SHOWING] if shown is not None else []
@@ -95,9 +114,10 @@ class _StreamStream(_Showing, grpc.aio.StreamStreamClientInterceptor):
 _SHOWING = (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)
 
 
-async def close_channel(channel: grpc.aio.Channel) -> None:
-    """Close a channel and cancel what is in flight."""
-    await channel.close()
+async def close_channels(opened: grpc.aio.Channel | ChannelPool) -> None:
+    """Close what `open_channels` returned, and cancel what is in flight."""
+    for channel in opened.channels if isinstance(opened, ChannelPool) else (opened,):
+        await channel.close()
 
 
 async def run_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
@@ -44,7 +44,7 @@ class EventMethods(AsyncManagerClient):
         start: int | None = None,
         patience: float | None = None,
         on_connection: Callable[[RequestFailed | None], None] | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Yield every change in the registry as it happens, once and in order.
 
         A connection that breaks is made again, and the watch goes on where it stood: nothing is

@@ -28,6 +28,7 @@ class AsyncInferenceClient(AsyncBaseClient):
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client; the arguments are those of every client (`AsyncBaseClient`)."""
         super().__init__(
@@ -37,6 +38,7 @@ class AsyncInferenceClient(AsyncBaseClient):
             max_message_bytes=max_message_bytes,
             tls=tls,
             token=token,
+            connections=connections,
         )
         self._stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pollard.client import _convert
 from pollard.client._async._manager import PAGE
 from pollard.client._async.bundles import BundleMethods
-from pollard.client._async.events import EventMethods
 from pollard.client._async.rollouts import RolloutMethods
 from pollard.client._async.tokens import TokenMethods
 from pollard.client.types import Server
 from pollard.models.v1 import fleet_service_pb2
 
 
-class AsyncModelsClient(BundleMethods, RolloutMethods, EventMethods, TokenMethods):
+class AsyncModelsClient(BundleMethods, RolloutMethods, TokenMethods):
     """Asks the model management server."""
 
     async def servers(self) -> list[Server]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 from pollard.client import _convert
-from pollard.client._async._manager import PAGE, SERVICE, AsyncManagerClient
+from pollard.client._async._manager import PAGE, SERVICE
+from pollard.client._async.events import EventMethods
 from pollard.client._names import (
     checked_alias,
     model_name,
@@ -14,11 +16,12 @@ from pollard.client._names import (
     rollout_name,
 )
 from pollard.client._quorum import Quorum, quorum_of
+from pollard.client.errors import RequestFailed
 from pollard.client.types import Rollout
 from pollard.models.v1 import model_service_pb2
 
 
-class RolloutMethods(AsyncManagerClient):
+class RolloutMethods(EventMethods):
     """Methods of the models client that concern rollouts."""
 
     async def start_rollout(
@@ -107,6 +110,53 @@ class RolloutMethods(AsyncManagerClient):
             token = page.next_page_token
             if not token:
                 return rollouts
+
+    async def watch_rollout(
+        self,
+        model: str,
+        rollout: int,
+        *,
+        patience: float | None = None,
+        on_connection: Callable[[RequestFailed | None], None] | None = None,
+    ) -> AsyncGenerator[Rollout, None]:
+        """Yield a rollout as it is, and again with every step, until it has ended.
+
+        A connection that breaks is made again, as for `watch_events`; what changed meanwhile comes
+        as one change.
+
+        Args:
+            model: Model name.
+            rollout: Number of the rollout.
+            patience: As for `watch_events`.
+            on_connection: As for `watch_events`.
+
+        Raises:
+            NotFound: There is no such model or rollout.
+            Unavailable: The manager could not be reached at the beginning, or not within
+                `patience`.
+        """
+        # Events are watched from before the first look on, so that no change falls between the two.
+        newest = await self.events(limit=1)
+        current = await self.rollout(model, rollout)
+        yield current
+        if current.end_time is not None:
+            return
+        name = rollout_name(model, rollout)
+        start = newest[0].sequence + 1 if newest else 1
+        events = self.watch_events(
+            model, start=start, patience=patience, on_connection=on_connection
+        )
+        async with aclosing(events):  # so that its call ends with this watch, and not some time
+            async for event in events:
+                if event.resource != name:
+                    continue
+                after = await self.rollout(model, rollout)
+                if (after.state, after.step) == (current.state, current.step):
+                    continue
+                current = after
+                yield current
+                if current.end_time is not None:
+                    return
 
     async def pause_rollout(
         self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None

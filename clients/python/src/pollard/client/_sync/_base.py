@@ -1,5 +1,5 @@
 # Made by clients/python/generate_sync.py from _async/_base.py; change that file instead.
-"""What all clients share: one channel, deadlines, typed errors."""
+"""What all clients share: channels, deadlines, typed errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class BaseClient:
-    """One channel to one server. Use it as a context manager, or call `close()`.
+    """A connection to a server. Use it as a context manager, or call `close()`.
 
     Many requests may be in flight at once over one client.
     """
@@ -31,11 +31,14 @@ class BaseClient:
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client. It connects with the first request.
 
         Args:
-            address: "HOST:PORT" or "unix:/path".
+            address: "HOST:PORT" or "unix:/path". Several servers are "1.2.3.4:PORT,1.2.3.5:PORT",
+                or "dns:///NAME:PORT" for all that the name stands for: requests go in turn to
+                those that are there, and a retry to another.
             timeout: Deadline in seconds of requests that give none.
             retry: How often idempotent requests that meet UNAVAILABLE are sent again; by default
                 three times more. `RetryPolicy.none()` lets every failure through.
@@ -43,16 +46,27 @@ class BaseClient:
             tls: Encrypt the connection; None for a plain one.
             token: Sent with every request as "authorization: Bearer …"; needs `tls`, unless the
                 address is this machine's.
+            connections: Channels that requests take in turn, 1 to 64; more than one where a single
+                connection is the limit.
 
         Raises:
-            ValueError: If an argument is out of its range, or a token would be sent to another
-                machine without `tls`.
+            ValueError: If an argument is out of its range, a token would be sent to another machine
+                without `tls`, or there are several addresses with it: certificates are for names.
             OSError: If a file of `tls` cannot be read.
         """
         self.address = _channel.checked_address(address)
         self._timeout = _channel.checked_timeout(timeout, timeout)
-        options = _channel.channel_options(retry or _channel.RetryPolicy(), max_message_bytes)
-        self._channel = _io.open_channel(
+        if tls is not None and "," in self.address:
+            raise ValueError(
+                f"with tls give one name for all servers, as dns:///NAME:PORT, not {address!r}"
+            )
+        options = _channel.channel_options(
+            retry or _channel.RetryPolicy(),
+            max_message_bytes,
+            spread=_channel.is_several(self.address),
+        )
+        self._channel = _io.open_channels(
+            _channel.checked_connections(connections),
             self.address,
             options,
             _channel.channel_credentials(tls, token, self.address),
@@ -64,7 +78,7 @@ class BaseClient:
         """Close the channel; requests in flight are cancelled. More than once does no harm."""
         if not self._closed:
             self._closed = True
-            _io.close_channel(self._channel)
+            _io.close_channels(self._channel)
 
     def __enter__(self) -> Self:
         return self

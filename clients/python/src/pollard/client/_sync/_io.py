@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import grpc
 
 from pollard.client._images import ImageLike
+from pollard.client._pool import LOCAL_SUBCHANNELS, ChannelPool
 from pollard.client._upload import Upload
 from pollard.models.v1 import model_service_pb2
 
@@ -35,13 +36,31 @@ def requests_of(
         failures.append(error)
 
 
-def open_channel(
+def open_channels(
+    number: int,
     address: str,
     options: list[tuple[str, Any]],
     credentials: grpc.ChannelCredentials | None,
     shown: tuple[str, str] | None = None,
 ) -> grpc.Channel:
-    """Open a channel; it connects with the first request."""
+    """Open a channel, or a pool of several; they connect with the first requests."""
+    if number > 1:
+        pool = ChannelPool(
+            [
+                _open(address, [*options, LOCAL_SUBCHANNELS], credentials, shown)
+                for _ in range(number)
+            ]
+        )
+        return cast("grpc.Channel", pool)  # it has all that stubs use
+    return _open(address, options, credentials, shown)
+
+
+def _open(
+    address: str,
+    options: list[tuple[str, Any]],
+    credentials: grpc.ChannelCredentials | None,
+    shown: tuple[str, str] | None,
+) -> grpc.Channel:
     if credentials is not None:
         return grpc.secure_channel(address, credentials, options=options)
     channel = grpc.insecure_channel(address, options=options)
@@ -70,9 +89,10 @@ class _Showing(
     intercept_stream_stream: Any = _intercept
 
 
-def close_channel(channel: grpc.Channel) -> None:
-    """Close a channel and cancel what is in flight."""
-    channel.close()
+def close_channels(opened: grpc.Channel | ChannelPool) -> None:
+    """Close what `open_channels` returned, and cancel what is in flight."""
+    for channel in opened.channels if isinstance(opened, ChannelPool) else (opened,):
+        channel.close()
 
 
 def run_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -27,6 +27,7 @@ class ManagerClient(BaseClient):
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client; the arguments are those of every client (`BaseClient`)."""
         super().__init__(
@@ -36,6 +37,7 @@ class ManagerClient(BaseClient):
             max_message_bytes=max_message_bytes,
             tls=tls,
             token=token,
+            connections=connections,
         )
         self._stub = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._fleet = fleet_service_pb2_grpc.FleetServiceStub(self._channel)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import grpc
 
@@ -45,7 +45,7 @@ class EventMethods(ManagerClient):
         start: int | None = None,
         patience: float | None = None,
         on_connection: Callable[[RequestFailed | None], None] | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Yield every change in the registry as it happens, once and in order.
 
         A connection that breaks is made again, and the watch goes on where it stood: nothing is

@@ -29,6 +29,7 @@ class InferenceClient(BaseClient):
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client; the arguments are those of every client (`BaseClient`)."""
         super().__init__(
@@ -38,6 +39,7 @@ class InferenceClient(BaseClient):
             max_message_bytes=max_message_bytes,
             tls=tls,
             token=token,
+            connections=connections,
         )
         self._stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 from pollard.client import _convert
 from pollard.client._sync._manager import PAGE
 from pollard.client._sync.bundles import BundleMethods
-from pollard.client._sync.events import EventMethods
 from pollard.client._sync.rollouts import RolloutMethods
 from pollard.client._sync.tokens import TokenMethods
 from pollard.client.types import Server
 from pollard.models.v1 import fleet_service_pb2
 
 
-class ModelsClient(BundleMethods, RolloutMethods, EventMethods, TokenMethods):
+class ModelsClient(BundleMethods, RolloutMethods, TokenMethods):
     """Asks the model management server."""
 
     def servers(self) -> list[Server]:

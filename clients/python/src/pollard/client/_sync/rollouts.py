@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 from pollard.client import _convert
 from pollard.client._names import (
@@ -14,12 +15,14 @@ from pollard.client._names import (
     rollout_name,
 )
 from pollard.client._quorum import Quorum, quorum_of
-from pollard.client._sync._manager import PAGE, SERVICE, ManagerClient
+from pollard.client._sync._manager import PAGE, SERVICE
+from pollard.client._sync.events import EventMethods
+from pollard.client.errors import RequestFailed
 from pollard.client.types import Rollout
 from pollard.models.v1 import model_service_pb2
 
 
-class RolloutMethods(ManagerClient):
+class RolloutMethods(EventMethods):
     """Methods of the models client that concern rollouts."""
 
     def start_rollout(
@@ -104,6 +107,53 @@ class RolloutMethods(ManagerClient):
             token = page.next_page_token
             if not token:
                 return rollouts
+
+    def watch_rollout(
+        self,
+        model: str,
+        rollout: int,
+        *,
+        patience: float | None = None,
+        on_connection: Callable[[RequestFailed | None], None] | None = None,
+    ) -> Generator[Rollout, None, None]:
+        """Yield a rollout as it is, and again with every step, until it has ended.
+
+        A connection that breaks is made again, as for `watch_events`; what changed meanwhile comes
+        as one change.
+
+        Args:
+            model: Model name.
+            rollout: Number of the rollout.
+            patience: As for `watch_events`.
+            on_connection: As for `watch_events`.
+
+        Raises:
+            NotFound: There is no such model or rollout.
+            Unavailable: The manager could not be reached at the beginning, or not within
+                `patience`.
+        """
+        # Events are watched from before the first look on, so that no change falls between the two.
+        newest = self.events(limit=1)
+        current = self.rollout(model, rollout)
+        yield current
+        if current.end_time is not None:
+            return
+        name = rollout_name(model, rollout)
+        start = newest[0].sequence + 1 if newest else 1
+        events = self.watch_events(
+            model, start=start, patience=patience, on_connection=on_connection
+        )
+        with closing(events):  # so that its call ends with this watch, and not some time
+            for event in events:
+                if event.resource != name:
+                    continue
+                after = self.rollout(model, rollout)
+                if (after.state, after.step) == (current.state, current.step):
+                    continue
+                current = after
+                yield current
+                if current.end_time is not None:
+                    return
 
     def pause_rollout(
         self, model: str, rollout: int, *, etag: str = "", request_id: str | None = None

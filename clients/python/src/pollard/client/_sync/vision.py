@@ -32,6 +32,7 @@ class VisionClient(BaseClient):
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
+        connections: int = 1,
     ) -> None:
         """Make a client; the arguments are those of every client (`BaseClient`)."""
         super().__init__(
@@ -41,6 +42,7 @@ class VisionClient(BaseClient):
             max_message_bytes=max_message_bytes,
             tls=tls,
             token=token,
+            connections=connections,
         )
         self._vision = vision_service_pb2_grpc.VisionServiceStub(self._channel)
         self._preprocess = preprocess_service_pb2_grpc.PreprocessServiceStub(self._channel)
