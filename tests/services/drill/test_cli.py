@@ -1,4 +1,4 @@
-"""What `pollard drill swap` refuses, in words."""
+"""What the drills refuse, in words."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def test_an_installation_that_is_not_there_is_told(invoke: Callable[..., Result]
     done = invoke("--manager", "127.0.0.1:9", "--vision", "127.0.0.1:9")
     assert done.exit_code == 1
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "closed"], "even rate"),
+        (["--for", "ever"], "no duration"),
+        (["--swap-every", "often"], "no duration"),
+    ],
+)
+def test_usage_errors_of_a_soak_end_with_code_2(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["soak", *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())

@@ -206,6 +206,73 @@ def swap(
     raise typer.Exit(run_drill(with_seed(options, seed)))
 
 
+@app.command()
+def soak(
+    duration: Annotated[
+        str, typer.Option("--for", metavar="DURATION", help="How long the load lasts.")
+    ] = "30min",
+    load: Annotated[
+        str,
+        typer.Option(
+            metavar="PERCENT",
+            help="Requests, in percent of what the services can answer, which is measured first.",
+        ),
+    ] = "30%",
+    clients: Annotated[int, typer.Option(min=1, max=256, help="Clients that ask.")] = 4,
+    swap_every: Annotated[
+        str, typer.Option(metavar="DURATION", help='From one swap to the next, or "never".')
+    ] = "60s",
+    sample_every: Annotated[
+        str, typer.Option(metavar="DURATION", help="From one look at the services to the next.")
+    ] = "10s",
+    warm: Annotated[
+        str,
+        typer.Option(
+            metavar="DURATION",
+            help="What is seen before that, or in the first third, is not judged.",
+        ),
+    ] = "10min",
+    max_slope: Annotated[
+        float,
+        typer.Option(
+            metavar="PERCENT", min=0, help="Most that a service's memory may grow in 10 minutes."
+        ),
+    ] = 1.0,
+    model_mb: Annotated[
+        float, typer.Option(min=0.1, max=2000.0, help="Size of the drill's model, in MB.")
+    ] = 10.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write figures and samples here.")
+    ] = None,
+) -> None:
+    """Keep services under load for a long time, and see whether anything grows.
+
+    Starts services of its own, keeps clients asking, swaps between two revisions, and looks at
+    memory, file descriptors and threads of each service. Every answer is checked as in `swap`. The
+    slope of the memory is Theil and Sen's: the median over all pairs of samples.
+
+    Ends with exit code 1 when a request failed, or memory, files or threads kept growing. Ctrl-C
+    ends it and prints what was seen.
+    """
+    from pollard.services.drill.soak import SoakOptions, run_soak
+
+    percent = _percent(load)
+    if not percent:
+        raise typer.BadParameter("a soak sends its requests at an even rate; write 1% to 100%")
+    options = SoakOptions(
+        seconds=_seconds(duration),
+        load_percent=percent,
+        clients=clients,
+        swap_seconds=0.0 if swap_every.strip() == "never" else _seconds(swap_every),
+        sample_seconds=_seconds(sample_every),
+        warm_seconds=_seconds(warm),
+        max_slope_percent=max_slope,
+        model_mb=model_mb,
+        json_file=json_file,
+    )
+    raise typer.Exit(run_soak(options))
+
+
 def _address(given: str | None, port: int) -> str:
     address = given or f"127.0.0.1:{port}"
     host, _, number = address.rpartition(":")

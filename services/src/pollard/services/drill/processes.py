@@ -50,6 +50,17 @@ class Outage:
     ended: float = float("inf")
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a service takes of the machine at one moment, its child processes included."""
+
+    memory_bytes: int
+    """Resident."""
+    files: int
+    """Open file descriptors."""
+    threads: int
+
+
 @dataclass
 class _Running:
     plan: ServicePlan
@@ -168,8 +179,17 @@ class Services:
             for outage in self.outages[-4:]
         )
 
+    @property
+    def http_urls(self) -> list[str]:
+        """HTTP ports of the services."""
+        return [f"http://127.0.0.1:{each.plan.http_port}" for each in self._services.values()]
+
     def memory_bytes(self) -> dict[str, int]:
         """Return the resident memory of each service that runs, its child processes included."""
+        return {name: usage.memory_bytes for name, usage in self.usage().items()}
+
+    def usage(self) -> dict[str, Usage]:
+        """Return what each service that runs takes, its child processes included."""
         found = {}
         for name, service in self._services.items():
             if service.process is None or service.process.poll() is not None:
@@ -177,7 +197,11 @@ class Services:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(service.process.pid)
                 family = [process, *process.children(recursive=True)]
-                found[name] = sum(each.memory_info().rss for each in family)
+                found[name] = Usage(
+                    sum(each.memory_info().rss for each in family),
+                    sum(each.num_fds() for each in family),
+                    sum(each.num_threads() for each in family),
+                )
         return found
 
     def tail(self, lines: int = 15) -> str:
