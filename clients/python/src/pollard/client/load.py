@@ -201,6 +201,7 @@ class Load:
         alias: str | None = None,
         timeout: float = _TIMEOUT_SECONDS,
         excused: Excuse = lambda kind, sent, error: False,
+        again_seconds: float | None = None,
     ) -> None:
         """Prepare the clients; `run` or `run_at` starts them.
 
@@ -215,6 +216,7 @@ class Load:
             alias: Alias that requests follow; None for the one that they follow by themselves.
             timeout: Deadline of each request in seconds.
             excused: Tells which failures are sent again rather than counted.
+            again_seconds: So long after it was due a request is sent again; None for `timeout`.
         """
         self.traffic = Traffic()
         self.references = dict(references)
@@ -228,6 +230,7 @@ class Load:
         self._alias = alias
         self._timeout = timeout
         self._excused = excused
+        self._again_seconds = timeout if again_seconds is None else again_seconds
         self._next = itertools.count()
         self._done = asyncio.Event()
 
@@ -295,7 +298,7 @@ class Load:
                 try:
                     revision, check = await send(index)
                 except PollardError as error:
-                    late = time.monotonic() - due >= self._timeout
+                    late = time.monotonic() - due >= self._again_seconds
                     if late or not self._excused(kind, sent, error):
                         self.traffic.failed += 1
                         self.traffic.problem(f"{kind}: {type(error).__name__}: {error}")

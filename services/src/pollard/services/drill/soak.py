@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from pollard.client import AsyncModelsClient
 from pollard.client.load import Load
+from pollard.services.common.lifecycle import cancel
 from pollard.services.drill.errors import DrillFailed
 from pollard.services.drill.figures import Record
 from pollard.services.drill.guard import run_guarded
@@ -41,6 +43,8 @@ _SPARE_SECONDS = 300.0
 """For starting, measuring and stopping."""
 _FEWEST_JUDGED = 30
 """Samples after the warm-up; of fewer the slope says more about chance than about a leak."""
+_BEAT_SECONDS = 0.2
+_STOOD_STILL_SECONDS = 3.0
 _MOST_MORE = 4
 """File descriptors or threads by which the last quarter's median may lie above the first's: a
 connection that comes back, or a thread of a pool that was not needed before."""
@@ -77,6 +81,37 @@ class Sample:
     usage: dict[str, Usage]
 
 
+class Heart:
+    """Notices when the drill itself did not run: stopped by a signal, or with its machine.
+
+    Requests that were on their way then say nothing of the services.
+    """
+
+    def __init__(self) -> None:
+        """Beat for the first time."""
+        self.gaps: list[tuple[float, float]] = []
+        """From when to when it stood still, on the monotonic clock."""
+        self._last = time.monotonic()
+
+    async def beat(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def look(self) -> None:
+        """Note a gap if there was one."""
+        now = time.monotonic()
+        if now - self._last > _STOOD_STILL_SECONDS:
+            self.gaps.append((self._last, now))
+        self._last = now
+
+    def excuses(self, sent: float) -> bool:
+        """Whether the drill stood still at any time since `sent`."""
+        self.look()
+        return any(ended >= sent for _, ended in self.gaps[-3:])
+
+
 @dataclass
 class Soak:
     """What a soak has seen so far."""
@@ -84,6 +119,7 @@ class Soak:
     options: SoakOptions
     record: Record = field(default_factory=Record)
     samples: list[Sample] = field(default_factory=list)
+    heart: Heart = field(default_factory=Heart)
     scrapes: int = 0
     """Times that the metrics of a service were read."""
 
@@ -130,6 +166,8 @@ async def _soak(soak: Soak) -> None:
                     references=target.references,
                     clients=options.clients,
                     kinds=target.kinds,
+                    excused=lambda _, sent, __: soak.heart.excuses(sent),
+                    again_seconds=math.inf,
                 )
 
             gc.collect()
@@ -159,10 +197,15 @@ async def _under_load(
     record.traffic = load.traffic
     record.began = time.monotonic()
     try:
-        async with asking(load, record.rate), asyncio.TaskGroup() as group:
-            group.create_task(_look(soak, services, view))
-            if options.swap_seconds:
-                group.create_task(_swap(soak, models, load, target))
+        async with asking(load, record.rate):
+            beating = asyncio.create_task(soak.heart.beat())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_look(soak, services, view))
+                    if options.swap_seconds:
+                        group.create_task(_swap(soak, models, load, target))
+            finally:
+                await cancel(beating)
     except ExceptionGroup as several:
         raise several.exceptions[0] from several
     finally:
@@ -240,6 +283,8 @@ def soak_figures(soak: Soak) -> dict[str, Any]:
         "late": record.traffic.late,
         "swaps": len(record.swaps),
         "scrapes": soak.scrapes,
+        "stood_still_seconds": sum(ended - began for began, ended in soak.heart.gaps),
+        "sent_again": record.traffic.retried,
         "latency_ms": spread and {"p50": spread[0], "p99": spread[1]},
         "services": services,
         "samples": [
@@ -291,6 +336,8 @@ def _show(found: dict[str, Any]) -> None:
     bad = found["failed"] + found["wrong"] + found["stale"]
     table.add_row("failed or answered wrongly", str(bad), style="bold red" if bad else "bold green")
     table.add_row("swaps", str(found["swaps"]))
+    if found["stood_still_seconds"]:
+        table.add_row("the drill itself stood still", f"{found['stood_still_seconds']:.0f} s")
     if found["latency_ms"]:
         latency = found["latency_ms"]
         table.add_row("latency", f"p50 {latency['p50']:.1f}, p99 {latency['p99']:.1f} ms")

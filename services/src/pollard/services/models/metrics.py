@@ -69,20 +69,31 @@ class ManagerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return what is known."""
-        yield _gauge(
-            "pollard_manager_leads",
-            "1 if this manager takes the steps of switches and rollouts.",
-            float(self._leadership.leading),
-        )
-        yield _gauge(
-            "pollard_registry_up",
-            "1 if the registry's database answered.",
-            float(self._registry is not None),
-        )
+        yield _leads(self._leadership.leading)
+        yield _registry_up(self._registry is not None)
         if self._registry is not None:
             yield from _of_registry(self._registry)
         if self._leadership.leading:
             yield from _of_fleet(self._fleet.servers())
+
+
+def families_of_manager() -> list[Metric]:
+    """Return every family that a manager may tell, without values."""
+    return [
+        _leads(False),
+        _registry_up(False),
+        *_of_registry(_Registry()),
+        *_of_fleet(()),
+    ]
+
+
+def _leads(leading: bool) -> Metric:
+    words = "1 if this manager takes the steps of switches and rollouts."
+    return _gauge("pollard_manager_leads", words, float(leading))
+
+
+def _registry_up(answered: bool) -> Metric:
+    return _gauge("pollard_registry_up", "1 if the registry's database answered.", float(answered))
 
 
 def _read(session: Session) -> _Registry:
