@@ -129,13 +129,12 @@ class ModelsService:
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
             self._fleet_methods, self.grpc.server
         )
-        registry = ManagerMetrics(self.store, self.fleet, self.leadership)
-        self.metrics = Metrics("models", calls, registry)
-        self.metrics.before(registry.prepare)
         token_service_pb2_grpc.add_TokenServiceServicer_to_server(
             TokenServicer(self.store, self.access), self.grpc.server
         )
-        self.metrics = Metrics("models")
+        registry = ManagerMetrics(self.store, self.fleet, self.leadership)
+        self.metrics = Metrics("models", calls, registry)
+        self.metrics.before(registry.prepare)
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
         self.http.add(self.metrics.add_to)
         self.http.guard = http_guard(self.gate)
