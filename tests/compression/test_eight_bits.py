@@ -16,6 +16,7 @@ from pollard.compress.eight_bits import ImageJudge, search
 from pollard.compress.evaluate import session_predictor, torch_predictor
 from pollard.compress.quantize import Prepared, QuantizeConfig, prepare
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks.classification import Right
 from pollard.runtime.sessions import open_session
 
 SPEC = InputSpec(16, 16, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -33,7 +34,7 @@ class Gate:
         labels = torch_predictor(net, SPEC)(IMAGES).argmax(axis=1)
         self.part = Part("x/choose", IMAGES, labels)
         raw = export.serialize(export.attach_pixels(core, SPEC))
-        self._judge = ImageJudge(raw, self.part, np.ones(len(IMAGES), bool), 100.0)
+        self._judge = ImageJudge(raw, self.part, Right(np.ones(len(IMAGES), bool)), 5, 100.0)
 
     def divergence(self, model: bytes, few: bool = False) -> float:
         return self._judge.divergence(model, few)
@@ -129,7 +130,7 @@ def test_a_candidate_carries_how_it_was_made(
     net = depthwise_net()
     labels = torch_predictor(net, SPEC)(IMAGES).argmax(axis=1)
     part = Part("x/choose", IMAGES, labels)
-    tuning = Tuning(part, np.ones(len(IMAGES), bool), 50.0)
+    tuning = Tuning(part, Right(np.ones(len(IMAGES), bool)), 5, 50.0)
     config = QuantizeConfig(64, reduce_range=True)
     files = build("parent", net, SPEC, tmp_path, part, config, tuning)
     assert [file.quantization is None for file in files] == [True, False]

@@ -158,3 +158,39 @@ def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
     for key in ("accuracy", "top5", "classes", "macro", "weighted", "confusion"):
         assert served[key] == here[key]
     assert abs(served["log_loss"] - here["log_loss"]) < 1e-5
+
+
+def test_a_detector_goes_from_scenes_to_boxes_over_the_network(up, tmp_path: Path):
+    out = run(
+        str(EXAMPLES / "detect_shapes.py"), str(tmp_path), "shapes:80", "1",
+        # A network of a few steps has nothing to lose; 8 bits are compared elsewhere.
+        "--max-drop", "100", "--epochs", "1", "--target", "cpu-fp32",
+        POLLARD_VISION_ADDRESS=up.address("preprocess"),
+        POLLARD_MODELS_ADDRESS=up.address("models"),
+    )  # fmt: skip
+    assert "mAP here" in out
+    manifest = json.loads((tmp_path / "detector" / "manifest.json").read_text())
+    assert manifest["task"] == "TASK_DETECTION"
+    assert manifest["postprocess"]["detection"]["boxes_output"] == "boxes"
+    assert manifest["variants"][0]["measurement"]["accuracy"]["name"] == "mAP50-95"
+    here, served = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("here", "served")
+    )
+    assert served["confusion"] == here["confusion"]
+    assert Image.open(tmp_path / "boxes.png").size == Image.open(tmp_path / "scene.png").size
+
+
+def test_a_u_net_goes_from_scenes_to_masks_over_the_network(up, tmp_path: Path):
+    out = run(
+        str(EXAMPLES / "segment_shapes.py"), str(tmp_path), "shapes:80", "1",
+        POLLARD_VISION_ADDRESS=up.address("preprocess"),
+        POLLARD_MODELS_ADDRESS=up.address("models"),
+    )  # fmt: skip
+    assert "of the pixels are right" in out
+    here, served = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("here", "served")
+    )
+    # Every pixel of every scene, in the scene's own size, is what it was when it was measured here.
+    assert served["confusion"] == here["confusion"]
+    assert served["accuracy"]["value"] == here["accuracy"]["value"]
+    assert Image.open(tmp_path / "mask.png").size == Image.open(tmp_path / "scene.png").size

@@ -119,9 +119,9 @@ def _ask_bundle(
     check_signature(session, manifest)
     task = manifest.postprocess.classification
     if not task.output:
-        raise UsageInvalid(f"{bundle.path} is no classifier; pollard eval judges classifiers")
+        raise UsageInvalid(f"{bundle.path} is no classifier")
     images, classes, damaged = load_part(data, Pipeline(manifest.preprocess), part, reporter)
-    _check_labels(bundle.labels, classes)
+    check_labels(bundle.labels, classes)
     logits = predict_part(session_predictor(session), images, batch_size)
     scores = activate(logits.astype(np.float64), task.activation)
     return Answers(
@@ -139,7 +139,7 @@ def _ask_file(
     reporter: Reporter,
 ) -> Answers:
     session = open_session(path, target="cpu-fp32", intra_op_threads=threads or 1)
-    takes, prepare = _file_input(path, session, spec)
+    takes, prepare = file_input(path, session, spec)
     images, classes, damaged = load_part(data, takes, part, reporter)
     name, output = session.inputs[0].name, session.outputs[0].name
 
@@ -156,7 +156,7 @@ def _ask_file(
     return Answers(path.name, scores, images.labels, classes, images.name, damaged)
 
 
-def _file_input(
+def file_input(
     path: Path, session: Session, spec: InputSpec | None
 ) -> tuple[InputSpec, Callable[[NDArray[np.uint8]], NDArray[np.generic]]]:
     """Tell what a plain file takes, from its only input and what the user says of it."""
@@ -185,9 +185,7 @@ def _ask_server(
 ) -> Answers:
     from pollard.client import RequestFailed, VisionClient
 
-    name, colon, revision = model.partition(":")
-    if colon and not revision.isdecimal():
-        raise UsageInvalid(f"{model!r} is not NAME or NAME:REVISION of a served model")
+    name, revision = served_name(model)
     source, classes, items = part_items(data, part)
     index = {label: i for i, label in enumerate(classes)}
     rows: list[NDArray[np.float64]] = []
@@ -209,9 +207,7 @@ def _ask_server(
                     answers[place] = str(error)
             if not contents:
                 return answers
-            given = vision.predict_batch(
-                contents, name, revision=int(revision) if colon else None, top_k=len(classes) + 1
-            )
+            given = vision.predict_batch(contents, name, revision=revision, top_k=len(classes) + 1)
             for place, found in zip(places, given, strict=True):
                 if isinstance(found, RequestFailed):
                     if not found.reason.startswith("IMAGE_"):
@@ -249,6 +245,18 @@ def _ask_server(
     )
 
 
+def served_name(model: str) -> tuple[str, int | None]:
+    """Read NAME or NAME:REVISION.
+
+    Raises:
+        UsageInvalid: it is neither.
+    """
+    name, colon, revision = model.partition(":")
+    if colon and not revision.isdecimal():
+        raise UsageInvalid(f"{model!r} is not NAME or NAME:REVISION of a served model")
+    return name, int(revision) if colon else None
+
+
 def _served_scores(found: Prediction, classes: list[str], model: str) -> NDArray[np.float64]:
     scores = np.full(len(classes), np.nan)
     if len(found.labels) != len(classes):
@@ -265,7 +273,8 @@ def _served_scores(found: Prediction, classes: list[str], model: str) -> NDArray
     return scores
 
 
-def _check_labels(labels: list[str], classes: list[str]) -> None:
+def check_labels(labels: list[str], classes: list[str]) -> None:
+    """Raise LabelsMismatch where a bundle's labels are not the data's classes."""
     if labels and labels != classes:
         raise LabelsMismatch(
             f"the bundle's labels are {', '.join(labels[:20])}; the data's classes are "

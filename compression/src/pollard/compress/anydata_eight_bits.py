@@ -23,6 +23,7 @@ from pollard.compress import export, quantize
 from pollard.compress.anydata_cuts import Batches
 from pollard.compress.eight_bits import search
 from pollard.compress.errors import DataInvalid
+from pollard.compress.evaluate import OUTPUT
 from pollard.compress.macs import example_input
 from pollard.compress.progress import Reporter
 from pollard.compress.shortcuts import rewrite_shortcuts
@@ -58,7 +59,7 @@ def predictor(session: Session) -> Predict:
 
     def predict(inputs: Tensor) -> Tensor:
         feeds = {export.CORE_INPUT: inputs.detach().float().contiguous().numpy()}
-        return torch.from_numpy(np.asarray(session.run(feeds, [export.OUTPUT])[export.OUTPUT]))
+        return torch.from_numpy(np.asarray(session.run(feeds, [OUTPUT])[OUTPUT]))
 
     return predict
 

@@ -20,10 +20,12 @@ from pollard.compress.candidates import Candidate
 from pollard.compress.devices import CUDA, Device
 from pollard.compress.errors import OutputExists
 from pollard.compress.evaluate import Accuracy
-from pollard.compress.export import INPUT, OPSET, OUTPUT
+from pollard.compress.export import INPUT, OPSET
 from pollard.compress.golden import make_golden
 from pollard.compress.memory import measure_memory
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import task_of
+from pollard.compress.truth import TASKS, TaskName
 from pollard.compress.verify import MAX_BATCH, Measured
 from pollard.runtime.bundle import MANIFEST, Bundle, sync_directory, write_bundle, write_durably
 from pollard.runtime.machine import PROVIDERS, Machine
@@ -34,6 +36,9 @@ MIN_ONNXRUNTIME = "1.18.0"
 
 # Where the bundle is made within the staging directory.
 BUNDLE = "bundle"
+
+# Name of a metric for people → name in manifests.
+_METRICS = {task.metric: task.metric_key for task in map(task_of, TASKS)}
 
 _TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "torch-pruning", "numpy", "pillow")
 
@@ -51,6 +56,8 @@ class Origin:
     """Of the images that it was measured with; empty when there were none."""
     parent_digest: str
     """SHA-256 of the parent's weights."""
+    task: TaskName = "classification"
+    """What it is for."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -201,7 +208,6 @@ def write_variant(
     classes = origin.classes
     manifest = bundle_pb2.Manifest(
         name=origin.name,
-        task=bundle_pb2.TASK_CLASSIFICATION,
         inputs=[
             bundle_pb2.TensorSpec(
                 name=INPUT,
@@ -210,21 +216,8 @@ def write_variant(
                 layout="NHWC",
             )
         ],
-        outputs=[
-            bundle_pb2.TensorSpec(
-                name=OUTPUT,
-                data_type=bundle_pb2.DATA_TYPE_FP32,
-                shape=[-1, len(classes)],
-                layout="NC",
-            )
-        ],
         preprocess=spec.steps(),
-        postprocess=bundle_pb2.Postprocess(
-            classification=bundle_pb2.Classification(
-                output=OUTPUT, activation=bundle_pb2.ACTIVATION_SOFTMAX
-            ),
-            labels_file="labels.txt",
-        ),
+        postprocess=bundle_pb2.Postprocess(labels_file="labels.txt"),
         parent=parent,
         provenance=bundle_pb2.Provenance(
             recipe_json=origin.recipe_json,
@@ -235,6 +228,11 @@ def write_variant(
             source=origin.source,
         ),
     )
+    task_of(origin.task).describe(manifest, classes)
+    for output in manifest.outputs:
+        # Cells and pixels are the graph's own; the first is the batch.
+        known = next(each.shape for each in session.outputs if each.name == output.name)
+        output.shape[1:] = known[1:]
     manifest.create_time.GetCurrentTime()
     manifest.variants.append(
         bundle_pb2.Variant(
@@ -293,7 +291,7 @@ def measurement(
     """Return the figures in the manifest's form, with the agreement if there is a parent."""
     return bundle_pb2.Measurement(
         target=measured.candidate.target,
-        accuracy=_metric("top1", measured.accuracy),
+        accuracy=_metric(_METRICS[measured.accuracy.metric], measured.accuracy),
         agreement=_metric("agreement", measured.parent_agreement) if compared else None,
         size_bytes=measured.candidate.size_bytes,
         macs=measured.candidate.macs,

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from torch import nn
 
 from pollard.compress import export, half, quantize
@@ -21,6 +19,7 @@ from pollard.compress.onnx_file import OnnxModule
 from pollard.compress.progress import Reporter
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import Verdict
 from pollard.runtime.bundle import write_durably
 
 PARENT_FLOAT = "parent-fp32"
@@ -70,8 +69,10 @@ class Tuning:
 
     choose: Part
     """The choosing part."""
-    parent_right: NDArray[np.bool_] = field(repr=False)
-    """Which of its images the parent answers right, bool [n]."""
+    parent: Verdict = field(repr=False)
+    """How right the parent's answers to its images are."""
+    classes: int
+    """How many there are."""
     max_drop: float
     """Most points that may be lost."""
     train: Train | None = None
@@ -173,7 +174,7 @@ def build(
         model = prepared.build(prepared.collect().ranges(config.plain_method))
         quantized = export.serialize(model)
     else:
-        judge = ImageJudge(raw, tuning.choose, tuning.parent_right, tuning.max_drop)
+        judge = ImageJudge(raw, tuning.choose, tuning.parent, tuning.classes, tuning.max_drop)
         costs = layer_costs_of(work, spec) if traced else None
         found = search(prepared, judge, train=tuning.train, costs=costs, reporter=reporter)
         quantized, told = found.raw, found.told

@@ -424,8 +424,9 @@ def bundle(
         result = pipeline.bundle_parent(recipe, out, force=force, reporter=make_reporter(console))
         signed = make_signature(out) if make_signature is not None else ""
         write_json(json_file, result.report)
+        found = result.measured.accuracy
         console.print(
-            f"Accuracy {result.measured.accuracy}, {result.measured.latency_us:.1f} µs an image, "
+            f"{found.title} {found}, {result.measured.latency_us:.1f} µs an image, "
             f"{result.report['summary']['size_bytes']:,} bytes\n"
             f"Bundle: {out}\nReport: {out / 'report.html'}",
             highlight=False,
@@ -549,7 +550,7 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if not column else "right")
     accuracy = [f"{side['accuracy']['value']:.2%}" for side in (parent, chosen)]
     table.add_row(
-        f"accuracy (n = {parent['accuracy']['samples']})",
+        f"{parent['accuracy']['metric']} (n = {parent['accuracy']['samples']})",
         *accuracy,
         f"{0.0 - drop['estimate']:+.2f} points "
         f"({0.0 - drop['upper']:+.2f} to {0.0 - drop['lower']:+.2f})",

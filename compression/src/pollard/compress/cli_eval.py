@@ -31,7 +31,8 @@ def evaluate(
         str,
         typer.Option(
             "--data",
-            help="digits, or a directory or zip with train/CLASS/* and test/CLASS/*, or CLASS/*.",
+            help="digits, shapes, or a directory or zip with train/CLASS/* and test/CLASS/*, or "
+            "CLASS/*.",
             show_default=False,
         ),
     ],
@@ -81,7 +82,10 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the figures to this file, for machines.")
     ] = None,
 ) -> None:
-    """Judge a classifier: accuracy, precision, recall, F1, mistakes, calibration.
+    """Judge a classifier, a detector or a segmenter, by what its answers are.
+
+    Classifiers: accuracy, precision, recall, F1, mistakes, calibration. Detectors: mean average
+    precision as COCO counts it. Segmenters: mean intersection over union.
 
     The images are those that training and compression keep apart, unless --part
     says otherwise. A served model is sent the image files themselves; its figures

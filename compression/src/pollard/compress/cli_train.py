@@ -16,8 +16,8 @@ def train(
         str,
         typer.Option(
             "--data",
-            help="digits, shapes, or a directory or zip with train/CLASS/* and test/CLASS/*, or "
-            "CLASS/*.",
+            help="digits, shapes, shapes:COUNT:SEED, or a directory or zip with train/CLASS/* "
+            "and test/CLASS/*, or CLASS/*.",
             show_default=False,
         ),
     ],
@@ -167,4 +167,5 @@ def train(
         if not training.leads():
             return
         write_json(json_file, result.to_json())
-        console.print(f"Accuracy {result.accuracy}\nWeights: {out}", highlight=False)
+        found = result.accuracy
+        console.print(f"{found.title} {found}\nWeights: {out}", highlight=False)

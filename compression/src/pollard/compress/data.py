@@ -1,4 +1,4 @@
-"""Images with labels, decoded as in serving and split once and for all.
+"""Images with what is true of them, decoded as in serving and split once and for all.
 
 Three parts: *train* is what weights are fitted to and ranges calibrated on,
 *choose* is what every choice is made on (the best epoch, the best candidate),
@@ -10,6 +10,7 @@ was trained on a part must not be judged on it by a later run with another seed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 from collections import Counter, defaultdict
@@ -17,15 +18,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pollard.compress.errors import DataDamaged, DataInvalid
 from pollard.compress.progress import Reporter
-from pollard.compress.sources import ImageSource, Item, open_source
+from pollard.compress.sources import (
+    ImageSource,
+    Item,
+    LabelledSource,
+    open_labelled,
+    open_source,
+)
 from pollard.compress.spec import InputSpec
+from pollard.compress.truth import TaskName, Truth, boxes_in_tensor, mask_in_tensor, padded
 from pollard.runtime.errors import ImageInvalid
 from pollard.runtime.transforms import Pipeline
 
@@ -50,13 +58,27 @@ class Part:
     """Such as "digits/held-out"."""
     images: NDArray[np.uint8]
     """uint8 [n, height, width, channels]."""
-    labels: NDArray[np.int64]
-    """int64 [n], indices of classes."""
+    labels: NDArray[Any]
+    """What is true of them: int64 [n], indices of classes; for detection float32
+    [n, objects, 5], edges in pixels of the tensor and the class, -1 where a row is no object; for
+    segmentation uint8 [n, height, width], 255 where no class is known."""
+    task: TaskName = "classification"
+    truths: Sequence[Truth] = ()
+    """The same in pixels of the images as they were; empty for classification."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    def take(self, chosen: slice) -> Part:
+        """Return some of the images."""
+        return dataclasses.replace(
+            self,
+            images=self.images[chosen],
+            labels=self.labels[chosen],
+            truths=self.truths[chosen],
+        )
+
+    def batches(self, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any]]]:
         """Yield consecutive batches of at most ``size`` images."""
         for start in range(0, len(self), size):
             yield self.images[start : start + size], self.labels[start : start + size]
@@ -79,11 +101,17 @@ class Dataset:
     split: str = ""
     """How the parts came about, for people."""
 
+    @property
+    def task(self) -> TaskName:
+        """What is true of the images: a class, boxes, or a mask."""
+        return self.train.task
+
 
 def load_data(
     reference: str | Path,
     takes: InputSpec | Pipeline,
     *,
+    task: TaskName = "classification",
     max_train_images: int | None = None,
     max_damaged_share: float = 0.05,
     reporter: Reporter | None = None,
@@ -97,9 +125,10 @@ def load_data(
     60 : 15 : 25.
 
     Args:
-        reference: "digits", a directory, or a zip file.
+        reference: As for :func:`pollard.compress.sources.open_source`.
         takes: What the images are made into: a model's input, or a bundle's own
             preprocessing.
+        task: What is to be known of the images; decides which data there can be.
         max_train_images: Use only so many of the training images, by class.
         max_damaged_share: Share of files that may be undecodable.
         reporter: Told of progress and of damaged files.
@@ -109,27 +138,19 @@ def load_data(
         DataDamaged: too many files cannot be decoded.
     """
     reporter = reporter or Reporter()
-    source, classes = _open(reference)
-    parts, how = split_items(source.items, classes)
+    source, classes = _open(reference, task)
+    parts, how = split_items(source.items, _strata(classes, task))
     if max_train_images is not None and max_train_images < len(parts["train"]):
-        parts["train"] = _subset(parts["train"], classes, max_train_images)
-    decoded, damaged, digest = _decode(
-        source,
-        parts,
-        takes if isinstance(takes, Pipeline) else takes.pipeline,
-        max_damaged_share,
-        reporter,
-    )
-    index = {label: i for i, label in enumerate(classes)}
-    made: dict[str, Part] = {}
-    for name, (items, images) in decoded.items():
-        labels = np.array([index[item.label] for item in items], dtype=np.int64)
-        absent = [label for label in classes if index[label] not in set(labels.tolist())]
+        parts["train"] = _subset(parts["train"], _strata(classes, task), max_train_images)
+    pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
+    decoded, damaged, digest = _decode(source, parts, pipeline, max_damaged_share, reporter)
+    made = {name: _part(source, name, part, classes, task) for name, part in decoded.items()}
+    for name, part in made.items() if task == "classification" else ():
+        absent = [label for i, label in enumerate(classes) if i not in set(part.labels.tolist())]
         if absent:
             raise DataInvalid(
                 f"{reference}: the part {name!r} has no image of {', '.join(absent[:10])}"
             )
-        made[name] = Part(f"{source.name}/{name}", images, labels)
     _say_damaged(damaged, reporter)
     return Dataset(
         source.name,
@@ -143,14 +164,16 @@ def load_data(
     )
 
 
-def part_items(reference: str | Path, part: PartName) -> tuple[ImageSource, list[str], list[Item]]:
+def part_items(
+    reference: str | Path, part: PartName, task: TaskName = "classification"
+) -> tuple[ImageSource, list[str], list[Item]]:
     """Return a source, its classes, and the images of one part as :func:`load_data` splits them.
 
     Raises:
         DataInvalid: as for it.
     """
-    source, classes = _open(reference)
-    parts, _ = split_items(source.items, classes)
+    source, classes = _open(reference, task)
+    parts, _ = split_items(source.items, _strata(classes, task))
     if part == "all":
         return source, classes, [item for members in parts.values() for item in members]
     return source, classes, parts[part]
@@ -162,6 +185,7 @@ def load_part(
     part: PartName,
     reporter: Reporter | None = None,
     *,
+    task: TaskName = "classification",
     max_damaged_share: float = 0.05,
 ) -> tuple[Part, list[str], list[str]]:
     """Decode one part only.
@@ -171,6 +195,7 @@ def load_part(
         takes: What the images are made into.
         part: Which images.
         reporter: Told of progress and of damaged files.
+        task: As for :func:`load_data`.
         max_damaged_share: Share of the part's files that may be undecodable.
 
     Returns:
@@ -180,17 +205,17 @@ def load_part(
         DataInvalid, DataDamaged: as for :func:`load_data`.
     """
     reporter = reporter or Reporter()
-    source, classes, items = part_items(reference, part)
+    source, classes, items = part_items(reference, part, task)
     pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
     decoded, damaged, _ = _decode(source, {part: items}, pipeline, max_damaged_share, reporter)
-    kept, images = decoded[part]
-    index = {label: i for i, label in enumerate(classes)}
-    labels = np.array([index[item.label] for item in kept], dtype=np.int64)
     _say_damaged(damaged, reporter)
-    return Part(f"{source.name}/{part}", images, labels), classes, damaged
+    return _part(source, part, decoded[part], classes, task), classes, damaged
 
 
-def _open(reference: str | Path) -> tuple[ImageSource, list[str]]:
+def _open(reference: str | Path, task: TaskName) -> tuple[ImageSource, list[str]]:
+    if task != "classification":
+        labelled = open_labelled(reference, task)
+        return labelled, labelled.classes
     source = open_source(reference)
     classes = sorted({item.label for item in source.items}, key=_natural)
     if len(classes) < 2:
@@ -198,6 +223,28 @@ def _open(reference: str | Path) -> tuple[ImageSource, list[str]]:
             f"{reference} holds one class only ({classes[0]}); there is nothing to classify"
         )
     return source, classes
+
+
+def _strata(classes: list[str], task: TaskName) -> list[str]:
+    """Return what images are told apart by where they are split: most scenes have all classes."""
+    return classes if task == "classification" else [""]
+
+
+def _part(
+    source: ImageSource, name: str, decoded: _Decoded, classes: list[str], task: TaskName
+) -> Part:
+    title = f"{source.name}/{name}"
+    if task == "classification":
+        index = {label: i for i, label in enumerate(classes)}
+        labels = np.array([index[item.label] for item in decoded.items], dtype=np.int64)
+        return Part(title, decoded.images, labels)
+    height, width = decoded.images.shape[1:3]
+    truths = decoded.truths
+    if task == "detection":
+        boxes = padded([boxes_in_tensor(truth, width, height) for truth in truths])
+        return Part(title, decoded.images, boxes, task, truths)
+    masks = np.stack([mask_in_tensor(truth, width, height) for truth in truths])
+    return Part(title, decoded.images, masks, task, truths)
 
 
 def _say_damaged(damaged: list[str], reporter: Reporter) -> None:
@@ -260,7 +307,8 @@ def split_items(items: Sequence[Item], classes: Sequence[str]) -> tuple[dict[str
         names = ("train", "choose", "held-out")
         return (
             {name: [pool[i] for i in part] for name, part in zip(names, cut, strict=True)},
-            "split by class, 60 % train, 15 % choose, 25 % held-out, fixed seed",
+            f"split {'by class' if len(classes) > 1 else 'at random'}, 60 % train, 15 % choose, "
+            "25 % held-out, fixed seed",
         )
     generator = np.random.default_rng(SPLIT_SEED)
     shuffled = {
@@ -292,54 +340,88 @@ def _subset(items: list[Item], classes: Sequence[str], limit: int) -> list[Item]
     return [items[i] for i in taken]
 
 
+@dataclass
+class _Decoded:
+    """The images of one part that could be decoded."""
+
+    images: NDArray[np.uint8]
+    items: list[Item] = field(default_factory=list)
+    truths: list[Truth] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One image, or why there is none."""
+
+    pixels: NDArray[np.uint8] | None = None
+    truth: Truth | None = None
+    problem: str = ""
+    stamp: bytes = b""
+
+
+def _read(source: ImageSource, item: Item, pipeline: Pipeline) -> _Read:
+    try:
+        content = source.read(item)
+        raw = content if isinstance(content, bytes) else content.tobytes()
+        stamp = hashlib.sha256(f"{item.path}\0{item.label}\0".encode() + raw)
+        made = (
+            pipeline.apply(content)
+            if isinstance(content, bytes)
+            else pipeline.apply_pixels(content)
+        )
+    except ImageInvalid as error:
+        return _Read(problem=f"{item.path}: {error}")
+    truth = None
+    if isinstance(source, LabelledSource):
+        known = source.truth(item)
+        stamp.update(known.tobytes())
+        if known.dtype == np.uint8:
+            truth = Truth(made.geometry, mask=known.astype(np.uint8))
+        else:
+            truth = Truth(made.geometry, boxes=known.astype(np.float64))
+    return _Read(np.asarray(made.array, np.uint8), truth, stamp=stamp.digest())
+
+
 def _decode(
     source: ImageSource,
     parts: dict[str, list[Item]],
     pipeline: Pipeline,
     max_damaged_share: float,
     reporter: Reporter,
-) -> tuple[dict[str, tuple[list[Item], NDArray[np.uint8]]], list[str], str]:
+) -> tuple[dict[str, _Decoded], list[str], str]:
     if pipeline.output_shape is None or pipeline.dtype != np.uint8:
         raise DataInvalid("the preprocessing must give uint8 images of one size")
     total = sum(len(items) for items in parts.values())
     damaged: list[str] = []
     hashes: list[bytes] = []
 
-    def load(item: Item) -> tuple[NDArray[np.uint8] | None, str, bytes]:
-        try:
-            content = source.read(item)
-            raw = content if isinstance(content, bytes) else content.tobytes()
-            stamp = hashlib.sha256(f"{item.path}\0{item.label}\0".encode() + raw).digest()
-            if isinstance(content, bytes):
-                return np.asarray(pipeline.apply(content).array, np.uint8), "", stamp
-            return np.asarray(pipeline.apply_pixels(content).array, np.uint8), "", stamp
-        except ImageInvalid as error:
-            return None, f"{item.path}: {error}", b""
+    def load(item: Item) -> _Read:
+        return _read(source, item, pipeline)
 
-    result: dict[str, tuple[list[Item], NDArray[np.uint8]]] = {}
+    result: dict[str, _Decoded] = {}
     with reporter.step("Decoding images", total) as step, ThreadPoolExecutor(2) as pool:
         for name, items in parts.items():
-            store = _allocate((len(items), *pipeline.output_shape))
-            kept: list[Item] = []
+            part = _Decoded(_allocate((len(items), *pipeline.output_shape)))
             # In slices, so that no more than one slice waits decoded.
             for start in range(0, len(items), 256):
                 piece = items[start : start + 256]
-                for item, (pixels, problem, stamp) in zip(
-                    piece, pool.map(load, piece), strict=True
-                ):
-                    if pixels is None:
-                        damaged.append(problem)
-                    else:
-                        store[len(kept)] = pixels
-                        kept.append(item)
-                        hashes.append(stamp)
+                for item, read in zip(piece, pool.map(load, piece), strict=True):
+                    if read.pixels is None:
+                        damaged.append(read.problem)
+                        continue
+                    part.images[len(part.items)] = read.pixels
+                    part.items.append(item)
+                    hashes.append(read.stamp)
+                    if read.truth is not None:
+                        part.truths.append(read.truth)
                 step.advance(len(piece))
                 if len(damaged) > max_damaged_share * total:
                     raise DataDamaged(
                         f"{len(damaged)} of the first files cannot be decoded, more than "
                         f"{max_damaged_share:.0%} of {total}: " + "; ".join(damaged[:_LISTED_FILES])
                     )
-            result[name] = (kept, store[: len(kept)])
+            part.images = part.images[: len(part.items)]
+            result[name] = part
     digest = hashlib.sha256(b"".join(sorted(hashes)))
     return result, damaged, digest.hexdigest()
 

@@ -22,16 +22,12 @@ from pollard.compress.calibration import METHODS, Method, Range, collect
 from pollard.compress.data import Part
 from pollard.compress.equalize import equalize, find_pairs
 from pollard.compress.errors import QuantizeFailed
-from pollard.compress.evaluate import (
-    paired_drop,
-    predict_part,
-    right_answers,
-    session_predictor,
-)
+from pollard.compress.evaluate import predict_part, session_predictor
 from pollard.compress.export import serialize
 from pollard.compress.progress import Reporter
 from pollard.compress.quantize import Prepared, unsupported_nodes
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import Verdict, task_of
 from pollard.runtime.sessions import open_session
 
 # Images that ways are compared on; the gate is judged on all of the choosing part.
@@ -74,45 +70,45 @@ class Train(Protocol):
 
 
 class ImageJudge:
-    """Judges on the choosing part: mean Kullback-Leibler divergence, and accuracy lost.
+    """Judges on the choosing part: how far the answers move, and what is lost.
 
     Args:
         float_file: The float model as it is served, with the same input.
         part: The choosing part.
-        parent_right: Which of its images the parent answers right, bool [n].
+        parent: How right the parent's answers to it are.
+        classes: How many there are.
         max_drop: Most points that may be lost.
     """
 
     unit = "nats"
 
     def __init__(
-        self, float_file: bytes, part: Part, parent_right: NDArray[np.bool_], max_drop: float
+        self, float_file: bytes, part: Part, parent: Verdict, classes: int, max_drop: float
     ) -> None:
         self.max_drop = max_drop
-        self._part, self._parent_right = part, parent_right
-        logits = predict_part(session_predictor(open_session(float_file)), part, 32)
-        self._wanted = _log_softmax(logits[:_COMPARED])
-        drop = paired_drop(parent_right, right_answers(logits, part)).points
-        self.attainable = drop <= max_drop + 1e-9
+        self._part, self._parent, self._classes = part, parent, classes
+        self._task = task_of(part.task)
+        answers = _answers(float_file, part)
+        self._wanted = answers[:_COMPARED]
+        self.attainable = self._drop(answers) <= max_drop + 1e-9
 
     def divergence(self, model: bytes, few: bool = False) -> float:
-        """Return the mean divergence of the answers' distributions, in nats."""
+        """Return how far the answers are from the float model's, in nats."""
         count = _SENSITIVITY_IMAGES if few else _COMPARED
-        part = Part(self._part.name, self._part.images[:count], self._part.labels[:count])
-        given = _log_softmax(predict_part(session_predictor(open_session(model)), part, 32))
-        wanted = self._wanted[: len(given)]
-        return float((np.exp(wanted) * (wanted - given)).sum(axis=1).mean())
+        given = _answers(model, self._part.take(slice(count)))
+        return self._task.divergence(self._wanted[: len(given)], given)
 
     def drop(self, model: bytes) -> float:
         """Return the points lost against the parent."""
-        logits = predict_part(session_predictor(open_session(model)), self._part, 32)
-        return paired_drop(self._parent_right, right_answers(logits, self._part)).points
+        return self._drop(_answers(model, self._part))
+
+    def _drop(self, answers: NDArray[np.float32]) -> float:
+        found = self._task.judge(answers, self._part, self._classes)
+        return found.drop_from(self._parent).points
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    made: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return made
+def _answers(model: bytes, part: Part) -> NDArray[np.float32]:
+    return predict_part(session_predictor(open_session(model)), part, 32)
 
 
 @dataclass

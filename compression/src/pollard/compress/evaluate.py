@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,19 +19,32 @@ from pollard.runtime.sessions import Session
 # Two-sided 95 % of the normal distribution.
 Z95 = 1.959963984540054
 
+OUTPUT = "logits"
+"""What the only output of a graph is called."""
+
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""From uint8 images [n, height, width, channels] to logits [n, classes]."""
+"""From uint8 images [n, height, width, channels] to answers, float32 with images along the first
+dimension: logits [n, classes]; of a model with several outputs all of them, side by side along
+the last dimension."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of right answers with its Wilson 95 % interval (Wilson, 1927)."""
+    """Share of right answers with its Wilson 95 % interval (Wilson, 1927), or what a task has
+    in its place."""
 
     value: float
     samples: int
     lower: float
     upper: float
     dataset: str
+    metric: str = "accuracy"
+    """What it is: "accuracy", "mAP" or "mIoU"."""
+
+    @property
+    def title(self) -> str:
+        """Name of the metric at the beginning of a line."""
+        return self.metric[0].upper() + self.metric[1:] if self.metric.islower() else self.metric
 
     def __str__(self) -> str:
         return (
@@ -64,7 +77,13 @@ def wilson(right: int, samples: int, dataset: str = "") -> Accuracy:
     """Return ``right`` of ``samples`` as an accuracy with its interval."""
     if samples < 1:
         raise ValueError("an accuracy needs at least one sample")
-    share = right / samples
+    return wilson_share(right, samples, dataset)
+
+
+def wilson_share(right: float, total: float, dataset: str = "") -> Accuracy:
+    """Return as :func:`wilson` where part of a sample may be right, such as of its pixels."""
+    samples = round(total)
+    share = right / total
     z2 = Z95 * Z95
     centre = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = (
@@ -99,8 +118,9 @@ def torch_predictor(module: nn.Module, spec: InputSpec) -> Predict:
     def predict(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         module.eval()
         with torch.inference_mode():
-            logits: NDArray[np.float32] = module(spec.normalize(images)).float().numpy()
-        return logits
+            given = module(spec.normalize(images))
+        outputs = given if isinstance(given, tuple | list) else (given,)
+        return pack([each.float().numpy() for each in outputs])
 
     return predict
 
@@ -108,16 +128,22 @@ def torch_predictor(module: nn.Module, spec: InputSpec) -> Predict:
 def session_predictor(session: Session) -> Predict:
     """Return a function that answers with an ONNX file as it is served."""
     name = session.inputs[0].name
-    output = session.outputs[0].name
+    outputs = [output.name for output in session.outputs]
 
     def predict(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.asarray(session.run({name: images}, [output])[output], np.float32)
+        given = session.run({name: images}, outputs)
+        return pack([np.asarray(given[output], np.float32) for output in outputs])
 
     return predict
 
 
+def pack(outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return several outputs as one, side by side along the last dimension."""
+    return outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis=-1)
+
+
 def predict_part(predict: Predict, part: Part, batch_size: int = 64) -> NDArray[np.float32]:
-    """Return the logits of a whole part, float32 [n, classes]."""
+    """Return the answers for a whole part, as :data:`Predict` gives them."""
     return np.concatenate([predict(images) for images, _ in part.batches(batch_size)])
 
 

@@ -1,4 +1,4 @@
-"""Judge a classifier, and compare two, on images that chose nothing."""
+"""Judge a model, and compare two, on images that chose nothing; how classifiers are judged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pollard.compress import metrics
+from pollard.compress import evaluation_tasks, metrics
 from pollard.compress.answers import BATCH, Answers, answer
 from pollard.compress.data import PartName
 from pollard.compress.errors import DataDamaged
 from pollard.compress.evaluate import Accuracy
+from pollard.compress.evaluation_tasks import TaskEvaluation
 from pollard.compress.metrics import Calibration, ClassFigures
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
@@ -91,7 +92,7 @@ def evaluate(
     threads: int | None = None,
     batch_size: int = BATCH,
     reporter: Reporter | None = None,
-) -> Evaluation:
+) -> Evaluation | TaskEvaluation:
     """Measure a model, and compare it with a second one if there is one.
 
     Args:
@@ -112,6 +113,17 @@ def evaluate(
         RuntimeFault: the bundle or file cannot be used on this machine.
         PollardError: the server refuses.
     """
+    task = evaluation_tasks.kind_of(model, server, spec)
+    if task != "classification":
+
+        def find(name: str, its_weights: str, address: str) -> evaluation_tasks.Found:
+            return evaluation_tasks.find(
+                name, data, task, weights=its_weights, server=address, spec=spec, part=part,
+                threads=threads, batch_size=batch_size, reporter=reporter,
+            )  # fmt: skip
+
+        rival = find(against, against_weights, "") if against else None
+        return evaluation_tasks.judge(find(model, weights, server), rival)
 
     def ask(name: str, its_weights: str, address: str) -> Answers:
         return answer(

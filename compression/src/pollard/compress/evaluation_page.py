@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from typing import Any
 
 import plotly.graph_objects as go
 from rich.table import Table
 
 from pollard.compress.evaluation import Evaluation
+from pollard.compress.evaluation_tasks import TaskEvaluation
 from pollard.compress.report_parts import BLUE, GREY, card, page, panel, plot, table
 from pollard.compress.report_plots import confusion_map
 
@@ -16,8 +18,10 @@ from pollard.compress.report_plots import confusion_map
 _SHOWN = 40
 
 
-def rich_table(found: Evaluation) -> Table:
+def rich_table(found: Evaluation | TaskEvaluation) -> Table:
     """Return the classes, the worst first where there are too many for a terminal."""
+    if isinstance(found, TaskEvaluation):
+        return _task_table(found)
     shown = found.classes
     title = ""
     if len(shown) > _SHOWN:
@@ -39,8 +43,70 @@ def rich_table(found: Evaluation) -> Table:
     return told
 
 
-def lines(found: Evaluation) -> Iterator[str]:
+def _task_table(found: TaskEvaluation) -> Table:
+    told = Table()
+    told.add_column("class", overflow="fold")
+    for column in list(found.classes[0])[1:]:
+        told.add_column(column, justify="right", no_wrap=True)
+    for one in found.classes[:_SHOWN]:
+        told.add_row(*_cells(one))
+    return told
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    label, *values = row.values()
+    return [
+        str(label),
+        *(
+            "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2%}"
+            for value in values
+        ),
+    ]
+
+
+def _task_lines(found: TaskEvaluation) -> Iterator[str]:
+    yield f"{found.accuracy.title} {found.accuracy}"
+    yield ", ".join(f"{name} {value:.2%}" for name, value in found.figures.items())
+    if found.damaged:
+        yield f"{len(found.damaged)} files were left out: {'; '.join(found.damaged[:10])}"
+    if found.compared is not None:
+        what = "boxes" if found.task == "detection" else "pixels"
+        yield _against(found.compared, what)
+
+
+def _against(compared: dict[str, Any], what: str) -> str:
+    same, points = compared["same_answer"], compared["difference_points"]
+    return (
+        f"Against {compared['model']} ({compared['accuracy']['value']:.2%}): the same answer to "
+        f"{same['value']:.2%} of the {what}, {points['estimate']:+.2f} points "
+        f"(95 % interval {points['lower']:+.2f} to {points['upper']:+.2f})"
+    )
+
+
+def _render_task(found: TaskEvaluation) -> str:
+    n = found.accuracy
+    cards = [card(n.metric, f"{n.value:.2%}", f"n = {n.samples}, {n.lower:.2%} to {n.upper:.2%}")]
+    cards += [card(name, f"{value:.2%}", "") for name, value in found.figures.items()]
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in _task_lines(found))
+    what = "objects" if found.task == "detection" else "pixels"
+    sections = [
+        f"<h1>{html.escape(found.model)}</h1><p class='muted'>{html.escape(n.dataset)}</p>",
+        f"<div class='cards'>{''.join(cards)}</div><ul>{notes}</ul>",
+        f"<h2>Mistakes, in {what}</h2>",
+        panel(confusion_map(found.confusion_labels, found.confusion.tolist(), "")),
+        "<h2>Classes</h2>",
+        panel(
+            table(("class", *list(found.classes[0])[1:]), [tuple(_cells(c)) for c in found.classes])
+        ),
+    ]
+    return page(f"{found.model} – Pollard evaluation", sections)
+
+
+def lines(found: Evaluation | TaskEvaluation) -> Iterator[str]:
     """Yield what there is to say beside the table."""
+    if isinstance(found, TaskEvaluation):
+        yield from _task_lines(found)
+        return
     yield f"Accuracy {found.accuracy}"
     if found.top5 is not None:
         yield f"Among the best 5 {found.top5}"
@@ -55,16 +121,13 @@ def lines(found: Evaluation) -> Iterator[str]:
         pairs = ", ".join(f"{true} as {answer} ({n})" for true, answer, n in mistakes)
         yield f"Most frequent mistakes: {pairs}"
     if found.compared is not None:
-        same, points = found.compared["same_answer"], found.compared["difference_points"]
-        yield (
-            f"Against {found.compared['model']} ({found.compared['accuracy']['value']:.2%}): the "
-            f"same answer to {same['value']:.2%} of the images, {points['estimate']:+.2f} points "
-            f"(95 % interval {points['lower']:+.2f} to {points['upper']:+.2f})"
-        )
+        yield _against(found.compared, "images")
 
 
-def render(found: Evaluation) -> str:
+def render(found: Evaluation | TaskEvaluation) -> str:
     """Return the page; it loads nothing from anywhere."""
+    if isinstance(found, TaskEvaluation):
+        return _render_task(found)
     names = [one.label for one in found.classes]
     rows = [
         (one.label, f"{one.precision:.2%}", f"{one.recall:.2%}", f"{one.f1:.2%}", str(one.support))

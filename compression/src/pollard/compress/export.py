@@ -21,15 +21,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from pollard.compress.errors import ExportFailed
-from pollard.compress.evaluate import session_predictor, torch_predictor
+from pollard.compress.evaluate import OUTPUT, session_predictor, torch_predictor
 from pollard.compress.macs import example_input
 from pollard.compress.onnx_file import OnnxModule
 from pollard.compress.spec import InputSpec
-from pollard.runtime.sessions import open_session
+from pollard.runtime.sessions import Session, open_session
 
 OPSET = 20
 INPUT = "image"
-OUTPUT = "logits"
+
+SEVERAL = ("boxes", "scores")
+"""What the outputs of a graph that has two are called."""
 
 # Input of the network proper, behind the normalisation.
 CORE_INPUT = "normalized"
@@ -45,8 +47,8 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
     """Export a module with its float input.
 
     Returns:
-        A model from float32 [batch, channels, height, width] to float32
-        [batch, classes], without batch norms and without any metadata.
+        A model from float32 [batch, channels, height, width] to what the module gives,
+        without batch norms and without any metadata.
 
     Raises:
         ExportFailed: the module cannot be traced or converted.
@@ -57,6 +59,7 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
         strip_metadata(given)
         return given
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    names = _output_names(module, spec)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -66,7 +69,7 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
                 external_data=False,
                 dynamic_shapes=({0: batch},),
                 input_names=[CORE_INPUT],
-                output_names=[OUTPUT],
+                output_names=names,
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -80,6 +83,18 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
     strip_metadata(model)
     _lower_batch_norms(model)
     return model
+
+
+def _output_names(module: nn.Module, spec: InputSpec | torch.Tensor) -> list[str]:
+    with torch.inference_mode():
+        outputs = module.eval()(example_input(spec))
+    if isinstance(outputs, torch.Tensor):
+        return [OUTPUT]
+    if len(outputs) != len(SEVERAL):
+        raise ExportFailed(
+            f"the model gives {len(outputs)} outputs; known are one, and two: boxes and scores"
+        )
+    return list(SEVERAL)
 
 
 def _lower_batch_norms(model: onnx.ModelProto) -> None:
@@ -329,15 +344,15 @@ def check_parity(model: bytes, module: nn.Module, spec: InputSpec) -> float:
     Batches of one and of several are run.
 
     Returns:
-        The largest difference of the logits, relative to their range.
+        The largest difference of an output, relative to its range.
 
     Raises:
         ExportFailed: they differ by more than rounding explains.
     """
     images = probe_images(spec)
     wanted = torch_predictor(module, spec)(images)
-    predict = session_predictor(open_session(model))
-    span = float(np.ptp(wanted)) or 1.0
+    session = open_session(model)
+    predict = session_predictor(session)
     worst = 0.0
     for count in (len(images), 1):
         try:
@@ -348,15 +363,26 @@ def check_parity(model: bytes, module: nn.Module, spec: InputSpec) -> float:
                 f"the exported file does not run with {count} image(s); does the model fix its "
                 f"batch, as with len(x) or view(8, …)? {first}"
             ) from error
-        if got.shape != wanted[:count].shape:
+        want = wanted[:count]
+        if got.shape != want.shape:
             raise ExportFailed(
                 f"the exported file gives {list(got.shape)} for {count} image(s), the model gives "
-                f"{list(wanted[:count].shape)}"
+                f"{list(want.shape)}"
             )
-        worst = max(worst, float(np.abs(got - wanted[:count]).max()) / span)
+        for part in _outputs(session, want.shape[-1]):
+            span = float(np.ptp(wanted[..., part])) or 1.0
+            worst = max(worst, float(np.abs(got[..., part] - want[..., part]).max()) / span)
     if not worst <= _PARITY:
         raise ExportFailed(
             f"the exported file differs from the PyTorch model by {worst:.2e} of the logits' range "
             f"(allowed {_PARITY:g})"
         )
     return worst
+
+
+def _outputs(session: Session, width: int) -> list[slice]:
+    """Return where each output lies in packed answers: pixels say nothing of logits."""
+    if len(session.outputs) == 1:
+        return [slice(None)]
+    edges = np.cumsum([output.shape[-1] for output in session.outputs[:-1]]).tolist()
+    return [slice(a, b) for a, b in zip([0, *edges], [*edges, width], strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pollard.bundle.v1 import bundle_pb2
 from pollard.compress import half
 from pollard.compress.devices import CUDA
-from pollard.compress.export import INPUT, OUTPUT, probe_images, serialize
+from pollard.compress.export import INPUT, probe_images, serialize
 from pollard.compress.spec import InputSpec
 from pollard.runtime.sessions import Session
 
@@ -44,19 +45,28 @@ def make_golden(
             opened on a processor.
 
     Returns:
-        A NumPy archive with the arrays "input/image" and "output/logits", and
-        the tolerance.
+        A NumPy archive with the arrays "input/image" and "output/" with the name of each
+        output, and the tolerance.
     """
     images = probe_images(spec, GOLDEN_IMAGES, _SEED)
-    logits = np.asarray(session.run({INPUT: images})[OUTPUT], np.float32)
-    span = float(np.ptp(logits)) or 1.0
+    outputs = {
+        name: np.asarray(value, np.float32) for name, value in session.run({INPUT: images}).items()
+    }
+    # One tolerance holds for all: pixels must not make it too wide for scores.
+    span = min(float(np.ptp(value)) or 1.0 for value in outputs.values())
     share = {"cpu-int8": _INT8_SHARE, CUDA: _FP16_SHARE}.get(target or session.target, _FLOAT_SHARE)
     if (target or session.target) == CUDA:
         # Rounded after every operator, which the processor's own run of a float16 file is not.
         model = serialize(half.emulated(onnx.load_from_string(model)))
-    difference = float(np.abs(logits - _unoptimized(model, images)).max())
+    plain = _unoptimized(model, images, list(outputs))
+    difference = max(
+        # What the relative part of the tolerance allows needs no absolute one.
+        float((np.abs(value - other) - share * np.abs(value)).max())
+        for value, other in zip(outputs.values(), plain, strict=True)
+    )
     buffer = io.BytesIO()
-    arrays = {f"input/{INPUT}": images, f"output/{OUTPUT}": logits}
+    arrays: dict[str, NDArray[Any]] = {f"input/{INPUT}": images}
+    arrays |= {f"output/{name}": value for name, value in outputs.items()}
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the keys are array names, not options
     tolerance = bundle_pb2.Tolerance(
         relative=share, absolute=float(np.float32(max(share * span, 3 * difference)))
@@ -64,10 +74,12 @@ def make_golden(
     return buffer.getvalue(), tolerance
 
 
-def _unoptimized(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _unoptimized(
+    model: bytes, images: NDArray[np.uint8], names: list[str]
+) -> list[NDArray[np.float32]]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run([OUTPUT], {INPUT: images})[0], np.float32)
+    return [np.asarray(value, np.float32) for value in session.run(names, {INPUT: images})]

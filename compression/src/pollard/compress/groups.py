@@ -61,7 +61,7 @@ class Prunable:
     """Of the model as it was given."""
     _graph: Any = field(repr=False)
     _example: Tensor = field(repr=False)
-    _shape: torch.Size = field(repr=False)
+    _shapes: list[torch.Size] = field(repr=False)
     _frozen: set[str] = field(repr=False)
 
     def doomed(self, group: Group, kept: int) -> dict[str, list[int]]:
@@ -91,10 +91,9 @@ class Prunable:
                 after = self.module(self._example)
         except RuntimeError as error:
             raise PruneFailed(f"the pruned model does not run: {error}") from error
-        if after.shape != self._shape:
-            raise PruneFailed(
-                f"pruning changed the output from {list(self._shape)} to {list(after.shape)}"
-            )
+        for shape, now in zip(self._shapes, _shapes(after), strict=True):
+            if shape != now:
+                raise PruneFailed(f"pruning changed the output from {list(shape)} to {list(now)}")
         return channels
 
     def _coupled(self, group: Group, kept: int) -> Any:
@@ -135,8 +134,7 @@ def analyse(
     example = example_input(spec)
     with torch.no_grad():
         output = work(example)
-    if not isinstance(output, Tensor):
-        raise PruneFailed(f"the model must give one tensor, it gives {type(output).__name__}")
+    shapes = _shapes(output)
     rewritten = rewrite_shortcuts(work, example)
     # The graph is built from gradients: frozen parameters would silently stay whole.
     frozen = {name for name, p in work.named_parameters() if not p.requires_grad}
@@ -154,7 +152,15 @@ def analyse(
             "nothing in this model can be pruned: "
             + "; ".join(f"{name}: {why}" for name, why in left_whole.items())
         )
-    return Prunable(work, groups, left_whole, rewritten, macs, graph, example, output.shape, frozen)
+    return Prunable(work, groups, left_whole, rewritten, macs, graph, example, shapes, frozen)
+
+
+def _shapes(output: object) -> list[torch.Size]:
+    outputs = output if isinstance(output, tuple | list) else [output]
+    shapes = [each.shape for each in outputs if isinstance(each, Tensor)]
+    if not shapes or len(shapes) != len(outputs):
+        raise PruneFailed(f"the model must give tensors, it gives {type(output).__name__}")
+    return shapes
 
 
 def compose(

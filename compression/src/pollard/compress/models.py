@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from pollard.compress.errors import LabelsMismatch, ModelUnknown, UsageInvalid, WeightsInvalid
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import task_of
+from pollard.compress.truth import TASKS, TaskName
 from pollard.compress.zoo import ENTRIES, TrainDefaults, find
 from pollard.compress.zoo.inception import InceptionV3
 from pollard.runtime.digests import sha256_file
@@ -52,6 +55,27 @@ class Source:
                 f"{self.reference.partition(':')[2]} is an ONNX file, which can be quantized and "
                 f"packed; for {purpose} give the PyTorch model it was exported from"
             )
+
+    @cached_property
+    def task(self) -> TaskName:
+        """What it is for; of a factory's model it is what its answers look like.
+
+        Raises:
+            ModelUnknown: there is no such model, or its answers are of no task.
+        """
+        kind, _, name = self.reference.partition(":")
+        if kind == "zoo":
+            return find(name).task
+        outputs = _run(self.build(0), self)
+        problems = []
+        for task in TASKS:
+            try:
+                task_of(task).check(outputs, 2)
+            except ModelUnknown as error:
+                problems.append(f"for {task} it {error}")
+            else:
+                return task
+        raise ModelUnknown(f"{self.reference}: {'; '.join(problems)}")
 
     def build(self, classes: int) -> nn.Module:
         """Build the module with fresh weights.
@@ -285,18 +309,19 @@ def _import_factory(module_name: str, attribute: str) -> Any:
 
 
 def _count_classes(module: nn.Module, source: Source) -> int:
+    try:
+        return task_of(source.task).check(_run(module, source), 2)
+    except ModelUnknown as error:
+        raise ModelUnknown(f"{source.reference} {error}") from None
+
+
+def _run(module: nn.Module, source: Source) -> object:
     spec = source.spec
     try:
         with torch.inference_mode():
-            out = module(torch.zeros(2, spec.channels, spec.height, spec.width))
+            return module.eval()(torch.zeros(2, spec.channels, spec.height, spec.width))
     except Exception as error:
         raise ModelUnknown(
             f"{source.reference} does not take [batch, {spec.channels}, {spec.height}, "
             f"{spec.width}]: {error}"
         ) from error
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
-        form = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ModelUnknown(
-            f"{source.reference} must give logits of shape [batch, classes], it gives {form}"
-        )
-    return int(out.shape[1])

@@ -71,8 +71,9 @@ def pack(
             "labels_digest": sha256_file(Path(labels)),
         }
         origin = bundling.Origin(
-            source.name, source.reference, json.dumps(recipe), 0, names, "", loaded.weights_digest
-        )
+            source.name, source.reference, json.dumps(recipe), 0, names, "", loaded.weights_digest,
+            source.task,
+        )  # fmt: skip
         bundling.write_variant(
             stage / bundling.BUNDLE, candidate, figures, None, origin, source.spec, {},
             candidate.target,

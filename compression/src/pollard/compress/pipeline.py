@@ -293,8 +293,9 @@ def _fill_in(recipe: Recipe, source: Source, machine: Machine) -> Recipe:
 
 def _load(recipe: Recipe, source: Source, reporter: Reporter) -> tuple[Dataset, LoadedModel]:
     data = load_data(
-        recipe.data, source.spec, max_train_images=recipe.max_train_images, reporter=reporter
-    )
+        recipe.data, source.spec, task=source.task, max_train_images=recipe.max_train_images,
+        reporter=reporter,
+    )  # fmt: skip
     return data, load_model(source, recipe.weights, classes=len(data.classes))
 
 
@@ -324,6 +325,7 @@ def _write(
         data.classes,
         data.digest,
         parent.weights_digest,
+        source.task,
     )
     return bundling.assemble(
         stage / bundling.BUNDLE,

@@ -384,7 +384,9 @@ def _quantize_static(
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 calibration_cache_path=cache,
-                nodes_to_exclude=sorted(float_nodes | set(unsupported_nodes(model))),
+                nodes_to_exclude=sorted(
+                    {*float_nodes, *unsupported_nodes(model), *tail_nodes(model)}
+                ),
                 extra_options={"TensorQuantOverrides": dict(overrides)} if overrides else {},
             )
             quantized = onnx.load(written)
@@ -399,6 +401,26 @@ def _known_fusions(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[
             to = found[to]
         found[name] = to
     return {name: to for name, to in found.items() if to in ranges}
+
+
+def tail_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the nodes behind the last layers of a graph of several outputs.
+
+    They make boxes in pixels of what the layers say: 256 places are too few for that, and there
+    is next to nothing to compute.
+    """
+    if len(model.graph.output) < 2:
+        return []
+    leads: set[str] = set()
+    """Tensors that some layer still works on."""
+    tail = []
+    for node in reversed(model.graph.node):
+        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        if is_layer or leads.intersection(node.output):
+            leads.update(node.input)
+        else:
+            tail.append(node.name)
+    return tail[::-1]
 
 
 def unsupported_nodes(model: onnx.ModelProto) -> list[str]:

@@ -17,6 +17,7 @@ from pollard.compress.prune import Pruned
 from pollard.compress.report_page import render_page
 from pollard.compress.search import Found, front
 from pollard.compress.stages import Done
+from pollard.compress.tasks import task_of
 from pollard.compress.training import History
 from pollard.compress.verify import MIN_SPEEDUP, Measured
 from pollard.runtime.machine import Machine
@@ -94,7 +95,7 @@ def describe_parent(run: Packing) -> dict[str, Any]:
         },
         "parent": parent.to_json(),
         "layers": _layers(run.layers, run.layers),
-        "confusion": {"classes": run.data.classes, "parent": parent.confusion.tolist()},
+        "confusion": {"classes": _classes(run.data), "parent": parent.confusion.tolist()},
     }
 
 
@@ -143,11 +144,15 @@ def describe_compression(run: Compression) -> dict[str, Any]:
             for done in run.stages
         ],
         "confusion": {
-            "classes": run.data.classes,
+            "classes": _classes(run.data),
             "parent": parent.confusion.tolist(),
             "chosen": chosen.confusion.tolist(),
         },
     }
+
+
+def _classes(data: Dataset) -> list[str]:
+    return task_of(data.task).confusion_labels(data.classes)
 
 
 def render(content: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -183,6 +188,7 @@ def _common(run: Packing | Compression) -> dict[str, Any]:
             "split": data.split,
             "damaged": data.damaged,
             "digest": data.digest,
+            "task": data.task,
         },
         "recipe": run.recipe,
         "provenance": {

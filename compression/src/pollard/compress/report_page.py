@@ -101,11 +101,11 @@ def _parent_sections(content: dict[str, Any]) -> list[str]:
 
 
 def _heading(content: dict[str, Any]) -> str:
-    gate = content["gate"]
+    gate, metric = content["gate"], content["parent"]["accuracy"]["metric"]
     drop = content["chosen"]["drop_points"]
     return (
         f"<h1>{html.escape(content['name'])}, compressed for {content['target']}</h1>"
-        f"<p>{report_device.shipped_text(content)}, and {_lost(drop['estimate'])} "
+        f"<p>{report_device.shipped_text(content)}, and {_lost(drop['estimate'], metric)} "
         f"(at most {points(gate['max_drop_points'])} may be lost).</p>"
         f"<p class='muted'>{html.escape(content['created'])} on "
         f"{html.escape(content['device']['name'])}, onnxruntime "
@@ -119,10 +119,10 @@ def _heading(content: dict[str, Any]) -> str:
     )
 
 
-def _lost(points: float) -> str:
+def _lost(points: float, metric: str) -> str:
     if abs(points) < 0.005:
         return "is as accurate"
-    return f"{'loses' if points > 0 else 'gains'} {abs(points):.2f} points of accuracy"
+    return f"{'loses' if points > 0 else 'gains'} {abs(points):.2f} points of {metric}"
 
 
 def _cards(content: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ def _cards(content: dict[str, Any]) -> str:
             for told in (
                 report_device.speed_card(content),
                 (
-                    f"Accuracy, {content['data']['held_out']} held-out images",
+                    f"{_metric(interval)}, {content['data']['held_out']} held-out images",
                     f"{interval['value']:.2%}",
                     f"parent {s['accuracy_parent']:.2%}, change {signed(-drop['estimate'])}, "
                     f"95 % interval {signed(-drop['upper'])} to {signed(-drop['lower'])}",
@@ -160,6 +160,11 @@ def _cards(content: dict[str, Any]) -> str:
     )
 
 
+def _metric(figures: dict[str, Any]) -> str:
+    metric = str(figures["metric"])
+    return "Accuracy" if metric == "accuracy" else metric
+
+
 def _parent_cards(content: dict[str, Any]) -> str:
     s, accuracy = content["summary"], content["parent"]["accuracy"]
     return (
@@ -168,7 +173,7 @@ def _parent_cards(content: dict[str, Any]) -> str:
             card(*told)
             for told in (
                 (
-                    f"Accuracy, {content['data']['held_out']} held-out images",
+                    f"{_metric(accuracy)}, {content['data']['held_out']} held-out images",
                     f"{accuracy['value']:.2%}",
                     f"95 % interval {accuracy['lower']:.2%} to {accuracy['upper']:.2%}",
                 ),
@@ -189,7 +194,7 @@ def _held_out_note(content: dict[str, Any]) -> str:
     data = content["data"]
     damaged = f" {len(data['damaged'])} damaged file(s) were left out." if data["damaged"] else ""
     return (
-        f"Accuracy on {data['held_out']} held-out images of {html.escape(data['name'])}, which "
+        f"Figures on {data['held_out']} held-out images of {html.escape(data['name'])}, which "
         f"nothing was trained on or chosen by ({html.escape(data['split'])}).{damaged} Latencies "
         "are medians of interleaved runs of the written files, as they are served."
     )
@@ -197,9 +202,10 @@ def _held_out_note(content: dict[str, Any]) -> str:
 
 def _before_after(content: dict[str, Any]) -> str:
     parent, chosen = content["parent"], content["chosen"]
+    metric = parent["accuracy"]["metric"]
     rows = [
         (
-            "Top-1 accuracy",
+            {"accuracy": "Top-1 accuracy"}.get(metric, metric),
             _accuracy(parent),
             _accuracy(chosen),
             f"{signed(-chosen['drop_points']['estimate'])} points",
@@ -223,7 +229,8 @@ def _before_after(content: dict[str, Any]) -> str:
             (title, form(parent[key]), form(chosen[key]), f"{chosen[key] / parent[key]:.1%} left")
         )
     rows.append(("Same answer as the parent", "", _share(chosen["agreement_with_parent"]), ""))
-    rows.append(("Same answer as in PyTorch", _agreement(parent), _agreement(chosen), ""))
+    here, there = (f"{side['agreement_with_torch']:.2%}" for side in (parent, chosen))
+    rows.append(("Same answer as in PyTorch", here, there, ""))
     return table(("", "Parent", "Shipped", "Change"), rows)
 
 
@@ -233,10 +240,6 @@ def _accuracy(figures: dict[str, Any]) -> str:
 
 def _share(a: dict[str, Any]) -> str:
     return f"{a['value']:.2%} ({a['lower']:.1%} to {a['upper']:.1%})"
-
-
-def _agreement(figures: dict[str, Any]) -> str:
-    return f"{figures['agreement_with_torch']:.2%} of images"
 
 
 def _candidate_text(content: dict[str, Any]) -> str:

@@ -65,7 +65,8 @@ def scatter(content: dict[str, Any]) -> str:
     )
     title = f"median latency of {of}, µs" if timed else "multiply-accumulates"
     figure.update_xaxes(title=title, rangemode="tozero")
-    figure.update_yaxes(title="accuracy against the parent, points", zeroline=True)
+    metric = content["parent"]["accuracy"]["metric"]
+    figure.update_yaxes(title=f"{metric} against the parent, points", zeroline=True)
     return plot(figure, 400)
 
 

@@ -23,6 +23,7 @@ from pollard.compress.run_stages import Run, fit_config
 from pollard.compress.search import TRIAL_SHARE, Found, Outcome, Point, search
 from pollard.compress.shrink import shrink, shrink_config
 from pollard.compress.stages import read_json, scratch, write_json
+from pollard.compress.truth import TaskName, Truth
 
 # Images that trials are judged by.
 _JUDGED = 2000
@@ -40,6 +41,9 @@ class Setting:
     images: Path
     """Folder of the decoded images, an array for each part."""
     digest: str
+    task: TaskName
+    truths: dict[str, list[Truth]]
+    """Part → what is true of its images where that is no class."""
 
 
 @dataclass
@@ -87,14 +91,17 @@ def search_stage(run: Run) -> Found:
 def _setting(run: Run, folder: Path) -> Setting:
     data = run.data
     short = max(2 * (run.recipe.batch_size or 2), round(TRIAL_SHARE * len(data.train)))
+    truths: dict[str, list[Truth]] = {}
     # The parts are shuffled: their beginnings are samples of them.
     for part, count in ((data.train, short), (data.choose, _JUDGED)):
         name = part.name.rpartition("/")[2]
         np.save(folder / f"{name}-images.npy", part.images[:count])
         np.save(folder / f"{name}-labels.npy", part.labels[:count])
+        truths[name] = list(part.truths[:count])
     # A copy: what a specification has worked out for itself does not go to other processes.
     spec = replace(run.parent.spec)
-    return Setting(replace(run.recipe, spec=spec), data.classes, folder, data.digest)
+    recipe = replace(run.recipe, spec=spec)
+    return Setting(recipe, data.classes, folder, data.digest, data.task, truths)
 
 
 def prepare(setting: Setting) -> None:
@@ -109,6 +116,8 @@ def prepare(setting: Setting) -> None:
             f"search/{name}",
             np.load(setting.images / f"{name}-images.npy", mmap_mode="c"),
             np.load(setting.images / f"{name}-labels.npy"),
+            setting.task,
+            setting.truths[name],
         )
         for name in ("train", "choose")
     )

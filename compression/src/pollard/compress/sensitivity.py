@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pollard.compress.data import Dataset
+from pollard.compress.evaluate import predict_part, torch_predictor
 from pollard.compress.groups import Group, Prunable
 from pollard.compress.knapsack import options
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import task_of
 from pollard.compress.training import recalibrate_batch_norm
 
 
@@ -59,12 +61,13 @@ def measure_sensitivities(
         images: How many of each are used.
         reporter: Told of progress.
     """
-    probe = spec.normalize(data.choose.images[:images])
-    wanted = _log_answers(teacher, probe)
+    probe = data.choose.take(slice(images))
+    task = task_of(data.task)
+    wanted = predict_part(torch_predictor(teacher, spec), probe)
     return measure_losses(
         prunable,
         blocks,
-        lambda module: _divergence(wanted, _log_answers(module, probe)),
+        lambda module: task.divergence(wanted, predict_part(torch_predictor(module, spec), probe)),
         lambda module: recalibrate_batch_norm(module, data.train, spec, images),
         reporter=reporter,
     )
@@ -159,14 +162,6 @@ def _silence(module: nn.Module, lost: Mapping[str, list[int]]) -> None:
             for parameter in layer.parameters(recurse=False):
                 rows = parameter.transpose(0, 1) if transposed and parameter.ndim > 1 else parameter
                 rows[indices] = 0
-
-
-def _log_answers(module: nn.Module, inputs: Tensor) -> Tensor:
-    module.eval()
-    with torch.no_grad():
-        return torch.cat(
-            [functional.log_softmax(module(piece), 1) for piece in torch.split(inputs, 64)]
-        )
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> float:

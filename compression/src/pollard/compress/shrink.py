@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pollard.compress.blocks import find_blocks, without
 from pollard.compress.budget import Budget, parse_budgets
@@ -40,6 +39,7 @@ from pollard.compress.sensitivity import (
 )
 from pollard.compress.spec import InputSpec
 from pollard.compress.stages import Stages, temporary_stages
+from pollard.compress.tasks import task_of
 from pollard.compress.training import FitConfig, History
 
 # Bytes of a weight, and what the file holds for each operator besides.
@@ -355,9 +355,9 @@ def loss_gradients(data: Dataset, spec: InputSpec, images: int = 256) -> Gradien
         for start in range(0, min(images, len(data.train)), 64):
             piece = data.train.images[start : min(images, start + 64)]
             labels = torch.from_numpy(data.train.labels[start : start + len(piece)])
-            loss = functional.cross_entropy(
-                module(spec.normalize(np.ascontiguousarray(piece))), labels
-            )
+            outputs = module(spec.normalize(np.ascontiguousarray(piece)))
+            size = (spec.height, spec.width)
+            loss = task_of(data.task).loss(outputs, labels, size, FitConfig(0))
             loss.backward()  # type: ignore[no-untyped-call]
 
     return add

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import zipfile
 import zlib
@@ -9,17 +10,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pollard.compress import shapes
 from pollard.compress.errors import DataInvalid
+from pollard.compress.truth import TaskName
 from pollard.runtime.errors import ImageDamaged, ImageTooLarge
 from pollard.runtime.images import ImageLimits
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
+
+# Images that may be drawn, and how far the seeds of two data sets lie apart.
+_FEWEST, _SEEDS = 20, 1_000_000
 
 # Folder names that say which part of the data they hold.
 PARTS = {
@@ -53,6 +59,20 @@ class ImageSource(Protocol):
 
     def read(self, item: Item) -> bytes | NDArray[np.uint8]:
         """Return the bytes of an image file, or its pixels."""
+
+
+@runtime_checkable
+class LabelledSource(ImageSource, Protocol):
+    """A data set whose images have boxes or masks."""
+
+    classes: list[str]
+
+    def truth(self, item: Item) -> NDArray[np.generic]:
+        """Return what is true of an image, in pixels of the upright image.
+
+        Boxes, float64 [objects, 5]: left, upper, right and lower edge, and the class; or the
+        class of each pixel, uint8 [height, width].
+        """
 
 
 class DirectorySource:
@@ -139,56 +159,59 @@ class DigitsSource:
 
 
 class ShapesSource:
-    """Discs, squares, triangles, crosses and rings, drawn with chance: 5 × 240 colour images.
+    """Drawn shapes, one an image, 32 × 32 pixels: the same for the same count and seed."""
 
-    Always the same images, 32 × 32 pixels: something to learn where there are no data.
-    """
+    COUNT = 1200
 
-    NAMES = ("cross", "disc", "ring", "square", "triangle")
-    PER_CLASS = 240
-
-    def __init__(self) -> None:
+    def __init__(self, count: int = COUNT, seed: int = 0) -> None:
         self.name = "shapes"
         self.ignored = 0
+        self._each, self._seed = count // len(shapes.NAMES), seed
         self.items = [
             Item(f"{label}/{number:03d}", label, "")
-            for label in self.NAMES
-            for number in range(self.PER_CLASS)
+            for label in shapes.NAMES
+            for number in range(self._each)
         ]
 
     def read(self, item: Item) -> NDArray[np.uint8]:
         """Return uint8 pixels, 32 × 32 × 3."""
         label, _, number = item.path.partition("/")
-        return _draw(label, int(number) + self.PER_CLASS * self.NAMES.index(label))
+        place = int(number) + self._each * shapes.NAMES.index(label)
+        return shapes.draw_single(label, place + self._seed * _SEEDS)
 
 
-def _draw(label: str, seed: int) -> NDArray[np.uint8]:
-    generator = np.random.default_rng(seed)
-    size = 32
-    middle = generator.uniform(12, 20, 2)
-    radius = generator.uniform(6, 11)
-    angle = generator.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[:size, :size] + 0.5
-    y, x = y - middle[0], x - middle[1]
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    distance = np.hypot(x, y)
-    if label == "disc":
-        inside = distance < radius
-    elif label == "ring":
-        inside = (distance < radius) & (distance > 0.55 * radius)
-    elif label == "square":
-        inside = np.maximum(abs(u), abs(v)) < 0.8 * radius
-    elif label == "cross":
-        arms = np.minimum(abs(u), abs(v)) < 0.25 * radius
-        inside = arms & (np.maximum(abs(u), abs(v)) < radius)
-    else:
-        inside = (v > -0.5 * radius) & (v < radius - 1.732 * abs(u))
-    ground, ink = generator.uniform(0, 255, (2, 3))
-    # Far enough from each other to be seen.
-    ink = np.where(abs(ink - ground).max() < 90, (ground + 128) % 256, ink)
-    picture = np.where(inside[..., None], ink, ground) + generator.normal(0, 12, (size, size, 3))
-    pixels: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
-    return pixels
+class ScenesSource:
+    """Drawn scenes of several shapes, with a box for each or a class for each pixel.
+
+    Colour images of 96 to 144 pixels in height and width, the same for the same count and seed.
+    """
+
+    COUNT = 2000
+
+    def __init__(self, task: TaskName, count: int = COUNT, seed: int = 0) -> None:
+        self.name = "shapes"
+        self.ignored = 0
+        self.classes = list(shapes.NAMES)
+        self._task, self._seed = task, seed
+        if task == "segmentation":
+            self.classes.insert(0, "background")
+        self.items = [Item(f"{number:05d}", "", "") for number in range(count)]
+
+    def read(self, item: Item) -> NDArray[np.uint8]:
+        """Return uint8 pixels, height × width × 3."""
+        return self._draw(item).pixels
+
+    def truth(self, item: Item) -> NDArray[np.generic]:
+        """Return the boxes, float64 [objects, 5], or the class of each pixel, uint8."""
+        scene = self._draw(item)
+        return scene.mask if self._task == "segmentation" else scene.boxes
+
+    def _draw(self, item: Item) -> shapes.Scene:
+        return _scene(int(item.path) + self._seed * _SEEDS)
+
+
+# Pixels and truth of a scene are asked for one after the other, by a few threads.
+_scene = functools.lru_cache(maxsize=16)(shapes.draw_scene)
 
 
 def _hidden(parts: Iterable[str]) -> bool:
@@ -207,18 +230,19 @@ def _enlarge(image: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def open_source(reference: str | Path) -> ImageSource:
-    """Find a data set.
+    """Find a data set of classes.
 
     Args:
-        reference: "digits", "shapes", a directory, or a zip file.
+        reference: "digits", "shapes", "shapes:COUNT", "shapes:COUNT:SEED", a directory, or a zip
+            file.
 
     Raises:
         DataInvalid: there is none, or it holds no images.
     """
     if str(reference) == "digits":
         return DigitsSource()
-    if str(reference) == "shapes":
-        return ShapesSource()
+    if drawn := _drawn(reference, ShapesSource.COUNT):
+        return ShapesSource(*drawn)
     path = Path(reference)
     if path.is_dir():
         return DirectorySource(path)
@@ -228,6 +252,37 @@ def open_source(reference: str | Path) -> ImageSource:
         f'there is no data at {path}: give "digits", "shapes", a directory or a zip file with '
         "train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg"
     )
+
+
+def open_labelled(reference: str | Path, task: TaskName) -> LabelledSource:
+    """Find a data set of boxes or masks.
+
+    Args:
+        reference: "shapes", "shapes:COUNT" or "shapes:COUNT:SEED".
+        task: "detection" or "segmentation".
+
+    Raises:
+        DataInvalid: there is none.
+    """
+    if drawn := _drawn(reference, ScenesSource.COUNT):
+        return ScenesSource(task, *drawn)
+    raise DataInvalid(
+        f"{reference} is no data for {task}: boxes and masks are drawn on the fly, so give "
+        '"shapes", "shapes:COUNT" or "shapes:COUNT:SEED"'
+    )
+
+
+def _drawn(reference: str | Path, default: int) -> tuple[int, int] | None:
+    """Read "shapes:COUNT:SEED"; None where something else is meant."""
+    name, *numbers = str(reference).split(":")
+    if name != "shapes":
+        return None
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise DataInvalid(f"{reference} is not shapes, shapes:COUNT or shapes:COUNT:SEED")
+    count, seed = [*map(int, numbers), *(default, 0)[len(numbers) :]]
+    if not _FEWEST <= count <= _SEEDS:
+        raise DataInvalid(f"{reference}: the count is from {_FEWEST} to {_SEEDS}")
+    return count, seed
 
 
 def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[Item], int]:

@@ -14,6 +14,9 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.compress.errors import UsageInvalid
 from pollard.runtime import transforms
 
+# Grey of a letterbox's border.
+_FILL = 114
+
 Augmentation = Literal["none", "shift", "crop-flip"]
 
 
@@ -37,6 +40,9 @@ class InputSpec:
     short_side: int = 0
     """Pixels that the shorter side is scaled to before the centre is cut out, as is
     usual for ImageNet; 0 scales the whole image to `height` × `width`."""
+    letterbox: bool = False
+    """Whether the whole image is scaled to fit within `height` × `width` with its proportions
+    kept, and the rest filled with grey, as is usual for detectors."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -64,6 +70,10 @@ class InputSpec:
     def steps(self) -> list[bundle_pb2.PreprocessStep]:
         """Return the steps from an image file to uint8 pixels of `shape`."""
         decode = transforms.decode(gray=self.channels == 1)
+        if self.letterbox:
+            mode = bundle_pb2.RESIZE_MODE_LETTERBOX
+            fill = [_FILL] * self.channels
+            return [decode, transforms.resize(self.width, self.height, mode=mode, fill=fill)]
         if not self.short_side:
             return [decode, transforms.resize(self.width, self.height)]
         mode = bundle_pb2.RESIZE_MODE_SHORT_SIDE

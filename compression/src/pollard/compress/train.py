@@ -8,25 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pollard.compress import augmentation_truth
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.curves import EpochTable, Observers, TensorBoard, write_page
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import LabelsMismatch, OutputExists, UsageInvalid
-from pollard.compress.evaluate import (
-    Accuracy,
-    Predict,
-    accuracy,
-    predict_part,
-    right_answers,
-    torch_predictor,
-)
+from pollard.compress.evaluate import Accuracy, Predict, predict_part, torch_predictor
 from pollard.compress.models import Source, load_model, read_state, resolve, save_state
 from pollard.compress.parallel import Team, team
 from pollard.compress.pipeline import torch_threads
 from pollard.compress.progress import Reporter
 from pollard.compress.schedules import SCHEDULES, Schedule
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import task_of
 from pollard.compress.training import FitConfig, History, fit, seed_everything
 from pollard.compress.transfer import Frozen, freeze_backbone, load_backbone
 from pollard.runtime.bundle import MANIFEST
@@ -88,8 +83,22 @@ class TrainOptions:
             raise UsageInvalid("--unfreeze-every needs --freeze backbone")
 
     def fill_in(self, source: Source, seed: int) -> FitConfig:
-        """Return the whole configuration for a model."""
+        """Return the whole configuration for a model.
+
+        Raises:
+            UsageInvalid: something is asked for that the model's task has not.
+        """
         defaults = source.training
+        if source.task != "classification":
+            if self.loss != "cross-entropy":
+                raise UsageInvalid(f"loss {self.loss} is of classes; {source.task} has its own")
+            if self.label_smoothing and source.task == "detection":
+                raise UsageInvalid(
+                    "the scores of boxes are trained to be their overlap; there is no label to "
+                    "smooth"
+                )
+            if self.augment is not None:
+                augmentation_truth.check(self.augment, source.task)
         given = self.weight_decay
         return FitConfig(
             epochs=self.epochs or defaults.epochs,
@@ -195,7 +204,10 @@ def train(
     config = options.fill_in(source, seed)
     with team() as processes, torch_threads(threads):
         reporter = reporter if reporter is not None and processes.leads else Reporter()
-        dataset = load_data(data, source.spec, max_train_images=max_train_images, reporter=reporter)
+        dataset = load_data(
+            data, source.spec, task=source.task, max_train_images=max_train_images,
+            reporter=reporter,
+        )  # fmt: skip
         if classes is not None and classes != len(dataset.classes):
             raise LabelsMismatch(
                 f"the data have {len(dataset.classes)} classes, not {classes}: "
@@ -292,8 +304,9 @@ def _board(tensorboard: Path | None, processes: Team) -> list[TensorBoard]:
 
 
 def _held_out_accuracy(predict: Predict, data: Dataset) -> Accuracy:
-    logits = predict_part(predict, data.held_out)
-    return accuracy(right_answers(logits, data.held_out), data.held_out)
+    answers = predict_part(predict, data.held_out)
+    found = task_of(data.task).judge(answers, data.held_out, len(data.classes))
+    return found.accuracy(data.held_out)
 
 
 def leads() -> bool:

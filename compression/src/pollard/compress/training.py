@@ -14,20 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pollard.compress import augmentation
+from pollard.compress import augmentation, augmentation_truth
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
 from pollard.compress.errors import TrainingDiverged
-from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
+from pollard.compress.evaluate import predict_part, torch_predictor
 from pollard.compress.pace import Pace
 from pollard.compress.parallel import Team
 from pollard.compress.progress import Reporter
 from pollard.compress.schedules import Schedule, schedule
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import Outputs, task_of
 from pollard.compress.transfer import Frozen
+from pollard.compress.truth import TaskName
 from pollard.compress.zoo.inception import InceptionV3
 
 # Weight of an auxiliary classifier's loss, as in the paper of Inception v3.
@@ -46,8 +47,7 @@ class FitConfig:
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     seed: int = 0
     distill_weight: float = 0.0
-    """Share of the loss that is distillation (Hinton et al., 2015); the rest is
-    cross-entropy."""
+    """Share of the loss that is distillation (Hinton et al., 2015); the rest is the task's."""
     distill_temperature: float = 4.0
     momentum: float = 0.9
     """Of SGD."""
@@ -55,7 +55,8 @@ class FitConfig:
     """Whether SGD looks ahead by its momentum."""
     schedule: Schedule = "one-cycle"
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
-    """"mse" is the squared distance of the probabilities from the label (Brier's score)."""
+    """Of classes: "mse" is the squared distance of the probabilities from the label (Brier's
+    score). Boxes and masks have losses of their own."""
     label_smoothing: float = 0.0
     """Share of the label that is spread over all classes (Szegedy et al., 2016)."""
     augment: Augment | None = None
@@ -74,7 +75,7 @@ class History:
 
     loss: list[float] = field(default_factory=list)
     choose_accuracy: list[float] = field(default_factory=list)
-    """On the choosing part, after each epoch."""
+    """What the task is judged by, on the choosing part, after each epoch."""
     best_epoch: int = 0
     """From 1; 0 means the state before the first epoch."""
     start_accuracy: float = 0.0
@@ -102,16 +103,18 @@ def seed_everything(seed: int) -> None:
 def choose_accuracy(
     module: nn.Module, spec: InputSpec, part: Part, team: Team | None = None
 ) -> float:
-    """Return the module's accuracy on ``part``, 0 to 1."""
-    own, team = part, team or Team()
-    if team.size > 1:
-        turn = slice(team.rank, None, team.size)
-        own = Part(part.name, part.images[turn], part.labels[turn])
-    right = 0.0
-    if len(own):
-        logits = predict_part(torch_predictor(module, spec), own, 256)
-        right = float(right_answers(logits, own).sum())
-    return team.sum(right) / len(part)
+    """Return the module's accuracy on ``part``, or what its task has in its place, 0 to 1."""
+    team = team or Team()
+    if part.task != "classification":
+        # No sum over images: every process looks at all of them.
+        team = Team()
+    own = part.take(slice(team.rank, None, team.size))
+    if not len(own):
+        return team.sum(0.0) / len(part)
+    answers = predict_part(torch_predictor(module, spec), own, 256)
+    classes = answers.shape[1] if part.task != "detection" else answers.shape[2] - 4
+    found = task_of(part.task).judge(answers, own, classes).accuracy(own).value
+    return team.sum(found * len(own)) / len(part)
 
 
 def fit(
@@ -170,7 +173,7 @@ def fit(
                 frozen.apply(module, run.epoch)
             while run.position < len(data.train) and run.done < run.total:
                 inputs, labels, mixed, weight = run.batch(data.train, spec, config)
-                loss = _loss(module, teacher, inputs, labels, config, mixed)
+                loss = _loss(module, teacher, inputs, labels, config, data.task, mixed)
                 value = team.sum(weight * loss.item())
                 if not math.isfinite(value):
                     diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
@@ -337,7 +340,9 @@ class _Run:
         drawn = augmentation.draw(how, len(chosen), spec, self.generator)
         own = self.team.share(len(chosen))
         images = augmentation.apply(part.images[chosen[own]], drawn.part(own))
-        inputs, labels = spec.normalize(images), torch.from_numpy(part.labels[chosen[own]])
+        inputs = spec.normalize(images)
+        truth = augmentation_truth.move(part.labels[chosen[own]], drawn.part(own), part.task, spec)
+        labels = torch.from_numpy(truth)
         mixed = None
         if drawn.partner is not None:
             partners = drawn.partner[own]
@@ -436,45 +441,33 @@ def _loss(
     inputs: Tensor,
     labels: Tensor,
     config: FitConfig,
+    task_name: TaskName,
     mixed: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    second = None
+    task, second = task_of(task_name), None
+    outputs: Outputs
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         if teacher is None and isinstance(module, InceptionV3):
-            logits, second = module.forward_with_auxiliary(inputs)
+            outputs, second = module.forward_with_auxiliary(inputs)
         else:
-            logits = module(inputs)
-    hard = _hard_loss(logits.float(), labels, config, mixed)
+            outputs = module(inputs)
+    size = (inputs.shape[2], inputs.shape[3])
+    outputs = _as_float(outputs)
+    hard = task.loss(outputs, labels, size, config, mixed)
     if second is not None:
-        hard = hard + _AUXILIARY * _hard_loss(second.float(), labels, config, mixed)
+        hard = hard + _AUXILIARY * task.loss(second.float(), labels, size, config, mixed)
     if teacher is None or config.distill_weight == 0:
         return hard
     with torch.no_grad():
         wanted = teacher(inputs)
-    t = config.distill_temperature
-    soft = functional.kl_div(
-        functional.log_softmax(logits.float() / t, 1),
-        functional.log_softmax(wanted / t, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    # T² keeps the gradients of both parts of one size.
-    return config.distill_weight * t * t * soft + (1 - config.distill_weight) * hard
+    soft = task.distillation(outputs, wanted, config)
+    return config.distill_weight * soft + (1 - config.distill_weight) * hard
 
 
-def _hard_loss(
-    logits: Tensor, labels: Tensor, config: FitConfig, mixed: tuple[Tensor, float] | None
-) -> Tensor:
-    if mixed is not None:
-        others, share = mixed
-        own = _hard_loss(logits, labels, config, None)
-        return share * own + (1 - share) * _hard_loss(logits, others, config, None)
-    if config.loss == "cross-entropy":
-        return functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    classes = logits.shape[1]
-    wanted = functional.one_hot(labels, classes) * (1 - config.label_smoothing)
-    wanted = wanted + config.label_smoothing / classes
-    return (logits.softmax(1) - wanted).square().sum(1).mean()
+def _as_float(outputs: Any) -> Outputs:
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return tuple(each.float() for each in outputs)
 
 
 def _finite(module: nn.Module) -> bool:

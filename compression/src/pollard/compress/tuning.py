@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pollard.compress.candidates import Tuning
 from pollard.compress.data import Dataset
-from pollard.compress.evaluate import predict_part, right_answers, torch_predictor
+from pollard.compress.evaluate import predict_part, torch_predictor
 from pollard.compress.fake_quantize import trainer
 from pollard.compress.models import LoadedModel
 from pollard.compress.progress import Reporter
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
+from pollard.compress.tasks import task_of
 from pollard.compress.training import FitConfig
 
 # Weights are near their place already: training in 8 bits moves them less than recovery.
@@ -47,7 +48,9 @@ def chosen_by(recipe: Recipe) -> dict[str, object]:
 def make_tuning(recipe: Recipe, parent: LoadedModel, data: Dataset, reporter: Reporter) -> Tuning:
     """Return what a recipe, with its defaults filled in, chooses 8-bit files by."""
     spec, defaults = parent.spec, parent.source.training
-    logits = predict_part(torch_predictor(parent.module, spec), data.choose, 256)
+    answers = predict_part(torch_predictor(parent.module, spec), data.choose, 256)
+    classes = len(data.classes)
+    verdict = task_of(data.task).judge(answers, data.choose, classes)
     train = None
     if epochs := recipe.qat_epochs:
         config = FitConfig(
@@ -61,4 +64,4 @@ def make_tuning(recipe: Recipe, parent: LoadedModel, data: Dataset, reporter: Re
             distill_temperature=recipe.distill_temperature,
         )
         train = trainer(parent.module, data, spec, config, reporter)
-    return Tuning(data.choose, right_answers(logits, data.choose), recipe.max_drop, train)
+    return Tuning(data.choose, verdict, classes, recipe.max_drop, train)

@@ -22,14 +22,12 @@ from pollard.compress.errors import GateRefused
 from pollard.compress.evaluate import (
     Accuracy,
     Drop,
-    accuracy,
-    confusion,
-    paired_drop,
     predict_part,
-    right_answers,
     session_predictor,
     torch_predictor,
+    wilson_share,
 )
+from pollard.compress.tasks import Task, Verdict, task_of
 from pollard.runtime.measure import Ratio, interleaved, ratio, time_calls
 from pollard.runtime.sessions import Session
 
@@ -67,9 +65,9 @@ class Measured:
     """How many times faster than the parent's float file: one image with one thread, or the
     batch that a GPU is judged by. None where nothing was timed."""
     agreement: float
-    """Share of images that get the same answer as from the PyTorch model."""
+    """Share of the answers that are the PyTorch model's, too: of images, boxes, or pixels."""
     parent_agreement: Accuracy
-    """Share of images that get the same answer as from the parent's float file."""
+    """Share of the answers that are the parent's float file's, too."""
     confusion: NDArray[np.int64] = field(repr=False)
     judged_batch: int = 1
     """Batch whose time is compared."""
@@ -139,39 +137,39 @@ def measure(
     """
     sessions = [open_on(device, candidate) for candidate in candidates]
     timings, medians = _time_all(sessions, part, device, rounds)
+    task, classes = task_of(part.task), len(data.classes)
     results: list[Measured] = []
-    parent_right: NDArray[np.bool_] | None = None
-    parent_answers: NDArray[np.int64] | None = None
-    answers: dict[int, NDArray[np.int64]] = {}
+    parent: tuple[Verdict, NDArray[np.float32]] | None = None
+    answers: dict[int, NDArray[np.float32]] = {}
     rows = zip(candidates, sessions, timings, medians, strict=True)
     for candidate, session, timing, times in rows:
-        logits = predict_part(session_predictor(session), part, MAX_BATCH)
-        right = right_answers(logits, part)
-        parent_right = right if parent_right is None else parent_right
-        given = logits.argmax(axis=1)
-        parent_answers = given if parent_answers is None else parent_answers
+        given = predict_part(session_predictor(session), part, MAX_BATCH)
+        verdict = task.judge(given, part, classes)
+        parent = parent or (verdict, given)
         if id(candidate.module) not in answers:
-            answers[id(candidate.module)] = _torch_answers(candidate, part)
+            predict = torch_predictor(candidate.module, candidate.spec)
+            answers[id(candidate.module)] = predict_part(predict, part, MAX_BATCH)
         results.append(
             Measured(
                 candidate,
-                accuracy(right, part),
-                paired_drop(parent_right, right),
+                verdict.accuracy(part),
+                verdict.drop_from(parent[0]),
                 timing,
                 ratio(medians[0], times) if device.timed else None,
-                float((given == answers[id(candidate.module)]).mean()),
-                accuracy(given == parent_answers, part),
-                confusion(logits, part.labels, len(data.classes)),
+                _agreement(task, given, answers[id(candidate.module)], part).value,
+                _agreement(task, given, parent[1], part),
+                task.confusion(given, part, classes),
                 device.judged_batch,
             )
         )
     return results
 
 
-def _torch_answers(candidate: Candidate, part: Part) -> NDArray[np.int64]:
-    predict = torch_predictor(candidate.module, candidate.spec)
-    answers: NDArray[np.int64] = predict_part(predict, part, MAX_BATCH).argmax(axis=1)
-    return answers
+def _agreement(
+    task: Task, given: NDArray[np.float32], wanted: NDArray[np.float32], part: Part
+) -> Accuracy:
+    same, total = task.agreement(given, wanted, part)
+    return wilson_share(same, total, part.name)
 
 
 def _call(session: Session, images: NDArray[np.uint8]) -> Any:

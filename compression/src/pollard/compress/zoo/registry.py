@@ -11,11 +11,14 @@ from torch import nn
 
 from pollard.compress.errors import ModelUnknown
 from pollard.compress.spec import InputSpec
+from pollard.compress.truth import TaskName
 from pollard.compress.zoo.cifar_resnet import resnet20, resnet56
+from pollard.compress.zoo.detector import SmallFcos
 from pollard.compress.zoo.inception import inception_v3
 from pollard.compress.zoo.mobilenet import mobilenet_v2, mobilenet_v2_cifar
 from pollard.compress.zoo.resnet import resnet18, resnet34, resnet50
 from pollard.compress.zoo.small import SmallCnn28, SmallCnn224, SmallCnn512
+from pollard.compress.zoo.unet import SmallUNet
 from pollard.compress.zoo.vgg import CifarVgg, vgg16, vgg16_bn
 
 
@@ -46,6 +49,7 @@ class Entry:
     classes: int = 10
     """Classes of published checkpoints; another number is possible."""
     training: TrainDefaults = TrainDefaults()
+    task: TaskName = "classification"
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,6 +79,12 @@ _IMAGENET_TRAINING = TrainDefaults(
 
 _INCEPTION_INPUT = InputSpec(
     299, 299, 3, (0.5,) * 3, (0.5,) * 3, augmentation="crop-flip", short_side=342
+)
+
+
+# One zero point for all channels: in 8 bits the pixels are the network's input as they are.
+_SCENE_INPUT = InputSpec(
+    96, 96, 3, (128 / 255,) * 3, (0.25,) * 3, augmentation="crop-flip", letterbox=True
 )
 
 
@@ -153,6 +163,36 @@ ENTRIES: dict[str, Entry] = {
         # Its checkpoints were made with pixels from −1 to 1.
         _imagenet("inception-v3", "Inception v3", inception_v3, _INCEPTION_INPUT),
         _imagenet("mobilenet-v2", "MobileNetV2", mobilenet_v2),
+        Entry(
+            "small-fcos",
+            "96×96×3: anchor-free detector of one stage; boxes and scores of 12×12 cells",
+            SmallFcos,
+            _SCENE_INPUT,
+            classes=5,
+            training=TrainDefaults(
+                epochs=12,
+                batch_size=16,
+                learning_rate=4e-3,
+                recover_epochs=5,
+                recover_learning_rate=2e-3,
+            ),
+            task="detection",
+        ),
+        Entry(
+            "small-unet",
+            "96×96×3: U-Net of three levels; a class for each pixel",
+            SmallUNet,
+            _SCENE_INPUT,
+            classes=6,
+            training=TrainDefaults(
+                epochs=6,
+                batch_size=8,
+                learning_rate=4e-3,
+                recover_epochs=2,
+                recover_learning_rate=2e-3,
+            ),
+            task="segmentation",
+        ),
     )
 }
 
