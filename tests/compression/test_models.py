@@ -103,7 +103,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def net():\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 5))\n"
         "def wrong():\n    return 3\n"
-        "def picture():\n    return nn.Conv2d(1, 4, 3)\n"
+        "def rows():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "my_factories"
@@ -116,9 +116,11 @@ def test_a_factory_is_found_by_import_path(factories: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("wrong", "not a torch"), ("picture", "must give logits"), ("nothing", "no callable")],
+    [("wrong", "not a torch"), ("rows", "must give logits"), ("nothing", "no callable")],
 )
-def test_factories_that_give_no_classifier_are_refused(factories: str, name: str, why: str) -> None:
+def test_factories_whose_answers_are_of_no_task_are_refused(
+    factories: str, name: str, why: str
+) -> None:
     with pytest.raises(ModelUnknown, match=why):
         load_model(f"{factories}:{name}", spec=SPEC)
 

@@ -33,12 +33,12 @@ cut_files.Checkpoint = functools.partial(Checkpoint, every_seconds=0, share=math
 class Deadly(Reporter):
     @contextmanager
     def step(self, title, total):
-        self.title, self.left = title, 22
+        self.title, self.steps = title, 22
         yield self
 
     def advance(self, count=1, note=""):
-        self.left -= count
-        if self.title == "Recovering accuracy" and self.left == 0:
+        self.steps -= count
+        if self.title == "Recovering accuracy" and self.steps == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = Recipe("zoo:small-cnn-28", "digits", sys.argv[1], "cpu-fp32", prune=0.8, epochs=3,
