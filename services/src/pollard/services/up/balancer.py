@@ -93,6 +93,8 @@ def _listener(host: str, port: int) -> dict[str, Any]:
                         ),
                     }
                 ],
+                # A replica that is dead has the fewest requests, so it is drawn again and again.
+                "host_selection_retry_max_attempts": 32,
             },
         },
     }
