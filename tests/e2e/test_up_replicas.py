@@ -92,7 +92,8 @@ async def test_a_client_with_one_channel_uses_all_replicas_through_the_balancer(
         load.finish()
         await running
     assert all(item.revision == 1 for item in load.traffic.answered)
-    assert len(load.traffic.problems) <= clients
+    # Each may lose what was in hand, and what it sent before the balancer saw the connection end.
+    assert len(load.traffic.problems) <= 2 * clients
     assert up.stop() == 0
 
 
