@@ -20,6 +20,7 @@ import {
 import { Duration } from "../../../google/protobuf/duration.js";
 import { Timestamp } from "../../../google/protobuf/timestamp.js";
 import { Status } from "../../../google/rpc/status.js";
+import { Limits, Role } from "./token_service.js";
 
 /**
  * What servers run: the manager's side of every inference and preprocess
@@ -94,6 +95,8 @@ export interface Hello {
   appliedVersion: number;
   /** Version of Pollard. */
   softwareVersion: string;
+  /** Whether it wants to be told whose calls to take, by SyncResponse.access. */
+  wantsAccess: boolean;
 }
 
 /** Capabilities of a machine. */
@@ -297,10 +300,48 @@ export interface Histogram {
   sumUs: number;
 }
 
-/** SyncResponse is one message from the manager. */
+/** SyncResponse is one message from the manager: one of the two. */
 export interface SyncResponse {
   /** All that the server should run. */
-  desiredState: DesiredState | undefined;
+  desiredState:
+    | DesiredState
+    | undefined;
+  /**
+   * Whose calls the server should take; only sent to servers whose Hello wants
+   * it, at the beginning and whenever it changes. It is not answered.
+   */
+  access: AccessList | undefined;
+}
+
+/**
+ * AccessList is the whole of the tokens that a server should know. It replaces
+ * the one before.
+ */
+export interface AccessList {
+  /** Grows with every change. */
+  version: number;
+  /** Tokens that have not expired. */
+  tokens: AccessToken[];
+}
+
+/** AccessToken is what a server must know of a token to check it. */
+export interface AccessToken {
+  /** Id, which is in the token in the clear. */
+  tokenId: string;
+  /** Who has it. */
+  displayName: string;
+  /** SHA-256 of the token. */
+  sha256: Buffer;
+  /** What it allows. */
+  role: Role;
+  /** When it ends; unset for never. */
+  expireTime:
+    | Date
+    | undefined;
+  /** Whether it was revoked. */
+  revoked: boolean;
+  /** How much of the service it may use. */
+  limits: Limits | undefined;
 }
 
 /**
@@ -565,7 +606,15 @@ export const SyncRequest: MessageFns<SyncRequest> = {
 };
 
 function createBaseHello(): Hello {
-  return { serverId: "", kind: 0, address: "", capabilities: undefined, appliedVersion: 0, softwareVersion: "" };
+  return {
+    serverId: "",
+    kind: 0,
+    address: "",
+    capabilities: undefined,
+    appliedVersion: 0,
+    softwareVersion: "",
+    wantsAccess: false,
+  };
 }
 
 export const Hello: MessageFns<Hello> = {
@@ -587,6 +636,9 @@ export const Hello: MessageFns<Hello> = {
     }
     if (message.softwareVersion !== "") {
       writer.uint32(50).string(message.softwareVersion);
+    }
+    if (message.wantsAccess !== false) {
+      writer.uint32(56).bool(message.wantsAccess);
     }
     return writer;
   },
@@ -652,6 +704,14 @@ export const Hello: MessageFns<Hello> = {
             message.softwareVersion = reader.string();
             continue;
           }
+          case 7: {
+            if (tag !== 56) {
+              break;
+            }
+
+            message.wantsAccess = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -677,6 +737,7 @@ export const Hello: MessageFns<Hello> = {
       : undefined;
     message.appliedVersion = object.appliedVersion ?? 0;
     message.softwareVersion = object.softwareVersion ?? "";
+    message.wantsAccess = object.wantsAccess ?? false;
     return message;
   },
 };
@@ -1806,13 +1867,16 @@ export const Histogram: MessageFns<Histogram> = {
 };
 
 function createBaseSyncResponse(): SyncResponse {
-  return { desiredState: undefined };
+  return { desiredState: undefined, access: undefined };
 }
 
 export const SyncResponse: MessageFns<SyncResponse> = {
   encode(message: SyncResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.desiredState !== undefined) {
       DesiredState.encode(message.desiredState, writer.uint32(10).fork()).join();
+    }
+    if (message.access !== undefined) {
+      AccessList.encode(message.access, writer.uint32(18).fork()).join();
     }
     return writer;
   },
@@ -1838,6 +1902,14 @@ export const SyncResponse: MessageFns<SyncResponse> = {
             message.desiredState = DesiredState.decode(reader, reader.uint32());
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.access = AccessList.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1857,6 +1929,213 @@ export const SyncResponse: MessageFns<SyncResponse> = {
     const message = createBaseSyncResponse();
     message.desiredState = (object.desiredState !== undefined && object.desiredState !== null)
       ? DesiredState.fromPartial(object.desiredState)
+      : undefined;
+    message.access = (object.access !== undefined && object.access !== null)
+      ? AccessList.fromPartial(object.access)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseAccessList(): AccessList {
+  return { version: 0, tokens: [] };
+}
+
+export const AccessList: MessageFns<AccessList> = {
+  encode(message: AccessList, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.version !== 0) {
+      writer.uint32(8).int64(message.version);
+    }
+    for (const v of message.tokens) {
+      AccessToken.encode(v!, writer.uint32(18).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): AccessList {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseAccessList();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.version = longToNumber(reader.int64());
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.tokens.push(AccessToken.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  create(base?: DeepPartial<AccessList>): AccessList {
+    return AccessList.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<AccessList>): AccessList {
+    const message = createBaseAccessList();
+    message.version = object.version ?? 0;
+    message.tokens = object.tokens?.map((e) => AccessToken.fromPartial(e)) || [];
+    return message;
+  },
+};
+
+function createBaseAccessToken(): AccessToken {
+  return {
+    tokenId: "",
+    displayName: "",
+    sha256: Buffer.alloc(0),
+    role: 0,
+    expireTime: undefined,
+    revoked: false,
+    limits: undefined,
+  };
+}
+
+export const AccessToken: MessageFns<AccessToken> = {
+  encode(message: AccessToken, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.tokenId !== "") {
+      writer.uint32(10).string(message.tokenId);
+    }
+    if (message.displayName !== "") {
+      writer.uint32(18).string(message.displayName);
+    }
+    if (message.sha256.length !== 0) {
+      writer.uint32(26).bytes(message.sha256);
+    }
+    if (message.role !== 0) {
+      writer.uint32(32).int32(message.role);
+    }
+    if (message.expireTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.expireTime), writer.uint32(42).fork()).join();
+    }
+    if (message.revoked !== false) {
+      writer.uint32(48).bool(message.revoked);
+    }
+    if (message.limits !== undefined) {
+      Limits.encode(message.limits, writer.uint32(58).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): AccessToken {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseAccessToken();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.tokenId = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.displayName = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.sha256 = Buffer.from(reader.bytes());
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.role = reader.int32() as any;
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.expireTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 6: {
+            if (tag !== 48) {
+              break;
+            }
+
+            message.revoked = reader.bool();
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.limits = Limits.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  create(base?: DeepPartial<AccessToken>): AccessToken {
+    return AccessToken.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<AccessToken>): AccessToken {
+    const message = createBaseAccessToken();
+    message.tokenId = object.tokenId ?? "";
+    message.displayName = object.displayName ?? "";
+    message.sha256 = object.sha256 ?? Buffer.alloc(0);
+    message.role = object.role ?? 0;
+    message.expireTime = object.expireTime ?? undefined;
+    message.revoked = object.revoked ?? false;
+    message.limits = (object.limits !== undefined && object.limits !== null)
+      ? Limits.fromPartial(object.limits)
       : undefined;
     return message;
   },
