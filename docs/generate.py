@@ -5,6 +5,7 @@
 
 - commands.md: every command and option, from the command itself
 - settings.md: every setting of the services, from the settings classes
+- roles.md: who may call which method, from the table that the services ask
 - protocol.md: every service, method, message and enum, from the comments of the contracts
 
 Run in an environment that has all five distributions and `buf` (`make reference` does).
@@ -36,6 +37,7 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 from pollard.client.cli._main import build_app
+from pollard.services.common.auth import ACCESS
 from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.settings import InferenceSettings
 from pollard.services.models.settings import ModelsSettings
@@ -78,6 +80,7 @@ def pages() -> dict[str, str]:
     return {
         "commands.md": NOTE.format(origin="the commands' help texts") + commands(),
         "settings.md": NOTE.format(origin="the settings classes") + settings(),
+        "roles.md": NOTE.format(origin="services/.../common/auth/roles.py") + roles(),
         "protocol.md": NOTE.format(origin="the comments in protos/") + protocol(),
     }
 
@@ -182,6 +185,28 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, int) and value >= 1024 * 1024 and value % (1024 * 1024) == 0:
         return f"`{value}` ({value // (1024 * 1024)} MiB)"
     return f"`{value}`" if isinstance(value, str | int | float | PurePath) else f"`{value!r}`"
+
+
+# Roles
+
+
+def roles() -> str:
+    """Return the page about who may call what."""
+    lines = [
+        "# Roles",
+        "",
+        "Where callers must be known ([security](../security.md)), each method needs a role. "
+        "viewer, predictor, publisher and admin each may do what those before them may; server is "
+        "what Pollard's services are to each other. A method that is not here, nobody may call.",
+    ]
+    service = ""
+    for path, access in ACCESS.items():
+        _, of, method = path.split("/")
+        if of != service:
+            service = of
+            lines += ["", f"## {service}", "", "| method | who |", "|---|---|"]
+        lines.append(f"| `{method}` | {access.words} |")
+    return "\n".join(lines) + "\n"
 
 
 # Protocol

@@ -40,3 +40,9 @@ def test_every_link_of_a_page_leads_somewhere(name: str) -> None:
         assert target.exists(), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), link
+
+
+def test_the_checks_that_the_security_policy_names_are_there() -> None:
+    named = re.findall(r"`((?:tests|bench|deploy)/[^`]*)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []
