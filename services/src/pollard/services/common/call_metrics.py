@@ -18,6 +18,8 @@ import grpc
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pollard.services.common.handlers import function_of, with_function
+
 UNARY = "unary"
 CLIENT_STREAM = "client_stream"
 SERVER_STREAM = "server_stream"
@@ -179,8 +181,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             (True, True): BIDI_STREAM,
         }[handler.request_streaming, handler.response_streaming]
         calls = self._calls.add(path, kind)
+        method = function_of(handler)
         if handler.response_streaming:
-            method = handler.stream_stream or handler.unary_stream
             if inspect.isasyncgenfunction(method):
                 wrapped: Any = _counted_stream(method, calls)
             elif inspect.iscoroutinefunction(method):
@@ -188,18 +190,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else:
                 return handler
         else:
-            wrapped = counted(handler.stream_unary or handler.unary_unary, calls)
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        return make(
-            wrapped,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+            wrapped = counted(method, calls)
+        return with_function(handler, wrapped)
 
 
 def counted(

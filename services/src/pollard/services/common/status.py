@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
 from pollard.services.common import errors
+from pollard.services.common.handlers import function_of, with_function
 
 DOMAIN = "pollard.ai"
 
@@ -190,26 +191,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        method = function_of(handler)
         if handler.response_streaming:
-            method = handler.stream_stream or handler.unary_stream
             if not inspect.isasyncgenfunction(method):
                 # The health service's Watch writes to its context and raises nothing of ours.
                 return handler
             wrapped: Any = _guard_stream(method)
         else:
-            method = handler.stream_unary or handler.unary_unary
             wrapped = _guard_unary(method)
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        return make(
-            wrapped,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return with_function(handler, wrapped)
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

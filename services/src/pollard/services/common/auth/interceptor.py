@@ -15,6 +15,7 @@ from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF, Gate
 from pollard.services.common.auth.roles import ACCESS
 from pollard.services.common.auth.usage import Lease
 from pollard.services.common.errors import ServiceError
+from pollard.services.common.handlers import function_of, with_function
 from pollard.services.common.status import abort
 
 _admitted: ContextVar[Caller | None] = ContextVar("pollard_admitted", default=None)
@@ -107,25 +108,15 @@ def _wrap(gate: Gate, method: str, handler: Any) -> Any:
         lease.check_size(size_of(request))
         return request
 
+    body = function_of(handler)
     if handler.response_streaming:
-        body = handler.stream_stream or handler.unary_stream
         if inspect.isasyncgenfunction(body):
             wrapped: Any = _generator(enter, incoming, body)
         else:
             wrapped = _coroutine(enter, incoming, body)
     else:
-        wrapped = _coroutine(enter, incoming, handler.stream_unary or handler.unary_unary)
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(
-        wrapped,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+        wrapped = _coroutine(enter, incoming, body)
+    return with_function(handler, wrapped)
 
 
 def _coroutine(enter: Any, incoming: Any, body: Any) -> Any:

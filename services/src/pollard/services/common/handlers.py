@@ -1,0 +1,33 @@
+"""What grpcio's server calls for a method, made anew around another function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+_MAKERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""By whether requests, and answers, are a stream."""
+
+
+def function_of(handler: Any) -> Callable[..., Any]:
+    """Return the function that answers calls of a handler."""
+    found: Callable[..., Any] = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    return found
+
+
+def with_function(handler: Any, function: Callable[..., Any]) -> Any:
+    """Return a handler for the same messages that `function` answers."""
+    return _MAKERS[handler.request_streaming, handler.response_streaming](
+        function,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
