@@ -220,8 +220,9 @@ async def test_a_rollout_is_started_and_watched_to_its_end(
     await tab.page.get_by_role("button", name="Start rollout").click()
     await tab.page.wait_for_url("**/rollouts/1")
     await tab.page.evaluate("window.loadedOnce = true")
+    # Nothing is asked yet, so the step lasts until it was seen, however slow the browser is.
+    await tab.see("Canary, 20")
     async with world.traffic(picture):
-        await tab.see("Canary, 20")
         await tab.see("requests failed", ".gates")
         await tab.see("Promoted", ".head .chip")
     # All of it came live: the page was never loaded again.
