@@ -9,8 +9,10 @@ import ipaddress
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +321,103 @@ def _algorithm(key: Any) -> Any:
 def make_issuer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Issuer]:
     """Returns a function that makes an issuer of a name."""
     return lambda name: Issuer(tmp_path_factory.mktemp(name))
+
+
+@dataclass(frozen=True)
+class CollectedSpan:
+    """A span as a collector got it."""
+
+    service: str
+    name: str
+    kind: int
+    trace_id: str
+    span_id: str
+    parent_id: str
+    """Empty for the first of its trace."""
+    began: int
+    ended: int
+    attributes: dict[str, Any]
+    links: frozenset[str]
+    """Ids of the spans that it is linked to."""
+    failed: bool
+
+
+class Collector:
+    """A real collector of traces: a gRPC server that speaks OTLP."""
+
+    def __init__(self) -> None:
+        from concurrent import futures
+
+        import grpc
+        from opentelemetry.proto.collector.trace.v1 import (
+            trace_service_pb2,
+            trace_service_pb2_grpc,
+        )
+
+        self._changed = threading.Condition()
+        self.spans: list[CollectedSpan] = []
+        self.raw = b""
+        """All that came, one after another."""
+        collector = self
+
+        class Servicer(trace_service_pb2_grpc.TraceServiceServicer):
+            def Export(self, request: Any, context: Any) -> Any:
+                collector._take(request)
+                return trace_service_pb2.ExportTraceServiceResponse()
+
+        self._server = grpc.server(futures.ThreadPoolExecutor(2))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Servicer(), self._server)
+        self.url = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def _take(self, request: Any) -> None:
+        with self._changed:
+            self.raw += request.SerializeToString()
+            for resource in request.resource_spans:
+                about = {item.key: item.value for item in resource.resource.attributes}
+                for scope in resource.scope_spans:
+                    self.spans += [
+                        CollectedSpan(
+                            service=about["service.name"].string_value,
+                            name=span.name,
+                            kind=span.kind,
+                            trace_id=span.trace_id.hex(),
+                            span_id=span.span_id.hex(),
+                            parent_id=span.parent_span_id.hex(),
+                            began=span.start_time_unix_nano,
+                            ended=span.end_time_unix_nano,
+                            attributes={
+                                item.key: getattr(item.value, item.value.WhichOneof("value"))
+                                for item in span.attributes
+                            },
+                            links=frozenset(link.span_id.hex() for link in span.links),
+                            failed=span.status.code == 2,
+                        )
+                        for span in scope.spans
+                    ]
+            self._changed.notify_all()
+
+    def trace(self, trace_id: str) -> list[CollectedSpan]:
+        """What has come of a trace, in the order in which it began."""
+        with self._changed:
+            found = [span for span in self.spans if span.trace_id == trace_id]
+        return sorted(found, key=lambda span: span.began)
+
+    def wait(self, enough: Callable[[list[CollectedSpan]], bool]) -> list[CollectedSpan]:
+        """Wait until what has come is enough, and return it."""
+        with self._changed:
+            found = self._changed.wait_for(lambda: enough(self.spans), timeout=60)
+            assert found, sorted({(span.service, span.name) for span in self.spans})
+            return list(self.spans)
+
+    def close(self) -> None:
+        self._server.stop(None).wait()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector of traces; services send there what OTEL_EXPORTER_OTLP_ENDPOINT, or
+    `traces_endpoint`, says is its `url`."""
+    made = Collector()
+    yield made
+    made.close()

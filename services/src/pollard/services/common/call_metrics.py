@@ -6,19 +6,15 @@ every request, on several threads, hence one short lock and no more.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import grpc
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pollard.services.common.handlers import function_of, with_function
+from pollard.services.common.telemetry.codes import NAMES, OK
 
 UNARY = "unary"
 CLIENT_STREAM = "client_stream"
@@ -33,13 +29,6 @@ BOUNDS = (
 
 OTHER = "other"
 """Service and method of calls that no method here answers: callers could make up any number."""
-
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
-
-OK = 0
-CANCELLED = 1
-UNKNOWN = 2
-DEADLINE_EXCEEDED = 4
 
 
 class Buckets:
@@ -73,14 +62,33 @@ def cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str,
     return found
 
 
+_ENDLESS = frozenset({"Sync", "WatchEvents"})
+"""Streams that last as long as whoever listens: nobody would see a span of theirs in time."""
+
+
 class MethodCalls:
     """The calls of one method."""
 
-    __slots__ = ("_lock", "codes", "durations", "kind", "method", "service", "started")
+    __slots__ = (
+        "_lock",
+        "codes",
+        "durations",
+        "kind",
+        "method",
+        "service",
+        "span_name",
+        "started",
+        "told",
+        "traced",
+    )
 
     def __init__(self, service: str, method: str, kind: str) -> None:
         """Start at zero."""
         self.service, self.method, self.kind = service, method, kind
+        self.told = not service.startswith("grpc.")
+        """Whether the access log has a line for a call: probes and reflection are not worth it."""
+        self.traced = self.told and method not in _ENDLESS
+        self.span_name = f"{service}/{method}"
         self.started = 0
         self.codes: dict[int, int] = {}
         self.durations = Buckets()
@@ -148,100 +156,8 @@ class CallMetrics(Collector):
             values = [each.kind, each.service, each.method]
             started.add_metric(values, each.started)
             for code, count in sorted(each.codes.copy().items()):
-                handled.add_metric([*values, _CODES.get(code, str(code))], count)
+                handled.add_metric([*values, NAMES.get(code, str(code))], count)
             handling.add_metric(values, each.durations.cumulated(), each.durations.total)
         yield started
         yield handled
         yield handling
-
-
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Counts the calls of grpcio's server."""
-
-    def __init__(self, calls: CallMetrics) -> None:
-        """Count into `calls`."""
-        self._calls = calls
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wrap the method's handler."""
-        handler = await continuation(handler_call_details)
-        path = str(handler_call_details.method)
-        if handler is None:
-            calls = self._calls.of(OTHER)
-            calls.end(calls.start(), grpc.StatusCode.UNIMPLEMENTED.value[0])
-            return None
-        kind = {
-            (False, False): UNARY,
-            (False, True): SERVER_STREAM,
-            (True, False): CLIENT_STREAM,
-            (True, True): BIDI_STREAM,
-        }[handler.request_streaming, handler.response_streaming]
-        calls = self._calls.add(path, kind)
-        method = function_of(handler)
-        if handler.response_streaming:
-            if inspect.isasyncgenfunction(method):
-                wrapped: Any = _counted_stream(method, calls)
-            elif inspect.iscoroutinefunction(method):
-                wrapped = counted(method, calls)
-            else:
-                return handler
-        else:
-            wrapped = counted(method, calls)
-        return with_function(handler, wrapped)
-
-
-def counted(
-    method: Callable[..., Awaitable[Any]], calls: MethodCalls
-) -> Callable[..., Awaitable[Any]]:
-    """Return a method of grpcio's server that also counts its calls."""
-
-    async def count(request: Any, context: Any) -> Any:
-        began = calls.start()
-        code = OK
-        try:
-            return await method(request, context)
-        except BaseException as error:
-            code = _code_of(error, context)
-            raise
-        finally:
-            calls.end(began, code or _code_set(context))
-
-    return count
-
-
-def _counted_stream(
-    method: Callable[..., Any], calls: MethodCalls
-) -> Callable[..., AsyncIterator[Any]]:
-    async def count(request: Any, context: Any) -> AsyncIterator[Any]:
-        began = calls.start()
-        code = OK
-        try:
-            async for response in method(request, context):
-                yield response
-        except BaseException as error:
-            code = _code_of(error, context)
-            raise
-        finally:
-            calls.end(began, code or _code_set(context))
-
-    return count
-
-
-def _code_of(error: BaseException, context: Any) -> int:
-    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-        # The deadline ends a method in the same way as its client's going.
-        left = context.time_remaining()
-        return DEADLINE_EXCEEDED if left is not None and left <= 0 else CANCELLED
-    if isinstance(error, grpc.aio.InternalError):
-        return CANCELLED
-    return _code_set(context) or UNKNOWN
-
-
-def _code_set(context: Any) -> int:
-    code = context.code()
-    number: int = code.value[0] if isinstance(code, grpc.StatusCode) else code or OK
-    return number

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import uuid
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.telemetry.access_log import AccessLog
+from pollard.services.common.telemetry.request_ids import REQUEST_ID, request_id_of
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.common.tls_renewal import http_context
 
@@ -64,12 +66,15 @@ class HttpListen:
 class HttpServer:
     """The HTTP port of one service."""
 
-    def __init__(self, listen: HttpListen, *, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, listen: HttpListen, *, ready: Callable[[], bool], access: AccessLog | None = None
+    ) -> None:
         """Make it; nothing listens yet.
 
         Args:
             listen: Where.
             ready: Whether the service takes requests.
+            access: Where requests are told of; None tells of none.
 
         Raises:
             StartupError: a file of TLS cannot be used.
@@ -81,6 +86,7 @@ class HttpServer:
         service knows its clients, those who show a certificate."""
         self._listen = listen
         self._ready = ready
+        self._access = access
         self._parts: list[tuple[Part, bool]] = [(self._add_health, False)]
         self._own: set[Any] = set()
         self._context = None if listen.port == "off" else http_context(listen.tls)
@@ -218,23 +224,41 @@ class HttpServer:
             request: web.Request,
             handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
         ) -> web.StreamResponse:
-            try:
-                if request.match_info.route in self._own:
-                    await self._let_known_in(request)
-                elif request.path not in HEALTH_PATHS:
-                    await (self.guard or self._let_known_in)(request)
-                return await handler(request)
-            except web.HTTPException:
-                raise
-            except Exception as error:
-                request_id = uuid.uuid4().hex
-                _log.error("unexpected error", request_id=request_id, exc_info=error)
-                return web.Response(
-                    status=500,
-                    text=f"internal error; the server's log has it under request id {request_id}\n",
-                )
+            began = time.perf_counter()
+            request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
+            status = 499  # its client has gone
+            # Each request of a connection is answered by the same task.
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                try:
+                    if request.match_info.route in self._own:
+                        await self._let_known_in(request)
+                    elif request.path not in HEALTH_PATHS:
+                        await (self.guard or self._let_known_in)(request)
+                    response = await handler(request)
+                    status = response.status
+                except web.HTTPException as error:
+                    status = error.status
+                    error.headers[REQUEST_ID] = request_id
+                    raise
+                except Exception as error:
+                    status = 500
+                    _log.error("unexpected error", exc_info=error)
+                    response = web.Response(
+                        status=500,
+                        text="internal error; the server's log has it under request id "
+                        f"{request_id}\n",
+                    )
+                finally:
+                    self._tell(request, status, time.perf_counter() - began, request_id)
+            if not response.prepared:
+                response.headers[REQUEST_ID] = request_id
+            return response
 
         return answer
+
+    def _tell(self, request: web.Request, status: int, seconds: float, request_id: str) -> None:
+        if self._access is not None and request.path not in (*HEALTH_PATHS, "/metrics"):
+            self._access.note_http(request.method, request.path, status, seconds, request_id)
 
     async def _let_known_in(self, request: web.Request) -> None:
         from aiohttp import web

@@ -24,6 +24,7 @@ from pollard.services.common.auth.gate import Gate
 from pollard.services.common.auth.interceptor import GateInterceptor
 from pollard.services.common.errors import StartupError
 from pollard.services.common.reflection import reflection_pool
+from pollard.services.common.telemetry import setup
 from pollard.services.common.tls import server_credentials
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 
@@ -259,8 +260,11 @@ def run_service(make: Callable[[], Service], *, grace_seconds: float = 10.0) -> 
         factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
     except ImportError:
         factory = None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(make, grace_seconds))
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(_run(make, grace_seconds))
+    finally:
+        setup.shut_down()
 
 
 async def _run(make: Callable[[], Service], grace_seconds: float) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Literal
 
 import structlog
+
+from pollard.services.common.telemetry.record import current_call
 
 Format = Literal["console", "json"]
 
@@ -35,8 +39,57 @@ def _drop_disabled(
     return event
 
 
+def _add_call(
+    _: structlog.types.WrappedLogger, __: str, event: structlog.types.EventDict
+) -> structlog.types.EventDict:
+    call = current_call()
+    if call is not None:
+        event.setdefault("request_id", call.request_id)
+        if call.trace_id:
+            event.setdefault("trace_id", call.trace_id)
+    return event
+
+
+class _Libraries(logging.Handler):
+    """Writes what libraries log in the form of everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record (called by logging)."""
+        try:
+            log = structlog.get_logger(record.name)
+            log.log(
+                max(logging.WARNING, record.levelno),
+                record.getMessage(),
+                logger=record.name,
+                **({"exc_info": record.exc_info} if record.exc_info else {}),
+            )
+        except Exception:
+            self.handleError(record)
+
+
+def _uncaught(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    structlog.get_logger("pollard").critical(
+        "the process ends by an error that nobody expected", exc_info=(kind, error, traceback)
+    )
+
+
+def _uncaught_in_thread(given: threading.ExceptHookArgs) -> None:
+    if given.exc_value is None or issubclass(given.exc_type, SystemExit):
+        return
+    structlog.get_logger("pollard").error(
+        "a thread ended by an error that nobody expected",
+        thread=given.thread.name if given.thread is not None else "",
+        exc_info=(given.exc_type, given.exc_value, given.exc_traceback),
+    )
+
+
 def configure_logging(service: str, *, level: str = "info", form: Format = "console") -> None:
-    """Set up structlog for a process.
+    """Set up structlog for a process; what libraries warn of is written in the same form.
 
     Args:
         service: Name that every line carries.
@@ -54,6 +107,9 @@ def configure_logging(service: str, *, level: str = "info", form: Format = "cons
     processors: list[structlog.types.Processor] = [
         _drop_disabled,
         structlog.contextvars.merge_contextvars,
+        # Not by a context variable, which threads that libraries start do not have.
+        lambda _, __, event: {**event, "service": service},
+        _add_call,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -67,4 +123,8 @@ def configure_logging(service: str, *, level: str = "info", form: Format = "cons
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(service=service)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Libraries) for handler in root.handlers):
+        root.addHandler(_Libraries(logging.WARNING))
+    sys.excepthook = _uncaught
+    threading.excepthook = _uncaught_in_thread

@@ -75,11 +75,12 @@ class _Build(Collector):
             "1, with the service and the version of Pollard.",
             labels=["service", "version"],
         )
-        family.add_metric([self._service, _version()], 1)
+        family.add_metric([self._service, software_version()], 1)
         yield family
 
 
-def _version() -> str:
+def software_version() -> str:
+    """Return the version of the installed distribution."""
     try:
         return version("pollard-services")
     except PackageNotFoundError:

@@ -138,6 +138,37 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="Log lines for people or for collectors."
     )
+    access_log: Literal["off", "failures", "all"] = Field(
+        "failures", description="Of which calls the log has a line: none, those that fail, or all."
+    )
+    access_log_per_second: float = Field(
+        20.0,
+        gt=0,
+        description="Lines of calls that are written a second at most, over five seconds; how many "
+        "were left out is told.",
+    )
+    traces: Literal["auto", "off", "otlp"] = Field(
+        "auto",
+        description="Whether traces are sent over OTLP/gRPC; auto sends them if the environment "
+        "names a collector (OTEL_EXPORTER_OTLP_ENDPOINT). Needs pollard-services[tracing].",
+    )
+    traces_endpoint: str = Field(
+        "",
+        description="Collector of the traces, as http://HOST:PORT or https://…; empty for that of "
+        "the environment, or http://localhost:4317.",
+    )
+    traces_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the traces that begin here that is kept, 0 to 1: 0.01, or what "
+        "OTEL_TRACES_SAMPLER says. A trace that began elsewhere is kept if it is kept there.",
+    )
+    traces_details: bool = Field(
+        True,
+        description="Whether spans name models and revisions, and say how large requests are. "
+        "What was sent, and who sent it, they never say.",
+    )
 
     @field_validator("http_port", mode="before")
     @classmethod

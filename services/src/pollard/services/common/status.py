@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import inspect
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,6 +17,8 @@ from google.rpc import error_details_pb2, status_pb2
 from pollard.runtime import errors as runtime_errors
 from pollard.services.common import errors
 from pollard.services.common.handlers import function_of, with_function
+from pollard.services.common.telemetry.record import CallRecord, current_call
+from pollard.services.common.telemetry.request_ids import request_id_of
 
 DOMAIN = "pollard.ai"
 
@@ -112,11 +113,15 @@ class RelayedError(Exception):
         return cls(Outcome(error.code(), words, info.reason, dict(info.metadata), seconds))
 
 
-def describe(error: BaseException) -> Outcome:
+def describe(error: BaseException, call: CallRecord | None = None) -> Outcome:
     """Return how ``error`` leaves a server.
 
     An error that nobody expected is logged with its traceback; the caller
     learns only a request id, under which the log has it.
+
+    Args:
+        error: What happened.
+        call: During which call; None is that of this task.
     """
     if isinstance(error, RelayedError):
         return error.outcome
@@ -138,7 +143,8 @@ def describe(error: BaseException) -> Outcome:
         )
     if isinstance(error, MemoryError):
         return Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", "OUT_OF_MEMORY")
-    request_id = uuid.uuid4().hex
+    call = call or current_call()
+    request_id = call.request_id if call is not None else request_id_of("")
     _log.error("unexpected error", request_id=request_id, exc_info=error)
     return Outcome(
         grpc.StatusCode.INTERNAL,
@@ -161,10 +167,16 @@ def to_proto(error: BaseException) -> status_pb2.Status:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
     """End a request with ``error``."""
     outcome = describe(error)
+    call = current_call()
+    if call is not None:
+        call.failed(outcome.reason, outcome.message)
     await context.abort(
         outcome.code,
         outcome.message,
-        trailing_metadata=(("grpc-status-details-bin", outcome.to_proto().SerializeToString()),),
+        trailing_metadata=(
+            *(call.trailing if call is not None else ()),
+            ("grpc-status-details-bin", outcome.to_proto().SerializeToString()),
+        ),
     )
     raise AssertionError("abort returned")
 
@@ -182,6 +194,10 @@ def passes_through(error: BaseException) -> bool:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns domain errors that a method raises into statuses."""
 
+    def __init__(self) -> None:
+        """Begin with no method wrapped."""
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
@@ -191,6 +207,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        known = self._wrapped.get(handler_call_details.method)
+        # The handler of a method is made once; another one means that the server was changed.
+        if known is not None and known[0] is handler:
+            return known[1]
         method = function_of(handler)
         if handler.response_streaming:
             if not inspect.isasyncgenfunction(method):
@@ -199,7 +219,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             wrapped: Any = _guard_stream(method)
         else:
             wrapped = _guard_unary(method)
-        return with_function(handler, wrapped)
+        made = with_function(handler, wrapped)
+        self._wrapped[handler_call_details.method] = (handler, made)
+        return made
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -19,13 +19,14 @@ from pollard.runtime.machine import Machine
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
 from pollard.services.common.auth.own import OwnToken
-from pollard.services.common.call_metrics import CallMetrics
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service, spawn
-from pollard.services.common.logs import configure_logging
 from pollard.services.common.metrics import Metrics
+from pollard.services.common.telemetry import setup
+from pollard.services.common.telemetry.interceptor import CallInterceptor
+from pollard.services.common.telemetry.record import CallWatch
 from pollard.services.inference.catalogue import Catalogue
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.frontends import envoy
@@ -142,7 +143,7 @@ def build_server(
         replicas=Replicas(settings.replicas, settings.replicas_dir),
     )
     member = InferenceMember(engine, loader)
-    calls = CallMetrics()
+    calls = setup.watch_of(settings)
     grpc_server, servicer = _front(settings, engine, member, machine, make_front, gate, calls)
     agent = FleetAgent(
         member,
@@ -248,7 +249,7 @@ def build_standalone_server(
         ),
     )
     gate = Gate(settings.gate_rules)
-    calls = CallMetrics()
+    calls = setup.watch_of(settings)
     grpc_server, servicer = _front(settings, engine, models, machine, make_front, gate, calls)
     http = _http(settings, grpc_server, gate, calls, EngineMetrics(engine, loader))
     return StandaloneServer(engine, models, grpc_server, servicer, http)
@@ -274,7 +275,7 @@ def _front(
     machine: Machine,
     make_front: MakeFront | None,
     gate: Gate,
-    metrics: CallMetrics,
+    watch: CallWatch,
 ) -> tuple[GrpcServer | EnvoyFront | CoreFront, InferenceServicer | EnvoyFront | CoreFront]:
     has_gpu = any(not target.startswith("cpu") for target in machine.targets)
     shared = SharedMemory(enabled=settings.shared_memory, gpu=CudaMemory() if has_gpu else None)
@@ -290,11 +291,16 @@ def _front(
         health_port=settings.health_port,
     )
     if make_front is None and _by_grpcio(settings):
-        grpc_server = GrpcServer(listen, [SERVICE_NAME], gate=gate if gate.enforced else None)
-        servicer = InferenceServicer(engine, methods, shared, settings.restrictions, metrics)
+        grpc_server = GrpcServer(
+            listen,
+            [SERVICE_NAME],
+            [CallInterceptor(watch)],
+            gate=gate if gate.enforced else None,
+        )
+        servicer = InferenceServicer(engine, methods, shared, settings.restrictions)
         servicer.add_to(grpc_server.server)
         return grpc_server, servicer
-    calls = ServerCalls(engine, methods, shared, settings.restrictions, gate, metrics)
+    calls = ServerCalls(engine, methods, shared, settings.restrictions, gate, watch)
     front: EnvoyFront | CoreFront
     if make_front is None:
         front = CoreFront(listen, calls)
@@ -307,10 +313,11 @@ def _http(
     settings: InferenceSettings,
     front: GrpcServer | EnvoyFront | CoreFront,
     gate: Gate,
+    watch: CallWatch,
     *collectors: Collector,
 ) -> HttpServer:
-    http = HttpServer(settings.http, ready=lambda: front.serving)
-    http.add(Metrics("inference", *collectors).add_to)
+    http = HttpServer(settings.http, ready=lambda: front.serving, access=watch.access)
+    http.add(Metrics("inference", watch.metrics, *collectors).add_to)
     http.guard = http_guard(gate)
     return http
 
@@ -359,11 +366,11 @@ def _detect(settings: InferenceSettings) -> Machine:
 
 def run(settings: InferenceSettings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
-    configure_logging("inference", level=settings.log_level, form=settings.log_format)
     if settings.frontend == "envoy":
         return envoy.run(settings)
     if not _by_grpcio(settings):
         begin_anew()
+    setup.configure("inference", settings)
     return run_service(lambda: build(settings), grace_seconds=settings.grace_seconds)
 
 

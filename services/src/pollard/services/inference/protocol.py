@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from pollard.inference import grpc_service_pb2 as pb
 from pollard.runtime.sessions import Array, TensorInfo
+from pollard.services.common.telemetry.traces import within
 from pollard.services.inference.classification import top_classes
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RegionFailed, RequestInvalid
@@ -101,7 +102,8 @@ async def answer(
     options = prepared.options
     try:
         if shadow:
-            outputs = await engine.infer_shadow(revision, prepared.feeds, prepared.specs)
+            with within("shadow"):
+                outputs = await engine.infer_shadow(revision, prepared.feeds, prepared.specs)
             return prepared.answer(outputs), options
         outputs = await engine.infer(
             revision,
@@ -111,7 +113,8 @@ async def answer(
             wait_seconds=options.wait_seconds,
             priority=options.priority,
         )
-        return prepared.answer(outputs), options
+        with within("answer"):
+            return prepared.answer(outputs), options
     finally:
         prepared.close()
 

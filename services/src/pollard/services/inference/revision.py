@@ -15,6 +15,7 @@ import structlog
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.counters import RequestCounters
+from pollard.services.common.telemetry.traces import Span, current_span
 from pollard.services.inference.errors import (
     DeviceFailed,
     ExecutionFailed,
@@ -194,6 +195,9 @@ class LoadedRevision:
             work = self.work(
                 feeds, outputs, deadline, caller, wait_seconds=wait_seconds, priority=priority
             )
+            span = current_span()
+            if span is not None and span.recorded:
+                work.span = span
             if self.runs_inline(work):
                 self._gather(work)
             else:
@@ -301,9 +305,35 @@ class LoadedRevision:
             self.in_flight -= 1
             if self._retiring and self.in_flight == 0:
                 _call_on(self._loop, self._idle.set)
+        if work is not None and work.span is not None:
+            self._draw(work, work.span)
         shadow = self.shadow  # a switch may take it away meanwhile
         if shadow is not None and work is not None and answer is not None:
             shadow.offer(work.feeds, answer)
+
+    def _draw(self, work: Work, span: Span) -> None:
+        """Draw the way of a request that is traced."""
+        timing = work.timing
+        span.set(model=self.info.model, revision=self.info.revision)
+        if timing is None:
+            span.draw("queue", work.arrived, time.perf_counter_ns())
+            return
+        span.draw("queue", work.arrived, timing.started)
+        span.draw(
+            "batch",
+            timing.started,
+            timing.split,
+            {
+                "pollard.model": self.info.model,
+                "pollard.revision": self.info.revision,
+                "pollard.rows": timing.batch,
+                "pollard.requests": timing.requests,
+            },
+            # Of all whose requests ran with it, its own too: whichever trace is looked at leads to
+            # the others.
+            timing.spans,
+            (("inputs joined", timing.ready), ("model has run", timing.run)),
+        )
 
     def reject(self) -> None:
         """Count a request that failed for a reason of the client's before it was entered."""

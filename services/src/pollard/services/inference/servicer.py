@@ -12,7 +12,6 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from pollard.inference import grpc_service_pb2 as pb
-from pollard.services.common.call_metrics import BIDI_STREAM, UNARY, CallMetrics, counted
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import abort, describe, passes_through
@@ -44,7 +43,6 @@ class InferenceServicer:
         methods: ProtocolMethods,
         shared: SharedMemory,
         restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
-        metrics: CallMetrics | None = None,
     ) -> None:
         """Serve `engine`, with everything but inference from `methods`.
 
@@ -53,9 +51,7 @@ class InferenceServicer:
             methods: The rest of the protocol.
             shared: Tensors in shared memory.
             restrictions: What calls must carry, by method.
-            metrics: Where calls are counted.
         """
-        self._metrics = metrics or CallMetrics()
         self._engine = engine
         self._methods = methods
         self._shared = shared
@@ -138,17 +134,15 @@ class InferenceServicer:
     def _guarded(
         self, name: str, method: Callable[[Any, Context], Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
-        kind = BIDI_STREAM if name == "ModelStreamInfer" else UNARY
-        calls = self._metrics.add(f"/{SERVICE_NAME}/{name}", kind)
         restriction = self._restrictions.get(name)
         if restriction is None:
-            return counted(_guarded(method), calls)
+            return _guarded(method)
 
         async def checked(request: Any, context: Context) -> Any:
             restriction.check(context.invocation_metadata() or ())
             return await method(request, context)
 
-        return counted(_guarded(checked), calls)
+        return _guarded(checked)
 
 
 def _serialize(message: Message) -> bytes:

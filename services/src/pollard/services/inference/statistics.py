@@ -7,9 +7,11 @@ up, so nothing here needs a lock.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.services.common.telemetry.traces import Span
 
 REJECTED, CANCELED, BACKEND, OTHER = "REJECTED", "CANCELED", "BACKEND", "OTHER"
 REASONS = (REJECTED, CANCELED, BACKEND, OTHER)
@@ -31,6 +33,10 @@ class Timing:
     split: int = 0
     """When its outputs were split."""
     counted: bool = False
+    requests: int = 1
+    """Requests that were joined."""
+    spans: Sequence[Span] = ()
+    """Of those of its requests that are traced."""
 
 
 @dataclass(slots=True)

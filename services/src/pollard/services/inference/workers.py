@@ -20,6 +20,7 @@ import numpy as np
 
 from pollard.runtime.errors import DeviceFault
 from pollard.runtime.sessions import Array, Session
+from pollard.services.common.telemetry.traces import Span
 from pollard.services.inference.errors import (
     DeviceFailed,
     ExecutionFailed,
@@ -108,6 +109,8 @@ class Work:
     """Whether it was given to the workers."""
     timing: Timing | None = field(init=False, default=None)
     """Of the run that it was part of; set before the caller gets the outcome."""
+    span: Span | None = field(init=False, default=None)
+    """Of the call that it belongs to, if that is traced."""
 
     def __post_init__(self) -> None:
         self.arrived = time.perf_counter_ns()
@@ -332,7 +335,8 @@ class Workers:
         if len(batch) == 1:
             return [self._run_one(session, batch[0])]
         total = sum(work.batch for work in batch)
-        timing = Timing(total, time.perf_counter_ns())
+        spans = [work.span for work in batch if work.span is not None]
+        timing = Timing(total, time.perf_counter_ns(), requests=len(batch), spans=spans)
         try:
             if session.stages:
                 timing.ready = timing.started
@@ -369,6 +373,8 @@ class Workers:
             return work, _execution_failed(error)
         ended = time.perf_counter_ns()
         work.timing = Timing(work.batch, started, started, ended, ended)
+        if work.span is not None:
+            work.timing.spans = (work.span,)
         return work, outputs
 
     def _end(self) -> None:

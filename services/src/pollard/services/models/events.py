@@ -14,6 +14,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from pollard.services.common.errors import Conflict, InvalidRequest
+from pollard.services.common.telemetry.traces import note
 from pollard.services.models import names
 from pollard.services.models.schema import Answered, Event
 from pollard.services.models.store import now_us
@@ -35,6 +36,7 @@ def record(
     )
     session.add(event)
     session.flush()
+    note(action, resource)
     return event.sequence
 
 

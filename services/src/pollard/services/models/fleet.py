@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from pollard.models.v1 import fleet_service_pb2 as pb
 from pollard.services.common.errors import Conflict, InvalidRequest, ServiceError, Unavailable
 from pollard.services.common.lifecycle import cancel
+from pollard.services.common.telemetry.traces import Noted, tracer
 from pollard.services.models import names
 from pollard.services.models.events import DAY_US
 from pollard.services.models.fleet_view import FleetView, Key, RevisionReport, ServerView
@@ -467,9 +468,12 @@ class Fleet:
         view = self._view()
         dirty = self._take_dirty()
 
+        began, noted = time.perf_counter_ns(), Noted()
+
         def work(session: Session) -> StepResult:
             self._save(session, dirty)
-            return self._switch.step(session, view)
+            with noted:
+                return self._switch.step(session, view)
 
         try:
             result = await self._store.write(work)
@@ -479,6 +483,18 @@ class Fleet:
             )
             raise
         self._next_step = result.next_deadline
+        maker = tracer()
+        if noted.things and maker is not None:
+            # Most steps find nothing to do, and are worth no trace.
+            maker.root(
+                "pollard.models/step",
+                began,
+                time.perf_counter_ns(),
+                {
+                    "pollard.actions": ", ".join(action for action, _ in noted.things),
+                    "pollard.resource": noted.things[0][1],
+                },
+            )
         return result
 
     def _apply(self, result: StepResult) -> None:

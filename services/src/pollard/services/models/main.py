@@ -15,7 +15,6 @@ from pollard.models.v1 import (
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
 from pollard.services.common.auth.own import OwnToken
-from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import (
@@ -25,9 +24,10 @@ from pollard.services.common.lifecycle import (
     run_service,
     spawn,
 )
-from pollard.services.common.logs import configure_logging
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.status import ErrorInterceptor
+from pollard.services.common.telemetry import setup
+from pollard.services.common.telemetry.interceptor import CallInterceptor
 from pollard.services.models import ownership, signatures
 from pollard.services.models.access import AccessKeeper
 from pollard.services.models.blobs import open_blobs
@@ -106,7 +106,7 @@ class ModelsService:
             changed=self.fleet.poke,
         )
         self.events = EventFeed(self.store)
-        calls = CallMetrics()
+        calls = setup.watch_of(settings)
         self.grpc = GrpcServer(
             Listen(
                 host=settings.host,
@@ -133,9 +133,9 @@ class ModelsService:
             TokenServicer(self.store, self.access), self.grpc.server
         )
         registry = ManagerMetrics(self.store, self.fleet, self.leadership)
-        self.metrics = Metrics("models", calls, registry)
+        self.metrics = Metrics("models", calls.metrics, registry)
         self.metrics.before(registry.prepare)
-        self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving)
+        self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving, access=calls.access)
         self.http.add(self.metrics.add_to)
         self.http.guard = http_guard(self.gate)
         self.page: WebPage | None = None
@@ -249,5 +249,5 @@ def build_server(settings: ModelsSettings) -> ModelsService:
 
 def run(settings: ModelsSettings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
-    configure_logging("models", level=settings.log_level, form=settings.log_format)
+    setup.configure("models", settings)
     return run_service(lambda: build_server(settings), grace_seconds=settings.grace_seconds)

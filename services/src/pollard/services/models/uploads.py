@@ -35,6 +35,7 @@ from pollard.services.common.errors import (
     ResourceExhausted,
     ServiceError,
 )
+from pollard.services.common.telemetry.traces import within
 from pollard.services.models import aliases, registry, signatures
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.checks import Check, CheckLimits
@@ -226,7 +227,8 @@ class Uploads:
                 await asyncio.to_thread(part.open)
                 self._check_room(request, part.size)
                 async with self._start_early(request, part) as check:
-                    await self._receive_bytes(request, part, chunks)
+                    with within("receive", attributes={"pollard.bytes": request.total_bytes}):
+                        await self._receive_bytes(request, part, chunks)
                     return await self._make_revision(request, part, check, actor)
             finally:
                 await asyncio.to_thread(part.close)
@@ -329,11 +331,13 @@ class Uploads:
                 if check is None:
                     check = Check(part.bundle, self._limits, self._policy.trusted)
                     stack.push_async_callback(check.end)
-                signature = await check.verdict(part.digests)
+                with within("check"):
+                    signature = await check.verdict(part.digests)
             warnings = self._policy.judge(signature)
             await syncing
             bundle = await asyncio.to_thread(_read_bundle, part, signature)
-            uploaded = await self._store_bundle(request, bundle, part, actor)
+            with within("publish", attributes={"pollard.model": request.model}):
+                uploaded = await self._store_bundle(request, bundle, part, actor)
             for warning in warnings:
                 _log.warning(
                     "accepted with a warning",

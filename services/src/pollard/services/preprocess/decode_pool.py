@@ -27,6 +27,7 @@ from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.call_metrics import Buckets
 from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import spawn
+from pollard.services.common.telemetry.traces import mark
 from pollard.services.preprocess.errors import (
     DecoderCrashed,
     DecodersBusy,
@@ -184,6 +185,7 @@ class DecodePool:
             )
         for _ in range(_ATTEMPTS):
             worker = await self._acquire(len(content))
+            mark("a decoder is free")
             job = spawn(self._tasks, self._work(worker, steps, content), "decode")
             outcome = await asyncio.shield(job)
             if isinstance(outcome, Transformed):

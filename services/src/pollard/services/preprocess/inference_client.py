@@ -24,6 +24,8 @@ from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.lifecycle import cancel, spawn
 from pollard.services.common.shadows import SHADOW_METADATA
 from pollard.services.common.status import RelayedError
+from pollard.services.common.telemetry.record import outgoing
+from pollard.services.common.telemetry.traces import within
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.preprocess.errors import (
@@ -35,7 +37,13 @@ from pollard.services.preprocess.errors import (
     TensorRefused,
 )
 
-_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+_SPAN = "inference.GRPCInferenceService/ModelInfer"
+_METHOD = f"/{_SPAN}"
+_SPAN_ATTRIBUTES = {
+    "rpc.system": "grpc",
+    "rpc.service": "inference.GRPCInferenceService",
+    "rpc.method": "ModelInfer",
+}
 
 _MARGIN_SECONDS = 0.01
 """Kept back from the deadline, for the way of the answer."""
@@ -202,9 +210,12 @@ class InferenceClient:
             raise ShadowDropped("no inference server is known")
         address = random.choice(endpoints)
         try:
-            answer = await self._channel(address)(
-                _encode(work), timeout=seconds, metadata=(*self._token.on_behalf(), *_SHADOW)
-            )
+            with within(_SPAN, "client", _SPAN_ATTRIBUTES):
+                answer = await self._channel(address)(
+                    _encode(work),
+                    timeout=seconds,
+                    metadata=(*self._token.on_behalf(), *_SHADOW, *outgoing()),
+                )
         except grpc.aio.AioRpcError as error:
             if error.code() in (*_PASSING, *_TOO_LATE):
                 raise ShadowDropped(f"{address}: {error.details()}") from error
@@ -215,10 +226,11 @@ class InferenceClient:
         left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
         if left <= 0:
             raise RequestExpired("no time is left to run the model; allow the request more")
-        answer: bytes = await self._channel(address)(
-            request, timeout=left, metadata=self._token.on_behalf()
-        )
-        return answer
+        with within(_SPAN, "client", _SPAN_ATTRIBUTES):
+            answer: bytes = await self._channel(address)(
+                request, timeout=left, metadata=(*self._token.on_behalf(), *outgoing())
+            )
+            return answer
 
     def _channel(self, address: str) -> Any:
         if address not in self._channels:

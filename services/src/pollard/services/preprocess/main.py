@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import structlog
@@ -13,13 +12,13 @@ from pollard.preprocess.v1 import preprocess_service_pb2_grpc as preprocess_grpc
 from pollard.services.common.auth import Gate
 from pollard.services.common.auth.http import http_guard
 from pollard.services.common.auth.own import OwnToken
-from pollard.services.common.call_metrics import CallInterceptor, CallMetrics
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
 from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
-from pollard.services.common.logs import configure_logging
-from pollard.services.common.metrics import Metrics
+from pollard.services.common.metrics import Metrics, software_version
 from pollard.services.common.status import ErrorInterceptor
+from pollard.services.common.telemetry import setup
+from pollard.services.common.telemetry.interceptor import CallInterceptor
 from pollard.services.preprocess.contents import ImageContents
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.decode_pool import DecodePool
@@ -135,7 +134,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     fetcher = Fetcher(settings.fetch_rules)
     contents = ImageContents(fetcher, settings.max_message_bytes)
     explainer = Explainer(current, pool, client, settings.explain_masks)
-    calls = CallMetrics()
+    calls = setup.watch_of(settings)
     grpc_server = GrpcServer(
         Listen(
             host=settings.host,
@@ -165,15 +164,15 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
             manager=settings.manager,
             cache_dir=settings.cache_dir,
             server_id=settings.server_id,
-            software_version=_software_version(),
+            software_version=software_version(),
             tls=settings.tls,
             gate=gate,
             token=OwnToken(settings.token_file),
         ),
     )
     member.on_change = agent.report_soon
-    http = HttpServer(settings.http, ready=lambda: grpc_server.serving)
-    metrics = Metrics("preprocess", calls, PreprocessMetrics(pool, current, counts))
+    http = HttpServer(settings.http, ready=lambda: grpc_server.serving, access=calls.access)
+    metrics = Metrics("preprocess", calls.metrics, PreprocessMetrics(pool, current, counts))
     http.add(metrics.add_to)
     http.guard = http_guard(gate)
     return PreprocessServer(
@@ -191,13 +190,5 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
 
 def run(settings: PreprocessSettings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
-    configure_logging("preprocess", level=settings.log_level, form=settings.log_format)
+    setup.configure("preprocess", settings)
     return run_service(lambda: build_server(settings), grace_seconds=settings.grace_seconds)
-
-
-def _software_version() -> str:
-    try:
-        return version("pollard-services")
-    except PackageNotFoundError:
-        # Run from a source tree that is not installed.
-        return "0+unknown"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pollard.runtime.errors import ImageInvalid, RuntimeFault
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.errors import ServiceError
+from pollard.services.common.telemetry.traces import current_span, within
 from pollard.services.preprocess.answers import (
     Answer,
     Augmentation,
@@ -141,7 +142,8 @@ class Predictor:
         async def one(index: int, content: bytes) -> Transformed:
             async with held:
                 try:
-                    return await self._pool.transform(revision.steps, content)
+                    with within("preprocess"):
+                        return await self._pool.transform(revision.steps, content)
                 except (RuntimeFault, ServiceError) as error:
                     error.metadata["image_index"] = str(index)
                     if len(contents) > 1:
@@ -307,13 +309,17 @@ class Predictor:
         turns: AbstractAsyncContextManager[object] = _FREE,
     ) -> Prediction:
         outputs = outputs_wanted(revision, options)
+        span = current_span()
+        if span is not None and span.recorded:
+            span.set(model=revision.model, revision=revision.revision, image_bytes=len(content))
         started = time.perf_counter()
         try:
             steps = revision.steps
             if options.augmentation is Augmentation.FIVE_CROP:
                 steps = revision.five_crop_steps
-            async with turns:
-                transformed = await self._pool.transform(steps, content)
+            with within("preprocess"):
+                async with turns:
+                    transformed = await self._pool.transform(steps, content)
         except (RuntimeFault, ServiceError) as error:
             error.metadata["image_index"] = "0"
             self._counts.failed(revision.model, revision.revision, error)
@@ -330,14 +336,15 @@ class Predictor:
             raise
         answered = time.perf_counter()
         try:
-            found = await answer_of(
-                revision,
-                answer,
-                transformed.geometries or (transformed.geometry,),
-                _size(transformed, revision.image_pipeline().layout),
-                options,
-            )
-            self._check_answer(found)
+            with within("answer"):
+                found = await answer_of(
+                    revision,
+                    answer,
+                    transformed.geometries or (transformed.geometry,),
+                    _size(transformed, revision.image_pipeline().layout),
+                    options,
+                )
+                self._check_answer(found)
         except (RuntimeFault, KeyError, ValueError) as error:
             # The caller's image is not to blame for what the model gives.
             self._counts.of(revision.model, revision.revision).fail()

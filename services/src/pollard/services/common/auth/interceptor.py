@@ -74,7 +74,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
             try:
                 caller = gate.admit(method, shown, behalf)
             except ServiceError as error:
-                return _refusing(error)
+                return _refusing(error, handler)
             _admitted.set(caller)
         known = self._wrapped.get(method)
         # The handler of a method is made once; another one means that the server was changed.
@@ -83,10 +83,12 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         return known[1]
 
 
-def _refusing(error: ServiceError) -> Any:
+def _refusing(error: ServiceError, handler: Any) -> Any:
     async def refuse(_: Any, context: Any) -> None:
         await abort(context, error)
 
+    # What it would be if it were not refused, for whoever counts calls by their kind.
+    refuse.refuses = handler  # type: ignore[attr-defined]  # functions take any attribute
     # As for a stream of requests, whatever it is: so nothing of it is read.
     return grpc.stream_stream_rpc_method_handler(refuse)
 

@@ -10,10 +10,13 @@ from typing import Any
 from pollard.services.common.auth.callers import set_caller
 from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF
 from pollard.services.common.auth.usage import Lease
-from pollard.services.common.call_metrics import CANCELLED, OK
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
-from pollard.services.common.status import describe
+from pollard.services.common.status import Outcome, describe
+from pollard.services.common.telemetry.codes import CANCELLED, OK
+from pollard.services.common.telemetry.record import CallRecord, set_call
+from pollard.services.common.telemetry.request_ids import REQUEST_ID
+from pollard.services.common.telemetry.traces import TRACEPARENT, TRACESTATE
 from pollard.services.inference.errors import FeatureNotOffered, RequestExpired
 from pollard.services.inference.frontends.calls import (
     Headers,
@@ -36,18 +39,14 @@ _ALIAS, _STICKY = ALIAS_METADATA.encode(), STICKY_METADATA.encode()
 _SHADOW = SHADOW_METADATA.encode()
 _AUTHORIZATION, _BEHALF = AUTHORIZATION.encode(), BEHALF.encode()
 _STRICT = STREAM_STATUS_METADATA.encode()
+_REQUEST_ID = REQUEST_ID.encode()
+_TRACEPARENT, _TRACESTATE = TRACEPARENT.encode(), TRACESTATE.encode()
 
 _START = {
     "type": "http.response.start",
     "status": 200,
     "headers": [(b"content-type", b"application/grpc")],
     "trailers": True,
-}
-
-_OK = {
-    "type": "http.response.trailers",
-    "headers": [(b"grpc-status", b"0")],
-    "more_trailers": False,
 }
 
 Scope = Mapping[str, Any]
@@ -84,8 +83,9 @@ class GrpcApplication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         headers = _read_headers(scope["headers"])
-        counts = self._calls.metrics.of(scope["path"])
-        began, code = counts.start(), OK
+        record = self._calls.begin(scope["path"], headers)
+        set_call(record)
+        code = OK
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -94,25 +94,22 @@ class GrpcApplication:
                 restriction.check(scope["headers"])
             with self._calls.enter(scope["path"], headers) as lease:
                 set_caller(headers.caller)
+                record.caller = headers.caller.name
                 unary = self._calls.unary.get(scope["path"])
                 if unary is not None:
-                    await self._answer(unary, headers, receive, send, lease)
+                    await self._answer(unary, headers, record, receive, send, lease)
                     return
                 stream = self._calls.streams.get(scope["path"])
                 if stream is None:
                     raise FeatureNotOffered(f"there is no method {scope['path']}")
-                code = await self._answer_stream(
-                    stream, scope["path"], headers, receive, send, lease
-                )
+                code = await self._answer_stream(stream, headers, record, receive, send, lease)
         except (CallerGone, asyncio.CancelledError):
             # Cancelled by whoever watches the client: it has gone, and nobody waits for an answer.
             code = CANCELLED
         except Exception as error:
-            outcome = describe(error)
-            code = outcome.code.value[0]
-            await _end(send, code, outcome.message, outcome.to_proto())
+            code = await _end(send, describe(error), record)
         finally:
-            counts.end(began, code)
+            record.end(code)
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
@@ -121,6 +118,7 @@ class GrpcApplication:
         self,
         method: UnaryMethod,
         headers: Headers,
+        record: CallRecord,
         receive: Receive,
         send: Send,
         lease: Lease,
@@ -143,15 +141,15 @@ class GrpcApplication:
         try:
             await send(_START)
             await send({"type": "http.response.body", "body": frame(answer), "more_body": False})
-            await send(_OK)
+            await send(_ok(record))
         except OSError:
             raise CallerGone from None
 
     async def _answer_stream(
         self,
         method: StreamMethod,
-        path: str,
         headers: Headers,
+        record: CallRecord,
         receive: Receive,
         send: Send,
         lease: Lease,
@@ -161,7 +159,7 @@ class GrpcApplication:
         messages = Messages(ahead.receive, headers.encoding, self._max_message_bytes)
         try:
             async with asyncio.timeout(headers.seconds_left):
-                answers = method(self._calls.metered(path, messages.each(), lease), headers)
+                answers = method(self._calls.metered(record.path, messages.each(), lease), headers)
                 async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
                     async for answer in answers:
                         try:
@@ -190,14 +188,12 @@ class GrpcApplication:
                 if not started:
                     await send(_START)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-                await send(_OK)
+                await send(_ok(record))
             return OK
         finally:
             ahead.stop()
             lease.close()
-        code: int = outcome.code.value[0]
-        await _end(send, code, outcome.message, outcome.to_proto(), started=started)
-        return code
+        return await _end(send, outcome, record, started=started)
 
 
 def _read_headers(pairs: Any) -> Headers:
@@ -219,10 +215,28 @@ def _read_headers(pairs: Any) -> Headers:
             headers.authorization = b"twice" if headers.authorization else value
         elif key == _BEHALF:
             headers.behalf = b"twice" if headers.behalf else value
+        elif key == _REQUEST_ID:
+            headers.request_id = "" if headers.request_id else value
+        elif key == _TRACEPARENT:
+            headers.traceparent = "" if headers.traceparent else value
+        elif key == _TRACESTATE:
+            headers.tracestate = "" if headers.tracestate else value
     return headers
 
 
-async def _end(send: Send, code: int, message: str, details: Any, *, started: bool = False) -> None:
+def _ok(record: CallRecord) -> Mapping[str, Any]:
+    return {
+        "type": "http.response.trailers",
+        "headers": [(b"grpc-status", b"0"), (_REQUEST_ID, record.request_id.encode())],
+        "more_trailers": False,
+    }
+
+
+async def _end(send: Send, outcome: Outcome, record: CallRecord, *, started: bool = False) -> int:
+    """End a call with an error; return its status."""
+    code: int = outcome.code.value[0]
+    record.failed(outcome.reason, outcome.message)
+    details = outcome.to_proto().SerializeToString()
     # An OSError says that the client has gone meanwhile.
     with contextlib.suppress(OSError):
         if not started:
@@ -231,7 +245,11 @@ async def _end(send: Send, code: int, message: str, details: Any, *, started: bo
         await send(
             {
                 "type": "http.response.trailers",
-                "headers": trailers(code, message, details.SerializeToString()),
+                "headers": [
+                    *trailers(code, outcome.message, details),
+                    (_REQUEST_ID, record.request_id.encode()),
+                ],
                 "more_trailers": False,
             }
         )
+    return code

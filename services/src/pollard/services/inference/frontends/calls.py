@@ -20,10 +20,11 @@ from pollard.services.common import errors
 from pollard.services.common.auth import OPEN, Caller, Gate
 from pollard.services.common.auth.roles import ACCESS
 from pollard.services.common.auth.usage import Lease
-from pollard.services.common.call_metrics import BIDI_STREAM, SERVER_STREAM, CallMetrics
+from pollard.services.common.call_metrics import BIDI_STREAM, SERVER_STREAM
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.status import describe
+from pollard.services.common.telemetry.record import CallRecord, CallWatch
 from pollard.services.inference import protocol
 from pollard.services.inference.engine import Engine
 from pollard.services.inference.errors import RequestInvalid
@@ -61,6 +62,9 @@ class Headers:
     strict_stream: bool = False
     authorization: str | bytes = ""
     behalf: str | bytes = ""
+    request_id: str | bytes = ""
+    traceparent: str | bytes = ""
+    tracestate: str | bytes = ""
     caller: Caller = OPEN
     """Who calls, once the gate has said so."""
 
@@ -79,7 +83,7 @@ class ServerCalls:
         shared: SharedMemory,
         restrictions: Mapping[str, Restriction] = _UNRESTRICTED,
         gate: Gate | None = None,
-        metrics: CallMetrics | None = None,
+        watch: CallWatch | None = None,
     ) -> None:
         """Serve `engine`, with everything but inference from `methods`.
 
@@ -89,9 +93,10 @@ class ServerCalls:
             shared: Tensors in shared memory.
             restrictions: What calls must carry, by method.
             gate: Who may call what.
-            metrics: Where calls are counted.
+            watch: Makes the records of calls.
         """
-        self.metrics = metrics or CallMetrics()
+        self._records = watch or CallWatch()
+        self.metrics = self._records.metrics
         self.engine = engine
         self.gate = gate or Gate()
         self.shared = shared
@@ -131,6 +136,16 @@ class ServerCalls:
         self._health = {"": state, SERVICE_NAME: state, _HEALTH: kind.SERVING}
         self._health_changed.set()
         self._health_changed = asyncio.Event()
+
+    def begin(self, path: str, headers: Headers) -> CallRecord:
+        """Return the record of a call that has come."""
+        return self._records.begin(
+            path,
+            counts=self.infers if path == MODEL_INFER else None,
+            request_id=headers.request_id,
+            traceparent=headers.traceparent,
+            tracestate=headers.tracestate,
+        )
 
     def restriction(self, path: str) -> Restriction | None:
         """Return what a call of this method must carry; None if nothing."""

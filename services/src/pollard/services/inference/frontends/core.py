@@ -29,6 +29,9 @@ from pollard.services.common.errors import ServiceError, StartupError
 from pollard.services.common.lifecycle import HealthPort, Listen, server_options
 from pollard.services.common.routing import ALIAS_METADATA, STICKY_METADATA
 from pollard.services.common.shadows import SHADOW_METADATA
+from pollard.services.common.telemetry.record import CallRecord, set_call
+from pollard.services.common.telemetry.request_ids import REQUEST_ID
+from pollard.services.common.telemetry.traces import TRACEPARENT, TRACESTATE
 from pollard.services.common.tls import server_credentials
 from pollard.services.inference.frontends.calls import MODEL_INFER, Headers, ServerCalls
 from pollard.services.inference.frontends.core_calls import InferCall, LoopCall, refuse
@@ -44,6 +47,21 @@ _WAITING_CALLS = 16
 _MOST_GATHERED = 32
 """Requests that are read before those that came are run: more make larger batches, and keep
 others waiting."""
+
+_KNOWN = frozenset(
+    {
+        ALIAS_METADATA,
+        STICKY_METADATA,
+        SHADOW_METADATA,
+        STREAM_STATUS_METADATA,
+        AUTHORIZATION,
+        BEHALF,
+        REQUEST_ID,
+        TRACEPARENT,
+        TRACESTATE,
+    }
+)
+"""Keys that `headers_of` reads; most metadata have others."""
 
 _NEEDED = (
     "CompletionQueue",
@@ -236,17 +254,18 @@ class CoreFront:
             self._ask_for_infer()
         metadata = event.invocation_metadata
         headers = headers_of(metadata, event.call_details.deadline)
+        record = self.calls.begin(MODEL_INFER, headers)
         lease = None
         if self.calls.gate.enforced:
             try:
-                lease = self.calls.enter(MODEL_INFER, headers, names_in(event.call))
+                lease = self._enter(event, MODEL_INFER, headers, record)
             except ServiceError as error:
-                refuse(event.call, error, self.calls.infers)
+                refuse(event.call, error, record)
                 return
         if headers.shadow or self.calls.restriction(MODEL_INFER) is not None:
-            self._on_loop(event, MODEL_INFER, headers, lease)
+            self._on_loop(event, headers, record, lease)
         else:
-            InferCall(self, event.call, headers, lease).start()
+            InferCall(self, event.call, headers, record, lease).start()
 
     def _on_call(self, event: Any) -> None:
         if not event.success:
@@ -255,17 +274,30 @@ class CoreFront:
             self._ask_for_call()
         path = event.call_details.method.decode("utf-8", "replace")
         headers = headers_of(event.invocation_metadata, event.call_details.deadline)
+        record = self.calls.begin(path, headers)
         lease = None
         if self.calls.gate.enforced:
             try:
-                lease = self.calls.enter(path, headers, names_in(event.call))
+                lease = self._enter(event, path, headers, record)
             except ServiceError as error:
-                refuse(event.call, error, self.calls.metrics.of(path))
+                refuse(event.call, error, record)
                 return
-        self._on_loop(event, path, headers, lease)
+        self._on_loop(event, headers, record, lease)
 
-    def _on_loop(self, event: Any, path: str, headers: Headers, lease: Lease | None) -> None:
-        call = LoopCall(self, event.call, path, headers, event.invocation_metadata, lease)
+    def _enter(self, event: Any, path: str, headers: Headers, record: CallRecord) -> Lease:
+        # This thread has many calls in hand; what the gate logs is about this one.
+        set_call(record)
+        try:
+            lease = self.calls.enter(path, headers, names_in(event.call))
+        finally:
+            set_call(None)
+        record.caller = headers.caller.name
+        return lease
+
+    def _on_loop(
+        self, event: Any, headers: Headers, record: CallRecord, lease: Lease | None
+    ) -> None:
+        call = LoopCall(self, event.call, headers, record, event.invocation_metadata, lease)
         self.loop.call_soon_threadsafe(call.start)
 
 
@@ -290,6 +322,8 @@ def headers_of(metadata: Iterable[tuple[str, str | bytes]], deadline: float) -> 
     if deadline != math.inf:
         headers.seconds_left = deadline - time.time()
     for key, value in metadata:
+        if key not in _KNOWN:
+            continue
         if key == ALIAS_METADATA:
             headers.alias = str(value)
         elif key == STICKY_METADATA:
@@ -303,4 +337,10 @@ def headers_of(metadata: Iterable[tuple[str, str | bytes]], deadline: float) -> 
             headers.authorization = "twice" if headers.authorization else value
         elif key == BEHALF:
             headers.behalf = "twice" if headers.behalf else value
+        elif key == REQUEST_ID:
+            headers.request_id = "" if headers.request_id else value
+        elif key == TRACEPARENT:
+            headers.traceparent = "" if headers.traceparent else value
+        elif key == TRACESTATE:
+            headers.tracestate = "" if headers.tracestate else value
     return headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a compiled modu
 
 from pollard.services.common.auth.callers import set_caller
 from pollard.services.common.auth.usage import Lease
-from pollard.services.common.call_metrics import CANCELLED, MethodCalls
 from pollard.services.common.status import describe
+from pollard.services.common.telemetry.codes import CANCELLED, OK
+from pollard.services.common.telemetry.record import CallRecord, set_call
 from pollard.services.inference import protocol
 from pollard.services.inference.errors import FeatureNotOffered, RequestInvalid
 from pollard.services.inference.frontends.calls import Headers
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("pollard.inference.core")
 
-_OK = 0
 _NO_FLAGS = 0
 
 _WATCH_FROM_SECONDS = 0.02
@@ -47,13 +48,13 @@ class InferCall:
     """A ModelInfer; a `Caller` of the engine. Its methods never wait."""
 
     __slots__ = (
-        "_began",
         "_call",
         "_ended",
         "_front",
         "_headers",
         "_lease",
         "_prepared",
+        "_record",
         "_revision",
         "_watched",
         "_work",
@@ -61,19 +62,24 @@ class InferCall:
     )
 
     def __init__(
-        self, front: CoreFront, call: Any, headers: Headers, lease: Lease | None = None
+        self,
+        front: CoreFront,
+        call: Any,
+        headers: Headers,
+        record: CallRecord,
+        lease: Lease | None = None,
     ) -> None:
         """Take a call that has just come."""
         self._front = front
         self._call = call
         self._headers = headers
+        self._record = record
         self._lease = lease
         self._revision: LoadedRevision | None = None
         self._prepared: PreparedRequest | None = None
         self._work: Work | None = None
         self._ended = False
         self._watched = False
-        self._began = front.calls.infers.start()
         self.gone = False
 
     def start(self) -> None:
@@ -103,6 +109,8 @@ class InferCall:
                 self._fail(error)
                 return
             revision.finish(work, None, outcome)
+            if work.span is not None and work.timing is not None:
+                work.span.draw("answer", work.timing.split, time.perf_counter_ns())
             self._send(data)
         except Exception:
             # On a worker's thread, which must live on.
@@ -140,6 +148,7 @@ class InferCall:
             return
         self._revision, self._prepared = revision, prepared
         options = prepared.options
+        span = self._record.span
         try:
             work = self._work = revision.work(
                 prepared.feeds,
@@ -149,6 +158,8 @@ class InferCall:
                 wait_seconds=options.wait_seconds,
                 priority=options.priority,
             )
+            if span is not None and span.recorded:
+                work.span = span
         except Exception as error:
             prepared.close()
             revision.finish(None)
@@ -175,7 +186,7 @@ class InferCall:
             if self._ended:
                 return
             self._ended = True
-        self._front.calls.infers.end(self._began, CANCELLED)
+        self._record.end(CANCELLED)
         assert self._prepared is not None  # noqa: S101 - else it were not watched
         assert self._revision is not None  # noqa: S101
         self._revision.finish(self._work, asyncio.CancelledError())
@@ -193,15 +204,15 @@ class InferCall:
         operations = [
             cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
             cygrpc.SendMessageOperation(data, _NO_FLAGS),
-            cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS),
+            cygrpc.SendStatusFromServerOperation(self._record.trailing, OK, b"", _NO_FLAGS),
         ]
         self._end(operations)
-        self._front.calls.infers.end(self._began)
+        self._record.end()
 
     def _fail(self, error: Exception) -> None:
-        status, code = status_of(error)
+        status, code = status_of(error, self._record)
         self._end([cygrpc.SendInitialMetadataOperation((), _NO_FLAGS), status])
-        self._front.calls.infers.end(self._began, code)
+        self._record.end(code)
 
     def _end(self, operations: list[Any]) -> None:
         if self._lease is not None:
@@ -218,15 +229,16 @@ class LoopCall:
         self,
         front: CoreFront,
         call: Any,
-        path: str,
         headers: Headers,
+        record: CallRecord,
         metadata: Iterable[tuple[str, str | bytes]],
         lease: Lease | None = None,
     ) -> None:
         """Take a call that has just come."""
         self._front = front
         self._call = call
-        self._path = path
+        self._path = record.path
+        self._record = record
         self._headers = headers
         self._metadata = metadata
         self._lease = lease
@@ -245,22 +257,22 @@ class LoopCall:
             self._front.loop.call_soon_threadsafe(self._task.cancel)
 
     async def _run(self) -> None:
+        set_call(self._record)
         set_caller(self._headers.caller)
-        counts = self._front.calls.metrics.of(self._path)
-        began, code = counts.start(), _OK
+        code = OK
         try:
             await self._answer()
         except (CallerGone, asyncio.CancelledError):
             # The client has gone, and nobody waits for an answer.
             code = CANCELLED
         except Exception as error:
-            status, code = status_of(error)
+            status, code = status_of(error, self._record)
             with contextlib.suppress(CallerGone, asyncio.CancelledError):
                 self._leave()
                 await self._batch(*self._beginning(), status)
         finally:
             self._leave()
-            counts.end(began, code)
+            self._record.end(code)
 
     def _leave(self) -> None:
         """Give the caller's place back, before it learns that the call has ended."""
@@ -283,7 +295,9 @@ class LoopCall:
             answer = await unary(data, self._headers)
             self._leave()
             await self._batch(
-                *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS), *_ending_well()
+                *self._beginning(),
+                cygrpc.SendMessageOperation(answer, _NO_FLAGS),
+                self._ending_well(),
             )
         elif stream is not None:
             messages = self._messages()
@@ -296,9 +310,12 @@ class LoopCall:
                         *self._beginning(), cygrpc.SendMessageOperation(answer, _NO_FLAGS)
                     )
             self._leave()
-            await self._batch(*self._beginning(), *_ending_well())
+            await self._batch(*self._beginning(), self._ending_well())
         else:
             raise FeatureNotOffered(f"there is no method {self._path}")
+
+    def _ending_well(self) -> Any:
+        return cygrpc.SendStatusFromServerOperation(self._record.trailing, OK, b"", _NO_FLAGS)
 
     def _beginning(self) -> list[Any]:
         if self._started:
@@ -338,12 +355,16 @@ class LoopCall:
         return outcome
 
 
-def status_of(error: BaseException) -> tuple[Any, int]:
+def status_of(error: BaseException, record: CallRecord) -> tuple[Any, int]:
     """Return the operation that ends a call with an error, and the status's number."""
-    outcome = describe(error)
+    outcome = describe(error, record)
+    record.failed(outcome.reason, outcome.message)
     code: int = outcome.code.value[0]
     operation = cygrpc.SendStatusFromServerOperation(
-        (("grpc-status-details-bin", outcome.to_proto().SerializeToString()),),
+        (
+            *record.trailing,
+            ("grpc-status-details-bin", outcome.to_proto().SerializeToString()),
+        ),
         code,
         outcome.message.encode(),
         _NO_FLAGS,
@@ -351,10 +372,10 @@ def status_of(error: BaseException) -> tuple[Any, int]:
     return operation, code
 
 
-def refuse(call: Any, error: Exception, counts: MethodCalls) -> None:
+def refuse(call: Any, error: Exception, record: CallRecord) -> None:
     """End a call of which nothing has been read."""
-    status, code = status_of(error)
-    counts.end(counts.start(), code)
+    status, code = status_of(error, record)
+    record.end(code)
     call.start_server_batch(
         (
             cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),
@@ -363,10 +384,6 @@ def refuse(call: Any, error: Exception, counts: MethodCalls) -> None:
         ),
         _ignore,
     )
-
-
-def _ending_well() -> list[Any]:
-    return [cygrpc.SendStatusFromServerOperation((), _OK, b"", _NO_FLAGS)]
 
 
 def _resolve(done: asyncio.Future[Any], outcome: Sequence[Any] | None) -> None:

@@ -216,11 +216,11 @@ class _Application:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self, given: Mapping[str, Any]) -> None:
-        from pollard.services.common.logs import configure_logging
+        from pollard.services.common.telemetry import setup
         from pollard.services.inference.main import build
 
         settings = InferenceSettings.load(dict(given))
-        configure_logging("inference", level=settings.log_level, form=settings.log_format)
+        setup.configure("inference", settings)
         fronts: list[EnvoyFront] = []
 
         def front(application: GrpcApplication) -> EnvoyFront:
@@ -239,6 +239,7 @@ class _Application:
                 await server.stop(settings.grace_seconds)
             except Exception:
                 _log.exception("the server failed")
+            await asyncio.to_thread(setup.shut_down)
             writer.close()
             os.kill(os.getpid(), signal.SIGTERM)
 

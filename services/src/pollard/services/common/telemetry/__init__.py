@@ -1,0 +1,1 @@
+"""What is told of calls while they run: their ids, the access log, and traces."""
