@@ -288,3 +288,24 @@ def test_no_secret_is_in_any_log_or_page(guarded: Any, admin: str, served: Model
     assert planted not in said
     assert server not in said
     assert said.count(admin) == 1
+
+
+def test_a_viewers_token_is_enough_to_see_what_is_going_on(
+    guarded: Any, served: ModelsClient, pollard: Any
+) -> None:
+    made = served.create_token("screen", "viewer", ttl_seconds=3600)
+    env = {
+        "POLLARD_MODELS_ADDRESS": guarded.address("models"),
+        "POLLARD_TOKEN": made.secret,
+        "COLUMNS": "80",
+    }
+    shown = pollard("top", "--once", "--json", env=env)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert [(row["model"], row["revision"]) for row in found["revisions"]] == [("m", 1)]
+    assert {state for row in found["revisions"] for state in row["states"].values()} == {"READY"}
+    assert found["rates_over_seconds"] > 0
+    assert made.secret not in shown.stdout + shown.stderr
+    refused = pollard("top", "--once", env=env | {"POLLARD_TOKEN": ""})
+    assert refused.returncode == 1
+    assert "not known who calls" in refused.stderr

@@ -80,8 +80,11 @@ class InferenceMember:
             if counters is not None:
                 copy.counters.CopyFrom(counters.to_proto())
             served = self._engine.table.models.get(model)
-            if served is not None and number in served.revisions and copy.HasField("tuning"):
-                copy.tuning.CopyFrom(_tuning(served.revisions[number]))
+            loaded = served.revisions.get(number) if served is not None else None
+            if loaded is not None:
+                copy.waiting, copy.in_flight = loaded.waiting, loaded.in_flight
+                if copy.HasField("tuning"):
+                    copy.tuning.CopyFrom(_tuning(loaded))
             result.append(copy)
         return result
 

@@ -17,7 +17,11 @@ class ModelsClient(BundleMethods, RolloutMethods, TokenMethods):
 
     def servers(self) -> list[Server]:
         """List the servers that the manager knows, by id, with what they run."""
-        servers: list[Server] = []
+        return [_convert.server(item) for item in self._servers()]
+
+    def _servers(self) -> list[fleet_service_pb2.Server]:
+        """List the servers with all that they have counted."""
+        servers: list[fleet_service_pb2.Server] = []
         token = ""
         while True:
             request = fleet_service_pb2.ListServersRequest(page_size=PAGE, page_token=token)
@@ -27,7 +31,7 @@ class ModelsClient(BundleMethods, RolloutMethods, TokenMethods):
                 request,
                 None,
             )
-            servers += [_convert.server(item) for item in page.servers]
+            servers += page.servers
             token = page.next_page_token
             if not token:
                 return servers

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pollard.client.cli import fleet, keys, models, predict, tokens
+from pollard.client.cli import fleet, keys, models, predict, tokens, top
 from pollard.client.cli._common import fail
 from pollard.client.cli._hints import hint
 from pollard.client.errors import PollardError, RequestFailed
@@ -59,6 +59,7 @@ def build_app() -> typer.Typer:
     app.add_typer(keys.app, name="keys")
     app.add_typer(tokens.app, name="tokens")
     fleet.register(app)
+    top.register(app)
     predict.register(app)
 
     broken: dict[str, str] = {}

@@ -337,6 +337,8 @@ class RevisionStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     LOAD_DURATION_FIELD_NUMBER: _builtins.int
     TUNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     revision: _builtins.int
@@ -345,6 +347,14 @@ class RevisionStatus(_message.Message):
     """State."""
     variant: _builtins.str
     """Variant in use."""
+    waiting: _builtins.int
+    """Requests that wait for a worker at the moment of the report; 0 from
+    preprocess servers.
+    """
+    in_flight: _builtins.int
+    """Requests that are being answered at that moment, those that wait among
+    them; 0 from preprocess servers.
+    """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Why it failed; unset otherwise."""
@@ -374,10 +384,12 @@ class RevisionStatus(_message.Message):
         counters: Global___Counters | None = ...,
         load_duration: _duration_pb2.Duration | None = ...,
         tuning: Global___Tuning | None = ...,
+        waiting: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "tuning", b"tuning", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "in_flight", b"in_flight", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "tuning", b"tuning", "variant", b"variant", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

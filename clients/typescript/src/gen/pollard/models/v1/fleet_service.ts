@@ -169,7 +169,19 @@ export interface RevisionStatus {
    * How the server runs it; unset before it is READY, and by preprocess
    * servers.
    */
-  tuning: Tuning | undefined;
+  tuning:
+    | Tuning
+    | undefined;
+  /**
+   * Requests that wait for a worker at the moment of the report; 0 from
+   * preprocess servers.
+   */
+  waiting: number;
+  /**
+   * Requests that are being answered at that moment, those that wait among
+   * them; 0 from preprocess servers.
+   */
+  inFlight: number;
 }
 
 /**
@@ -1102,6 +1114,8 @@ function createBaseRevisionStatus(): RevisionStatus {
     counters: undefined,
     loadDuration: undefined,
     tuning: undefined,
+    waiting: 0,
+    inFlight: 0,
   };
 }
 
@@ -1130,6 +1144,12 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
     }
     if (message.tuning !== undefined) {
       Tuning.encode(message.tuning, writer.uint32(66).fork()).join();
+    }
+    if (message.waiting !== 0) {
+      writer.uint32(72).uint32(message.waiting);
+    }
+    if (message.inFlight !== 0) {
+      writer.uint32(80).uint32(message.inFlight);
     }
     return writer;
   },
@@ -1211,6 +1231,22 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
             message.tuning = Tuning.decode(reader, reader.uint32());
             continue;
           }
+          case 9: {
+            if (tag !== 72) {
+              break;
+            }
+
+            message.waiting = reader.uint32();
+            continue;
+          }
+          case 10: {
+            if (tag !== 80) {
+              break;
+            }
+
+            message.inFlight = reader.uint32();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1244,6 +1280,8 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
     message.tuning = (object.tuning !== undefined && object.tuning !== null)
       ? Tuning.fromPartial(object.tuning)
       : undefined;
+    message.waiting = object.waiting ?? 0;
+    message.inFlight = object.inFlight ?? 0;
     return message;
   },
 };
