@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from bench.environment import environment, heading
-from bench.fleet import Desired, Latencies, ServedBundle, large_bundle, start_fleet_server
+from bench.lone_server import Desired, Latencies, ServedBundle, large_bundle, start_fleet_server
 from bench.models import small_cnn
 from bench.peers.fetch import ROOT
 from bench.pollard_server import make_bundle

@@ -39,14 +39,17 @@ class Postgres:
 
     Args:
         durable: Wait for the disk, as a real one does. Not needed to survive kills.
+        host: Address to listen on besides, for other hosts; it must be nobody else's.
+        network: From where everybody may come in there, such as 10.1.2.0/24.
     """
 
-    def __init__(self, *, durable: bool = False) -> None:
+    def __init__(self, *, durable: bool = False, host: str = "", network: str = "") -> None:
         found = binaries()
         if found is None:
             raise FileNotFoundError(MISSING)
         self._binaries = found
         self._durable = durable
+        self._host = host
         # Not below a test's directory: the path of a socket is short, and its user another.
         self.directory = Path(tempfile.mkdtemp(prefix="pollard-pg-"))
         self._user = _unprivileged_user()
@@ -63,6 +66,9 @@ class Postgres:
                 *("-D", str(self.directory / "data"), "-U", "pollard", "-A", "trust"),
                 *("-E", "UTF8", "--locale=C.UTF-8", "--no-sync"),
             )
+            if network:
+                with (self.directory / "data" / "pg_hba.conf").open("a") as access:
+                    access.write(f"host all all {network} trust\n")
             self.start()
         except BaseException:
             self.close()
@@ -71,7 +77,7 @@ class Postgres:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         settings = {
-            "listen_addresses": "",
+            "listen_addresses": self._host,
             "port": str(self.port),
             "unix_socket_directories": str(self.directory),
             "max_connections": "200",
@@ -118,8 +124,10 @@ class Postgres:
         log = self.directory / "log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def url(self, database: str) -> str:
-        """Return the URL of a database."""
+    def url(self, database: str, *, tcp: bool = False) -> str:
+        """Return the URL of a database, by the socket or by TCP."""
+        if tcp:
+            return f"postgresql://pollard@{self._host}:{self.port}/{database}"
         where = quote(str(self.directory), safe="")
         return f"postgresql://pollard@/{database}?host={where}&port={self.port}"
 

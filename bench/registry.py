@@ -24,7 +24,7 @@ from google.protobuf import json_format
 from sqlalchemy import insert
 
 from bench.environment import environment, heading
-from bench.fleet import large_bundle
+from bench.lone_server import large_bundle
 from bench.peers.fetch import ROOT
 from bench.process import free_port, pollard_command
 from pollard.bundle.v1 import bundle_pb2

@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from bench.environment import environment, heading
-from bench.fleet import Desired, Fleet, ServedBundle, start_fleet_server
+from bench.lone_server import Desired, Fleet, ServedBundle, start_fleet_server
 from bench.models import MODELS, BuiltModel
 from bench.peers.fetch import ROOT
 from bench.pollard_server import make_bundle

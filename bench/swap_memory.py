@@ -15,7 +15,7 @@ import psutil
 import typer
 
 from bench.environment import environment, heading
-from bench.fleet import Desired, ServedBundle, large_bundle, start_fleet_server
+from bench.lone_server import Desired, ServedBundle, large_bundle, start_fleet_server
 from bench.peers.fetch import ROOT
 
 _ALLOWED = 1.1

@@ -23,7 +23,7 @@ import psutil
 import typer
 
 from bench.environment import environment, heading
-from bench.fleet import large_bundle
+from bench.lone_server import large_bundle
 from bench.peers.fetch import ROOT
 from bench.process import free_port, pollard_command
 from pollard.client import ModelsClient, RequestFailed

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from bench.fleet import Desired, ServedBundle, start_fleet_server
+from bench.lone_server import Desired, ServedBundle, start_fleet_server
 from bench.gpu.serving import COMMAND, flags, make_bundle
 from bench.gpu.sessions import make_session, random_feeds
 from bench.gpu.setup import Setup, Table, say

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.fleet import Desired, Fleet, ServedBundle, start_fleet_server
+from bench.lone_server import Desired, Fleet, ServedBundle, start_fleet_server
 from bench.gpu.callers import Generators, Load, write_request
 from bench.gpu.serving import COMMAND, answers, flags, make_bundle
 from bench.gpu.sessions import make_session, random_feeds
