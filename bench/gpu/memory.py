@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-from bench.lone_server import Desired, ServedBundle, start_fleet_server
 from bench.gpu.serving import COMMAND, flags, make_bundle
 from bench.gpu.sessions import make_session, random_feeds
 from bench.gpu.setup import Setup, Table, say
+from bench.lone_server import Desired, ServedBundle, start_fleet_server
 from pollard.runtime.bundle import Bundle
 
 _ALLOWED = 1.1

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.lone_server import Desired, Fleet, ServedBundle, start_fleet_server
 from bench.gpu.callers import Generators, Load, write_request
 from bench.gpu.serving import COMMAND, answers, flags, make_bundle
 from bench.gpu.sessions import make_session, random_feeds
 from bench.gpu.setup import Setup, Table, say
+from bench.lone_server import Desired, Fleet, ServedBundle, start_fleet_server
 from pollard.runtime.bundle import Bundle
 
 _ALLOWED = 1.3

@@ -202,6 +202,7 @@ class Load:
         timeout: float = _TIMEOUT_SECONDS,
         excused: Excuse = lambda kind, sent, error: False,
         again_seconds: float | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         """Prepare the clients; `run` or `run_at` starts them.
 
@@ -217,6 +218,8 @@ class Load:
             timeout: Deadline of each request in seconds.
             excused: Tells which failures are sent again rather than counted.
             again_seconds: So long after it was due a request is sent again; None for `timeout`.
+            retry: What the clients send again by themselves; nothing if None, since a failure that
+                a retry would hide is a failure of a swap.
         """
         self.traffic = Traffic()
         self.references = dict(references)
@@ -230,6 +233,7 @@ class Load:
         self._alias = alias
         self._timeout = timeout
         self._excused = excused
+        self._retry = retry or RetryPolicy.none()
         self._again_seconds = timeout if again_seconds is None else again_seconds
         self._next = itertools.count()
         self._done = asyncio.Event()
@@ -280,8 +284,7 @@ class Load:
         self, stack: contextlib.AsyncExitStack
     ) -> Callable[[str, float], Coroutine[Any, Any, None]]:
         """Open one client's connections; return what asks one question."""
-        # Without retries: a failure that a retry would hide is a failure here.
-        retry = RetryPolicy.none()
+        retry = self._retry
         vision = await stack.enter_async_context(
             AsyncVisionClient(self._vision, timeout=self._timeout, retry=retry)
         )

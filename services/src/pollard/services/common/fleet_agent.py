@@ -43,8 +43,9 @@ _FIRST_PAUSE_SECONDS = 0.1
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     # A manager whose machine vanished is noticed while a successor still waits for this server.
-    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # The channel would wait up to two minutes by itself; the agent has its own backoff.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -87,11 +87,13 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        # Clients may ping an idle connection every 10 s without being sent away.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Clients and balancers may ping twice a second without being sent away: that is how they
+        # notice soon that a machine has gone without a word.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 400),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # The other way round: a switch waits for a server whose machine has gone.
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
     ]
 
 

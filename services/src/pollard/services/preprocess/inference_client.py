@@ -109,8 +109,12 @@ class InferenceClient:
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            # A server whose machine has gone without a word keeps what it was sent for so long, and
+            # what it had in hand for the sum; then both are sent to another.
+            ("grpc.keepalive_time_ms", 1_500),
+            ("grpc.keepalive_timeout_ms", 1_500),
+            # Otherwise only the first two are sent while nothing else is.
+            ("grpc.http2.max_pings_without_data", 0),
             # A server that was restarted is found again soon.
             ("grpc.initial_reconnect_backoff_ms", 50),
             ("grpc.min_reconnect_backoff_ms", 50),
