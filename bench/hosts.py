@@ -85,6 +85,22 @@ class Host:
                 start_new_session=True,
             )
 
+    def run(self, *command: str) -> str:
+        """Run a program there to its end; return what it prints, without spaces around it.
+
+        Raises:
+            RuntimeError: it failed; the message has its words.
+        """
+        done = subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self._namespace}", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} on {self.name}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
     def kill(self) -> None:
         """Kill whatever runs there, at once; the host itself goes on and refuses connections."""
         _kill(self._namespace)

@@ -20,9 +20,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle, write_bundle
+from pollard.runtime.reference import Sample
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As in a shell's background job. What tests start and interrupt would inherit it.
@@ -168,6 +170,24 @@ def make_linear_model() -> Callable[..., bytes]:
 def make_golden() -> Callable[..., bytes]:
     """:func:`golden_archive`: what an ONNX file answers for some images."""
     return golden_archive
+
+
+def samples_of(count: int) -> list[Sample]:
+    """Random pictures of 8 × 8 pixels, the same every time."""
+    generator = np.random.default_rng(7)
+    samples = []
+    for _ in range(count):
+        pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        samples.append(Sample(buffer.getvalue(), pixels[None, :, :, None], 0))
+    return samples
+
+
+@pytest.fixture
+def make_samples() -> Callable[[int], list[Sample]]:
+    """A function that makes so many pictures to be asked about."""
+    return samples_of
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -14,12 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
-
-from pollard.runtime.reference import Sample
 
 POLLARD = [sys.executable, "-m", "pollard.client.cli"]
 
@@ -189,21 +184,3 @@ def wait_gone(processes: list[psutil.Process]) -> None:
 def gone() -> Callable[[list[psutil.Process]], None]:
     """Waits until processes have ended, and fails when they do not."""
     return wait_gone
-
-
-def samples_of(count: int) -> list[Sample]:
-    """Random pictures of 8 × 8 pixels, the same every time."""
-    generator = np.random.default_rng(7)
-    samples = []
-    for _ in range(count):
-        pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        samples.append(Sample(buffer.getvalue(), pixels[None, :, :, None], 0))
-    return samples
-
-
-@pytest.fixture
-def make_samples() -> Callable[[int], list[Sample]]:
-    """A function that makes so many pictures to be asked about."""
-    return samples_of
