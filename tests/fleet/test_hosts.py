@@ -74,19 +74,23 @@ def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
         )
         return done.returncode == 0
 
+    def until_reached(address: str) -> None:
+        until = time.monotonic() + 60
+        while not reaches(address):
+            assert time.monotonic() < until
+
     with Network() as network:
         host = network.add("h1")
         server = host.start(
             [sys.executable, "-m", "http.server", "7000", "--bind", host.address],
             tmp_path / "log",
         )
-        while not reaches(host.address):
-            pass
+        until_reached(host.address)
         host.cut()
         assert not reaches(host.address)
         assert host.run("echo", "still here") == "still here"
         host.plug()
-        assert reaches(host.address)
+        until_reached(host.address)
         host.kill()
         server.wait()
         assert not reaches(host.address)
