@@ -73,7 +73,11 @@ def desired_state(bundles: Mapping[str, Bundle]) -> fleet_pb.DesiredState:
 
 
 def start_pollard(
-    models: Sequence[BuiltModel], *flags: str, name: str = "Pollard"
+    models: Sequence[BuiltModel],
+    *flags: str,
+    name: str = "Pollard",
+    ca: Path | None = None,
+    access: fleet_pb.AccessList | None = None,
 ) -> ServerProcess:
     """Start the inference server with `models` and wait until it is ready.
 
@@ -81,6 +85,8 @@ def start_pollard(
         models: What it serves.
         flags: Further options of `pollard serve inference`.
         name: For tables and for the names of its folders.
+        ca: Authority of its certificate, where it speaks TLS.
+        access: Tokens that it knows.
 
     Raises:
         RuntimeError: it ended or did not become ready; the message has the end of its log.
@@ -94,6 +100,8 @@ def start_pollard(
         shutil.copytree(bundle.path, place)
     state = json_format.MessageToJson(desired_state(bundles), preserving_proto_field_name=True)
     (cache / "state.json").write_text(state)
+    if access is not None:
+        (cache / "access.bin").write_bytes(access.SerializeToString())
     port = free_port()
     line = [
         *pollard_command(),
@@ -101,7 +109,7 @@ def start_pollard(
         *("--port", str(port), "--manager", "", "--cache-dir", str(cache)),
         *flags,
     ]
-    server = ServerProcess.start(name, line, port, BUILD / f"{label}.log")
+    server = ServerProcess.start(name, line, port, BUILD / f"{label}.log", ca=ca)
     if "--measure" not in flags:
         _until_measured(cache / "tuning.json", bundles.values())
     return server

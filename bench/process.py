@@ -26,6 +26,12 @@ def free_port() -> int:
         return port
 
 
+def _open(address: str, ca: Path | None) -> grpc.Channel:
+    if ca is None:
+        return grpc.insecure_channel(address)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.read_bytes()))
+
+
 def pollard_command() -> list[str]:
     """Return the `pollard` command of this environment, or `bench.pollard` where there is none."""
     installed = Path(sys.executable).with_name("pollard")
@@ -50,6 +56,7 @@ class ServerProcess:
         log: Path,
         environment: Mapping[str, str] | None = None,
         seconds: float = 120,
+        ca: Path | None = None,
     ) -> ServerProcess:
         """Start it and wait until it says that it is ready.
 
@@ -62,15 +69,17 @@ class ServerProcess:
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment
             )
         server = cls(name, port, log, process)
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with _open(f"127.0.0.1:{port}", ca) as channel:
             stub = pb_grpc.GRPCInferenceServiceStub(channel)
             until = time.monotonic() + seconds
             while True:
                 try:
                     if stub.ServerReady(pb.ServerReadyRequest(), timeout=5).ready:
                         return server
-                except grpc.RpcError:
-                    pass
+                except grpc.RpcError as error:
+                    # Who must show a token is told so by a server that takes requests.
+                    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                        return server
                 if process.poll() is not None or time.monotonic() > until:
                     server.stop()
                     tail = log.read_text(errors="replace")[-3000:]

@@ -43,6 +43,7 @@ from pollard.services.inference.options import (
 )
 from pollard.services.inference.replicas import Replicas
 from pollard.services.inference.revision import LoadedRevision, RevisionInfo
+from pollard.services.inference.scheduling import Scheduling
 from pollard.services.inference.tensors import batches, zeros
 from pollard.services.inference.tuning import Tuning, Tunings, worth_handing_over_seconds
 
@@ -229,7 +230,7 @@ class Loader:
             max_queue=scheduling.policy.max_size if scheduling else self._options.max_queue,
             inline_rows=how.inline_rows,
             inline_seconds=how.inline_seconds,
-            scheduling=scheduling,
+            scheduling=replace(scheduling or Scheduling(), fair=self._options.fair),
         )
         self._replicas.holds(outline.digest, loaded)
         self._measure_later(loaded, source, prepared)

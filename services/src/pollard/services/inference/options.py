@@ -33,6 +33,8 @@ class EngineOptions:
     measures from how long on it is worth to hand them over."""
     max_queue: int = 1024
     """Most requests of a revision that wait."""
+    fair: bool = False
+    """Whether callers take turns where requests wait."""
     memory_headroom_bytes: int = 64 * _MEBIBYTE
     """Memory that must be left after a load."""
     cuda: CudaOptions = field(default_factory=CudaOptions)

@@ -14,6 +14,7 @@ import structlog
 
 from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
+from pollard.services.common.auth.callers import current_caller
 from pollard.services.common.counters import RequestCounters
 from pollard.services.common.telemetry.traces import Span, current_span
 from pollard.services.inference.errors import (
@@ -198,6 +199,8 @@ class LoadedRevision:
             span = current_span()
             if span is not None and span.recorded:
                 work.span = span
+            if self._scheduling.fair:
+                work.who = current_caller().key
             if self.runs_inline(work):
                 self._gather(work)
             else:
@@ -281,8 +284,8 @@ class LoadedRevision:
         with self._lock:
             if self._scheduling.plain:
                 left = min(work.deadline, work.queue_until) - work.queued_at
-                self._backlog.check(work.batch, left)
-            self._backlog.rows += work.batch
+                self._backlog.check(work.batch, left, work.who)
+            self._backlog.enter(work.batch, work.who, fair=self._scheduling.fair)
             work.queued = True
         self._workers.submit(work)
 
@@ -343,7 +346,7 @@ class LoadedRevision:
 
     def _count(self, work: Work, error: BaseException | None) -> None:
         if work.queued:
-            self._backlog.rows -= work.batch
+            self._backlog.leave(work.batch, work.who)
         if error is None:
             self.counters.succeed((time.perf_counter_ns() - work.arrived) * 1e-9)
             timing = work.timing

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pollard.services.inference.errors import QueueFull
+from pollard.services.inference.turns import Turns
 
 if TYPE_CHECKING:
     from pollard.services.inference.workers import Work
@@ -59,10 +60,12 @@ class Scheduling:
     each request."""
     delay_seconds: float = 0.0
     """How long a request may be held back so that a batch fills."""
+    fair: bool = False
+    """Whether callers take turns; else requests leave the queue as they came."""
 
     @property
     def plain(self) -> bool:
-        """Whether requests leave the queue as they came, and are counted roughly."""
+        """Whether there is one order for all requests, and they are counted roughly."""
         special = self.exact or self.policy.delay or self.level_policies
         return self.levels <= 1 and not special
 
@@ -100,6 +103,8 @@ class Backlog:
         """
         self.rows = 0
         """Waiting or running."""
+        self.rows_of: dict[str, int] = {}
+        """By caller, where callers take turns."""
         self.workers = workers
         """Number of threads that share it."""
         self._recent = 0.0
@@ -117,13 +122,38 @@ class Backlog:
         row = max(self._recent, self._usual)
         return row * (self.rows / self.workers + 1) if row else math.inf
 
-    def check(self, rows: int, seconds_left: float) -> None:
+    def enter(self, rows: int, who: str, *, fair: bool) -> None:
+        """Count the rows of a request."""
+        self.rows += rows
+        if fair:
+            self.rows_of[who] = self.rows_of.get(who, 0) + rows
+
+    def leave(self, rows: int, who: str) -> None:
+        """Count them no more."""
+        self.rows -= rows
+        if self.rows_of:
+            left = self.rows_of.get(who, 0) - rows
+            if left > 0:
+                self.rows_of[who] = left
+            else:
+                self.rows_of.pop(who, None)
+
+    def before(self, rows: int, who: str) -> int:
+        """Return the rows that are run before a request, or run already."""
+        if not self.rows_of:
+            return self.rows
+        own = self.rows_of.get(who, 0)
+        others = sum(min(n, own + rows) for caller, n in self.rows_of.items() if caller != who)
+        return min(self.rows, max(own + others, self.workers))
+
+    def check(self, rows: int, seconds_left: float, who: str = "") -> None:
         """Refuse a request at once that could not be answered in time.
 
         Raises:
             QueueFull: the work before it, and its own, take longer than it has.
         """
-        waiting = self.rows - self.workers
+        ahead = self.before(rows, who)
+        waiting = ahead - self.workers
         if waiting < 0:
             # A worker is free: whatever was learnt before, this run brings it up to date.
             return
@@ -132,7 +162,7 @@ class Backlog:
         needed = _CAUTION * row * ((waiting + 0.5 * self.workers) / self.workers + rows)
         if needed > seconds_left:
             raise QueueFull(
-                f"Exceeds maximum queue size: {self.rows} requests are before it, so that it would "
+                f"Exceeds maximum queue size: {ahead} requests are before it, so that it would "
                 f"take {needed:.3f} s, and {max(0.0, seconds_left):.3f} s are left to it",
                 needed_seconds=f"{needed:.3f}",
             )
@@ -141,14 +171,22 @@ class Backlog:
 class PriorityQueue:
     """As `queue.SimpleQueue`, but the highest priority leaves first and those too late last.
 
-    None, the sign to end, leaves after everything else.
+    Within a priority callers take turns, where that is wanted. None, the sign to end, leaves after
+    everything else.
     """
 
-    def __init__(self, scheduling: Scheduling) -> None:
-        """Make an empty queue."""
+    def __init__(self, scheduling: Scheduling, max_queue: int | None = None) -> None:
+        """Make an empty queue.
+
+        Args:
+            scheduling: The order.
+            max_queue: Most requests that wait; None takes the limits of the priorities' policies.
+        """
         self._scheduling = scheduling
-        self._waiting: list[collections.deque[Work]] = [
-            collections.deque() for _ in range(max(1, scheduling.levels))
+        self._max_queue = max_queue
+        self._waiting: list[collections.deque[Work] | Turns] = [
+            Turns() if scheduling.fair else collections.deque()
+            for _ in range(max(1, scheduling.levels))
         ]
         self._late: collections.deque[Work] = collections.deque()
         self._ends = 0
@@ -164,21 +202,41 @@ class PriorityQueue:
         Raises:
             QueueFull: too many of its priority wait.
         """
+        refused: Work | None = None
         with self._changed:
             if work is None:
                 self._ends += 1
             else:
                 level = self._waiting[work.level - 1]
-                limit = self._scheduling.policy_of(work.level).max_size
+                limit = self._max_queue
+                if limit is None:
+                    limit = self._scheduling.policy_of(work.level).max_size
                 if limit and len(level) >= limit:
-                    # Those whose callers have gone take no places.
-                    wanted = [each for each in level if not each.caller.gone]
-                    if len(wanted) >= limit:
-                        raise queue_full(limit)
-                    level.clear()
-                    level.extend(wanted)
+                    refused = self._make_room(level, work, limit)
                 level.append(work)
             self._changed.notify()
+        if refused is not None:
+            refused.caller.hand_over([(refused, queue_full(limit or 0))])
+
+    def _make_room(
+        self, level: collections.deque[Work] | Turns, work: Work, limit: int
+    ) -> Work | None:
+        """Make room for one more; return whose place it takes, if it takes somebody's.
+
+        Raises:
+            QueueFull: there is none.
+        """
+        if self._max_queue is None:
+            # Those whose callers have gone take no places.
+            wanted = [each for each in level if not each.caller.gone]
+            if len(wanted) < limit:
+                level.clear()
+                level.extend(wanted)
+                return None
+        refused = level.give_way(work.who) if isinstance(level, Turns) else None
+        if refused is None:
+            raise queue_full(limit)
+        return refused
 
     def get(self, block: bool = True, timeout: float | None = None) -> Work | None:
         """Take what comes next.

@@ -231,6 +231,8 @@ class InferenceSettings(ServiceSettings):
                 None if self.inline_microseconds is None else self.inline_microseconds / 1e6
             ),
             max_queue=self.max_queue,
+            # Where callers are not known there is nobody to take turns.
+            fair=self.gate_rules.enforced,
             memory_headroom_bytes=self.memory_headroom_bytes,
             cuda=CudaOptions(
                 device_id=self.device_id,

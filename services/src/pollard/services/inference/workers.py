@@ -109,6 +109,8 @@ class Work:
     """Whether it was given to the workers."""
     timing: Timing | None = field(init=False, default=None)
     """Of the run that it was part of; set before the caller gets the outcome."""
+    who: str = field(init=False, default="")
+    """Whose it is, where callers take turns."""
     span: Span | None = field(init=False, default=None)
     """Of the call that it belongs to, if that is traced."""
 
@@ -157,8 +159,8 @@ class Workers:
         scheduling = scheduling or Scheduling()
         self._delay = scheduling.delay_seconds
         self._queue: queue.SimpleQueue[Work | None] | PriorityQueue = queue.SimpleQueue()
-        if not scheduling.plain:
-            self._queue = PriorityQueue(scheduling)
+        if not scheduling.plain or scheduling.fair:
+            self._queue = PriorityQueue(scheduling, max_queue if scheduling.plain else None)
             self._max_queue = 0  # The queue has limits of its own.
         self._closed = False
         self._alive = count

@@ -158,6 +158,7 @@ class InferCall:
                 wait_seconds=options.wait_seconds,
                 priority=options.priority,
             )
+            work.who = headers.caller.key
             if span is not None and span.recorded:
                 work.span = span
         except Exception as error:

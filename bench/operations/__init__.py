@@ -1,0 +1,1 @@
+"""What operating costs: telemetry, TLS, tokens, greedy neighbours, starting, the page."""
