@@ -36,7 +36,7 @@ from pollard.services.inference.frontends.core import CoreFront, missing_from_co
 from pollard.services.inference.frontends.envoy import EnvoyFront
 from pollard.services.inference.frontends.experiments import begin_anew
 from pollard.services.inference.loader import Loader
-from pollard.services.inference.memory import freeze_heap
+from pollard.services.inference.memory import freeze_heap, steady_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
 from pollard.services.inference.metrics import EngineMetrics
 from pollard.services.inference.replicas import Replicas
@@ -264,6 +264,7 @@ def build(
         settings: The settings.
         make_front: Makes what stands in for grpcio's server.
     """
+    steady_heap()
     wire = build_server if settings.repository is None else build_standalone_server
     return wire(settings, make_front)
 
