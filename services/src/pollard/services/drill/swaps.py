@@ -15,7 +15,8 @@ from pollard.services.drill.target import Target
 
 _CAPACITY_SECONDS = 4.0
 _SETTLE_SECONDS = 1.0
-_POLL_SECONDS = 0.02
+# What asking costs the manager falls on the latency within swaps: no more often than is needed.
+_POLL_SECONDS = 0.05
 _SWAP_TIMEOUT_SECONDS = 300.0
 # Memory is compared from here on: the first swaps fill caches.
 _WARM_SWAPS = 5
