@@ -34,7 +34,8 @@ from pollard.services.models.settings import ModelsSettings
 TIMEOUT = 30.0
 
 ON_BOTH = {
-    *("test_registry", "test_filters", "test_rollouts", "test_switch", "test_uploads"),
+    *("test_registry", "test_filters", "test_odd_names", "test_rollouts", "test_switch"),
+    "test_uploads",
 }
 """Modules whose tests run on SQLite and on PostgreSQL; the others on SQLite."""
 

@@ -198,15 +198,16 @@ def parse_manifest(raw: bytes, where: str) -> bundle_pb2.Manifest:
 
 
 def is_safe_path(path: str) -> bool:
-    """Say whether a path of a bundle stays within it on every system."""
+    """Say whether a path of a bundle stays within it on this system."""
     parts = PurePosixPath(path).parts
     return (
         bool(parts)
+        and len(path) <= 255
         and not path.startswith("/")
         and "\\" not in path
         and "\0" not in path
-        and ":" not in path
-        and ".." not in parts
+        and not (os.name == "nt" and ":" in path)
+        and not {".", ".."} & set(parts)
         and PurePosixPath(path).as_posix() == path
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,26 +47,38 @@ def stderr() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
+def printable(text: str) -> str:
+    """Return a text with what would steer a terminal written out, such as `\\x1b`.
+
+    Notes, labels and messages come from others. Ends of lines and tabs stay; so do letters of every
+    script, but not the marks that turn the direction of what follows.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
 def fail(message: str) -> None:
     """Write an error to standard error as plain text, whatever it contains."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
     """Write a warning to standard error as plain text."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def say(message: str) -> None:
     """Write a line for people to standard output, whatever it contains."""
-    stdout().print(message, markup=False, soft_wrap=True)
+    stdout().print(printable(message), markup=False, soft_wrap=True)
 
 
 def make_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table. Cells are plain text, folded where the terminal is too narrow."""
     table = Table(*headers, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
     return table
 
 
@@ -194,7 +207,7 @@ def print_json_line(value: Any) -> None:
 
 def note(message: str) -> None:
     """Write a line about what goes on to standard error, beside the output itself."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def size(number: int) -> str:

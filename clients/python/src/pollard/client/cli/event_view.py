@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pollard.client import Event
-from pollard.client.cli._common import ago
+from pollard.client.cli._common import ago, printable
 
 _PLACES = (
     (re.compile(r"models/([^/]+)/revisions/([0-9]+)"), r"\1/\2"),
@@ -35,7 +35,8 @@ def who(actor: str) -> str:
 
 def line(event: Event) -> str:
     """Return an event as one line, with names as programs use them."""
-    return f"{_moment(event)} {event.action} {event.resource} {event.detail} ({event.actor})"
+    words = f"{_moment(event)} {event.action} {event.resource} {event.detail} ({event.actor})"
+    return " ".join(printable(words).splitlines())
 
 
 def table(events: Iterable[Event], *, clock: bool = False) -> Table:
@@ -53,7 +54,7 @@ def table(events: Iterable[Event], *, clock: bool = False) -> Table:
             _clock(event.time) if clock else ago(event.time),
             event.action,
             Text(place(event.resource), overflow="fold"),
-            Text(f"{event.detail} ({who(event.actor)})".lstrip(), overflow="fold"),
+            Text(printable(f"{event.detail} ({who(event.actor)})".lstrip()), overflow="fold"),
         )
     return made
 

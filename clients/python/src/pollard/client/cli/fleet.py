@@ -21,6 +21,7 @@ from pollard.client.cli._common import (
     note,
     print_json,
     print_json_line,
+    printable,
     say,
     show_picture,
     stdout,
@@ -85,7 +86,7 @@ def _follow(client: ModelsClient, servers: list[Server], *, as_json: bool) -> No
                 print_json_line(found)
         else:
             for line in changed:
-                print(line, flush=True)
+                print(printable(line), flush=True)
         before = found
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pollard.client import Server
-from pollard.client.cli._common import ago, make_table
+from pollard.client.cli._common import ago, make_table, printable
 from pollard.client.types import ServerRevision
 
 _KINDS = ("INFERENCE", "PREPROCESS")
@@ -97,6 +97,10 @@ def _problems(servers: Iterable[Server]) -> Iterator[Text]:
             if run.error:
                 said.add(run.error)
                 name = f"{run.model}/{run.revision}"
-                yield Text(f"{server.server_id} does not run {name}: {run.error}", overflow="fold")
+                yield _problem(f"{server.server_id} does not run {name}: {run.error}")
         if server.last_refusal and not any(error in server.last_refusal for error in said):
-            yield Text(f"{server.server_id} refused: {server.last_refusal}", overflow="fold")
+            yield _problem(f"{server.server_id} refused: {server.last_refusal}")
+
+
+def _problem(words: str) -> Text:
+    return Text(printable(words), overflow="fold")

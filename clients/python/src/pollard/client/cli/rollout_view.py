@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pollard.client import DeadlineExceeded, ModelsClient, Rollout, Unavailable
-from pollard.client.cli._common import say, show_picture, stdout
+from pollard.client.cli._common import printable, say, show_picture, stdout
 from pollard.client.types import RevisionEvidence, RolloutEvidence
 
 _LOOK_SECONDS = 1.0
@@ -51,9 +51,10 @@ def picture(item: Rollout) -> RenderableType:
     elif item.end_time is None:
         parts.append(Text("Every server loads the revision and its routes before the first step."))
     for failure in item.failures:
-        parts.append(Text(f"not on {failure.server_id}, which refused it: {failure.message}"))
+        words = f"not on {failure.server_id}, which refused it: {failure.message}"
+        parts.append(Text(printable(words)))
     if item.error:
-        parts.append(Text(item.error))
+        parts.append(Text(printable(item.error)))
     return Group(*parts)
 
 
