@@ -17,6 +17,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from pollard.compress import kept_weights, packing
 from pollard.compress.cli import register
 from pollard.compress.zoo import find
 
@@ -55,6 +56,17 @@ def test_every_option_reaches_the_training_and_its_curves_are_written(tmp_path: 
     assert [path.stat().st_size > 500 for path in (tmp_path / "board").iterdir()] == [True]
     assert "learning rate" in done.output
     assert list(tmp_path.glob("*.checkpoint.pt")) == []
+
+
+def test_a_limit_of_time_takes_fewer_steps_and_still_writes_weights(tmp_path: Path) -> None:
+    done = invoke(
+        "small-cnn-28", "--data", "digits", "--out", tmp_path / "w.safetensors", *QUICK,
+        "--epochs", 500, "--max-time", 1e-9, "--json", tmp_path / "t.json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    history = figures(tmp_path / "t.json")["history"]
+    assert history["stopped"] == "1 of 2,500 steps fitted into the time that was given"
+    assert (tmp_path / "w.safetensors").is_file()
 
 
 def test_training_ends_early_where_nothing_gets_better(tmp_path: Path) -> None:
@@ -198,9 +210,43 @@ def test_weights_of_another_network_are_named_and_nothing_is_trained(tmp_path: P
     assert not out.exists()
 
 
-def test_a_bundle_is_told_to_hold_no_weights_to_train(tmp_path: Path) -> None:
-    done = invoke(
-        "small-cnn-28", "--data", "digits", "--out", tmp_path / "w.safetensors", "--from", tmp_path
-    )
-    assert done.exit_code == 2
-    assert "is a bundle" in done.output
+def test_a_bundle_that_keeps_its_weights_is_begun_from(
+    digits_parent: Path, write_images: Tree, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"{digit}\n" for digit in range(10)))
+    packing.pack(
+        "small-cnn-28", labels, tmp_path / "kept", weights=str(digits_parent), threads=1,
+        keep_weights=True,
+    )  # fmt: skip
+    data, out = write_images(per_class=12, size=28), tmp_path / "w.safetensors"
+    begun = ["--data", data, "--out", out, *QUICK[2:], "--epochs", 1]
+    frozen = ["--freeze", "backbone", "--classes", 3]
+    done = invoke("small-cnn-28", *begun, "--from", tmp_path / "kept", *frozen)
+    assert done.exit_code == 0, done.output
+    assert "the head is new" in done.output
+    before, after = (safetensors.torch.load_file(path) for path in (digits_parent, out))
+    assert torch.equal(before["conv1.weight"], after["conv1.weight"])
+    assert after["fc2.weight"].shape == (3, 64)
+
+    # Another network's bundle, and one whose weights are not those that its manifest tells.
+    other = invoke("resnet20-cifar", *begun, "--force", "--from", tmp_path / "kept")
+    assert other.exit_code == 1
+    assert "does not fit the model; nothing was loaded" in other.output
+    (tmp_path / "kept" / kept_weights.FILE).write_bytes(b"other")
+    damaged = invoke("small-cnn-28", *begun, "--force", "--from", tmp_path / "kept")
+    assert damaged.exit_code == 1
+    assert kept_weights.FILE in damaged.output
+    assert torch.equal(safetensors.torch.load_file(out)["fc2.weight"], after["fc2.weight"])
+
+
+@pytest.mark.parametrize("content", [[], ["manifest.json"]])
+def test_directories_without_weights_are_told_from_each_other(
+    tmp_path: Path, make_bundle: Callable[..., Any], content: list[str]
+) -> None:
+    start = make_bundle().path if content else tmp_path
+    out = tmp_path / "w.safetensors"
+    done = invoke("small-cnn-28", "--data", "digits", "--out", out, "--from", start)
+    assert done.exit_code == (2 if content else 1)
+    assert ("--keep-weights" if content else "holds no manifest.json") in done.output
+    assert not out.exists()

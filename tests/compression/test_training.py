@@ -59,6 +59,13 @@ def test_training_learns_and_keeps_the_best_epoch(data: Dataset) -> None:
     assert not net.training
 
 
+def test_trained_weights_lie_in_memory_as_before(data: Dataset) -> None:
+    net = _net()
+    before = {name: value.stride() for name, value in net.state_dict().items()}
+    fit(net, data, SPEC, FitConfig(1, 16, 1e-2))
+    assert {name: value.stride() for name, value in net.state_dict().items()} == before
+
+
 def test_the_same_seed_gives_the_same_weights(data: Dataset) -> None:
     nets = [_net(), _net()]
     for net in nets:

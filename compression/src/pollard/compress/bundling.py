@@ -142,6 +142,7 @@ def assemble(
     report: tuple[bytes, bytes],
     machine: Machine,
     device: Device,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """Write a bundle of one variant into an empty directory and check it as a server would.
 
@@ -154,6 +155,7 @@ def assemble(
         report: report.json and report.html.
         machine: Where it was measured.
         device: On what.
+        extra: Further files, by path within the bundle.
 
     Raises:
         RuntimeFault: the bundle does not pass the checks of a server.
@@ -170,7 +172,7 @@ def assemble(
         None if parent is None else measurement(parent, machine, device),
         origin,
         spec,
-        {"report.json": report[0], "report.html": report[1]},
+        {"report.json": report[0], "report.html": report[1], **(extra or {})},
         runs_here,
     )
 

@@ -382,6 +382,13 @@ def bundle(
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
+    keep_weights: Annotated[
+        bool,
+        typer.Option(
+            "--keep-weights",
+            help="Keep the network's weights in the bundle, for pollard train --from BUNDLE.",
+        ),
+    ] = False,
     sign: _Sign = None,
     json_file: _Json = None,
     force: _Force = False,
@@ -398,7 +405,8 @@ def bundle(
         if labels is not None:
             made = packing.pack(
                 model, labels, out, weights=weights, spec=make_spec(input_size, mean, std),
-                threads=threads, force=force, reporter=make_reporter(console),
+                threads=threads, force=force, keep_weights=keep_weights,
+                reporter=make_reporter(console),
             )  # fmt: skip
             signed = make_signature(out) if make_signature is not None else ""
             variant = made.manifest.variants[0].measurement
@@ -421,7 +429,9 @@ def bundle(
             threads=threads,
             spec=make_spec(input_size, mean, std),
         )
-        result = pipeline.bundle_parent(recipe, out, force=force, reporter=make_reporter(console))
+        result = pipeline.bundle_parent(
+            recipe, out, force=force, keep_weights=keep_weights, reporter=make_reporter(console)
+        )
         signed = make_signature(out) if make_signature is not None else ""
         write_json(json_file, result.report)
         found = result.measured.accuracy

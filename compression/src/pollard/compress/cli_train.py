@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -68,9 +69,9 @@ def train(
         Path | None,
         typer.Option(
             "--from",
-            metavar="FILE",
-            help="Begin from these weights of the same network; a head for other classes is "
-            "replaced.",
+            metavar="FILE|BUNDLE",
+            help="Begin from these weights of the same network, or those of a bundle made with "
+            "--keep-weights; a head for other classes is replaced.",
         ),
     ] = None,
     freeze: Annotated[
@@ -91,6 +92,14 @@ def train(
     checkpoint_seconds: Annotated[
         float, typer.Option("--checkpoint-seconds", min=0, help="Least time between checkpoints.")
     ] = 30.0,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time",
+            metavar="MINUTES",
+            help="Take fewer steps where not all of them fit into this, about.",
+        ),
+    ] = None,
     curves: Annotated[
         Path | None, typer.Option("--curves", help="Write loss and accuracy to this .html file.")
     ] = None,
@@ -160,6 +169,7 @@ def train(
             force=force,
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
+            max_seconds=math.inf if max_time is None else 60 * max_time,
             curves=curves,
             tensorboard=tensorboard,
             reporter=make_reporter(console),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from pollard.bundle.v1 import bundle_pb2
-from pollard.compress import bundling
+from pollard.compress import bundling, kept_weights
 from pollard.compress.candidates import build
 from pollard.compress.errors import UsageInvalid
 from pollard.compress.models import load_model, resolve
@@ -28,6 +28,7 @@ def pack(
     spec: InputSpec | None = None,
     threads: int | None = None,
     force: bool = False,
+    keep_weights: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Write a float bundle of a model with its labels; no accuracy is claimed.
@@ -42,6 +43,7 @@ def pack(
         spec: What the model takes.
         threads: PyTorch's.
         force: Replace a bundle that is there.
+        keep_weights: Keep the network's weights in it, to train on.
         reporter: Told of progress.
 
     Raises:
@@ -51,6 +53,8 @@ def pack(
     reporter, out = reporter or Reporter(), Path(out)
     bundling.check_output(out, force=force)
     source = resolve(model, spec)
+    if keep_weights:
+        source.require_pytorch("keeping weights to train on")
     require_weights(weights, source)
     names = read_labels(Path(labels))
     with torch_threads(threads), bundling.staging(out, force=force) as stage:
@@ -75,8 +79,8 @@ def pack(
             source.task,
         )  # fmt: skip
         bundling.write_variant(
-            stage / bundling.BUNDLE, candidate, figures, None, origin, source.spec, {},
-            candidate.target,
+            stage / bundling.BUNDLE, candidate, figures, None, origin, source.spec,
+            kept_weights.files(loaded.module, keep_weights), candidate.target,
         )  # fmt: skip
     return Bundle(out, (out / "manifest.json").read_bytes())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pollard.compress import bundling, report, verify
+from pollard.compress import bundling, kept_weights, report, verify
 from pollard.compress.candidates import build
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.devices import CUDA, Device, find_device
@@ -200,6 +200,7 @@ def bundle_parent(
     out: Path | str,
     *,
     force: bool = False,
+    keep_weights: bool = False,
     reporter: Reporter | None = None,
 ) -> BundleResult:
     """Pack a trained parent as it is, in float: verified and measured, without any gate.
@@ -208,6 +209,7 @@ def bundle_parent(
         recipe: Model, weights, data and seed are used.
         out: Directory of the bundle; it appears complete or not at all.
         force: Replace a bundle that is there.
+        keep_weights: Keep the network's weights in it, to train on.
         reporter: Told of progress.
 
     Raises:
@@ -219,6 +221,8 @@ def bundle_parent(
     bundling.check_output(out, force=force)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
+    if keep_weights:
+        source.require_pytorch("keeping weights to train on")
     machine = Machine.detect()
     recipe = _fill_in(recipe, source, machine)
     device = find_device(recipe.target, machine)
@@ -245,8 +249,9 @@ def bundle_parent(
             )
         )
         bundle = _write(
-            stage, measured, None, recipe, source, data, parent, content, machine, device
-        )
+            stage, measured, None, recipe, source, data, parent, content, machine, device,
+            kept_weights.files(parent.module, keep_weights),
+        )  # fmt: skip
     return BundleResult(
         Bundle(out, (out / "manifest.json").read_bytes()),
         measured,
@@ -316,6 +321,7 @@ def _write(
     content: dict[str, Any],
     machine: Machine,
     device: Device,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     origin = bundling.Origin(
         source.name,
@@ -336,6 +342,7 @@ def _write(
         report.render(content),
         machine,
         device,
+        extra,
     )
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pollard.compress import augmentation_truth
+from pollard.compress import augmentation_truth, kept_weights
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.curves import EpochTable, Observers, TensorBoard, write_page
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import LabelsMismatch, OutputExists, UsageInvalid
 from pollard.compress.evaluate import Accuracy, Predict, predict_part, torch_predictor
-from pollard.compress.models import Source, load_model, read_state, resolve, save_state
+from pollard.compress.models import Source, load_model, resolve, save_state
 from pollard.compress.parallel import Team, team
 from pollard.compress.pipeline import torch_threads
 from pollard.compress.progress import Reporter
@@ -24,7 +25,6 @@ from pollard.compress.spec import InputSpec
 from pollard.compress.tasks import task_of
 from pollard.compress.training import FitConfig, History, fit, seed_everything
 from pollard.compress.transfer import Frozen, freeze_backbone, load_backbone
-from pollard.runtime.bundle import MANIFEST
 from pollard.runtime.digests import sha256_file
 
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -55,7 +55,8 @@ class TrainOptions:
     patience: int = 0
     """Epochs without a better one after which training ends; 0: never."""
     start: Path | None = None
-    """Weights of the same architecture to begin from, for these classes or others."""
+    """Weights of the same architecture to begin from, for these classes or others; a file, or a
+    bundle that keeps them."""
     freeze: Literal["none", "backbone"] = "none"
     unfreeze_every: int = 0
     """Epochs after which one more block learns, from the last to the first; 0: never."""
@@ -155,6 +156,7 @@ def train(
     force: bool = False,
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
+    max_seconds: float = math.inf,
     curves: Path | None = None,
     tensorboard: Path | None = None,
     reporter: Reporter | None = None,
@@ -179,6 +181,8 @@ def train(
         force: Replace a file that is there, and forget an unfinished run.
         resume: Go on with an unfinished run, to the same weights as without a break.
         checkpoint_seconds: At least so long between two checkpoints.
+        max_seconds: What fitting may take, about; fewer steps are taken where not all of them
+            fit, and the learning rate falls to its end within those.
         curves: Page to write with loss and accuracy.
         tensorboard: Directory for TensorBoard's files.
         reporter: Told of progress.
@@ -229,6 +233,7 @@ def train(
         history = fit(
             loaded.module, dataset, source.spec, config, reporter=reporter, checkpoint=checkpoint,
             frozen=frozen, team=processes, observer=observers if processes.leads else None,
+            seconds=max_seconds,
         )  # fmt: skip
         found = _held_out_accuracy(torch_predictor(loaded.module, source.spec), dataset)
         if processes.leads:
@@ -246,12 +251,7 @@ def _begin_from(
 ) -> Frozen | None:
     """Load the weights to begin from, and plan which layers learn."""
     if options.start is not None:
-        if options.start.is_dir() or (options.start / MANIFEST).exists():
-            raise UsageInvalid(
-                f"{options.start} is a bundle, whose weights are folded for serving and cannot be "
-                "trained: give the .safetensors or .pt file that it was made from"
-            )
-        state = read_state(options.start)
+        state = kept_weights.read(options.start)
         whole = load_backbone(module, source.spec, state, options.start)
         reporter.say(
             f"Begun from {options.start}"
@@ -264,7 +264,7 @@ def _begin_from(
 
 def _recipe(source: Source, data: Dataset, config: FitConfig, options: TrainOptions) -> str:
     """Return all that a run depends on, as text; what goes on must have the same."""
-    start = "" if options.start is None else sha256_file(options.start)
+    start = "" if options.start is None else sha256_file(kept_weights.weights_file(options.start))
     fields = {
         "model": source.reference,
         "input": asdict(source.spec),
