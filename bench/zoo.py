@@ -31,12 +31,16 @@ _NOISE = 8
 
 _ROUNDS = 20
 
+# Share of the squared weights that factorised dense layers keep.
+_ENERGY = 0.5
 
 _PREFACE = """Made by `python -m bench.zoo`; change that, not this. One image, ONNX Runtime with one
 and two threads, medians of files in turns.
 
 - *pruned*: half of the multiply-accumulates are gone, and the network was **not trained again**, so
   that it shows size and latency only.
+- *low-rank*: the same with its large dense layers factorised, half of their squared weights kept,
+  where a network has such; not trained again either.
 - Accuracy is that of the held-out images, with its 95 % interval. Networks without it had random
   weights, on which size and latency hardly depend.
 - 8-bit ranges are min-max of some images; `pollard compress` chooses more, and trains again.
@@ -51,6 +55,7 @@ def measure(name: str, cifar: Path | None, weights: Path | None, ratio: float) -
 
     from pollard.compress.candidates import build
     from pollard.compress.data import Dataset, Part, load_data
+    from pollard.compress.dense import DensePlan, factorize_by_energy
     from pollard.compress.errors import CompressionError
     from pollard.compress.evaluate import (
         accuracy,
@@ -92,10 +97,14 @@ def measure(name: str, cifar: Path | None, weights: Path | None, ratio: float) -
             part = Part("train", data.train.images[:_CALIBRATION], data.train.labels[:_CALIBRATION])
         config = QuantizeConfig(len(part), reduce_range=not Machine.detect().has_vnni)
         files = build("parent", module, spec, work, part, config)
-        left_out = ""
+        left_out, ranks = "", list[DensePlan]()
         try:
             cut = prune(module, spec, ratio)
             files += build("pruned", cut.module, spec, work, part, config)
+            # Random weights have no low rank; trained ones keep more of themselves.
+            ranks = factorize_by_energy(cut.module, spec, _ENERGY)
+            if any(plan.rank for plan in ranks):
+                files += build("low-rank", cut.module, spec, work, part, config)
         except CompressionError as error:
             left_out = str(error)
         rows: list[dict[str, Any]] = []
@@ -107,8 +116,10 @@ def measure(name: str, cifar: Path | None, weights: Path | None, ratio: float) -
                 "parameters": made.parameters,
                 "accuracy": None,
             }
+            if made.name.startswith("low-rank"):
+                row["ranks"] = {plan.name: plan.rank for plan in ranks if plan.rank}
             # What was cut and not trained again answers nothing; it is there for its latency.
-            if data is not None and not made.pruned:
+            if data is not None and made.name.startswith("parent"):
                 logits = predict_part(session_predictor(open_session(made.path)), data.held_out)
                 right = right_answers(logits, data.held_out)
                 row["accuracy"] = accuracy(right, data.held_out).to_json()

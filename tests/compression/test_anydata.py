@@ -191,7 +191,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         load_pruned(nn.Sequential(nn.Linear(3, 3)), tmp_path)
     path = tmp_path / "channels.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "schema_version": 2}))
+    path.write_text(json.dumps({**content, "schema_version": 3}))
     with pytest.raises(WeightsInvalid, match="install a newer one"):
         load_pruned(entry.build(10), tmp_path)
     path.write_text(json.dumps({**content, "layers": {"conv1": {"type": "Conv2d"}}}))

@@ -38,6 +38,7 @@ from pollard.compress.anydata_eight_bits import (
 from pollard.compress.budget import parse_budgets
 from pollard.compress.channel_map import save_pruned
 from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, UsageInvalid
+from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import count_parameters, total_macs
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
@@ -103,7 +104,11 @@ class ModelRecipe:
     float_layers: bool = True
     """Whether layers may stay in float where 8 bits miss the gate."""
     keep_whole: tuple[str, ...] = ()
-    """Layers whose outputs are not pruned."""
+    """Layers whose outputs are not pruned, and that are not factorised."""
+    factorize: float | None = None
+    """Share of their squared weights that dense layers keep when two of a lower rank take
+    their place; with a budget at least so much, and None leaves it to the budget; without
+    one, None and 0 leave them as they are."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -233,7 +238,7 @@ def compress_model(
                 parent, train_data, loss_fn, example_input, _shrink_config(recipe), recipe.epochs,
                 recover, reporter,
             )  # fmt: skip
-        elif recipe.prune:
+        elif recipe.prune or recipe.factorize:
             with reporter.step("Pruning", 1):
                 pruned = prune(
                     parent,
@@ -242,6 +247,8 @@ def compress_model(
                     keep_whole=recipe.keep_whole,
                     importance=recipe.importance,
                     gradients=batch_gradients(train_data, loss_fn),
+                    factorize=recipe.factorize or 0.0,
+                    tables=[LatencyTable(target) for target in _targets(recipe)],
                 )
             recover(pruned.module, recipe.epochs)
         if pruned is not None:
@@ -290,6 +297,7 @@ def compress_model(
             "parameters": {name: count_parameters(m) for name, m in modules.items()},
             "left_whole": pruned.left_whole if pruned else {},
             "removed_blocks": pruned.blocks if pruned else [],
+            "dense": [asdict(plan) for plan in pruned.dense] if pruned else [],
             "search": pruned.search if pruned else None,
             "processor": Machine.detect().processor,
             "tool_versions": bundling.tool_versions(),
@@ -299,15 +307,19 @@ def compress_model(
 
 
 def _shrink_config(recipe: ModelRecipe) -> ShrinkConfig:
-    targets = ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
     return ShrinkConfig(
         parse_budgets(recipe.budget),
-        targets,
+        _targets(recipe),
         recipe.prune_steps,
         recipe.importance,
         recipe.keep_whole,
         recipe.remove_blocks,
+        recipe.factorize,
     )
+
+
+def _targets(recipe: ModelRecipe) -> tuple[str, ...]:
+    return ("cpu-int8", "cpu-fp32") if recipe.target == "cpu-int8" else (recipe.target,)
 
 
 def _first(train_data: Batches, example: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from pollard.compress.groups import Gradients, Prunable
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned
 from pollard.compress.sensitivity import Sensitivities, measure_losses
-from pollard.compress.shrink import Around, ShrinkConfig, cut_step, epochs_between, parent_costs
+from pollard.compress.shrink import (
+    Around,
+    Dense,
+    ShrinkConfig,
+    cut_step,
+    epochs_between,
+    parent_costs,
+)
 from pollard.compress.training import recalibrate_by
 
 Batches = Iterable[tuple[Tensor, Any]]
@@ -69,8 +76,10 @@ def shrink_by_batches(
     def recalibrate(module: nn.Module) -> None:
         recalibrate_by(module, probes)
 
-    def losses(prunable: Prunable, blocks: Sequence[str]) -> Sensitivities:
-        return measure_losses(prunable, blocks, distance, recalibrate, reporter=reporter)
+    def losses(prunable: Prunable, blocks: Sequence[str], dense: Dense) -> Sensitivities:
+        return measure_losses(
+            prunable, blocks, distance, recalibrate, dense=dense, reporter=reporter
+        )
 
     around = Around(example, batch_gradients(data, loss_fn), losses)
     reference = parent_costs(parent, example, reporter)

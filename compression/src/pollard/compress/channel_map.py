@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pollard.compress.dense import FactorizedLinear
 from pollard.compress.errors import WeightsInvalid
 from pollard.compress.models import load_state, read_state, save_state
 from pollard.runtime.bundle import write_durably
 from pollard.runtime.digests import sha256_file
 
-SCHEMA_VERSION = 1
+# 2: with dense layers that were factorised; maps without are written as 1.
+SCHEMA_VERSION = 2
 WEIGHTS = "model.safetensors"
 CHANNELS = "channels.json"
 
@@ -43,6 +45,8 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "LayerNorm": ("normalized_shape",),
     "PReLU": ("num_parameters",),
     "Identity": (),
+    # The two layers within say how wide it is.
+    "FactorizedLinear": (),
 }
 
 
@@ -67,9 +71,10 @@ def save_pruned(
         if name and kind in _ATTRIBUTES:
             layers[name] = {"type": kind, "bias": getattr(layer, "bias", None) is not None}
             layers[name].update({key: getattr(layer, key) for key in _ATTRIBUTES[kind]})
+    factorized = any(layer["type"] == FactorizedLinear.__name__ for layer in layers.values())
     save_state(module, directory / WEIGHTS)
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 2 if factorized else 1,
         "weights_sha256": sha256_file(directory / WEIGHTS),
         "layers": layers,
         "kept_channels": dict(channels or {}),
@@ -145,6 +150,9 @@ def _read_map(directory: Path) -> dict[str, dict[str, Any]]:
 def _replacement(name: str, found: str, wanted: Mapping[str, Any]) -> nn.Module:
     if wanted["type"] == "Identity":
         return nn.Identity()
+    if wanted["type"] == FactorizedLinear.__name__ and found == "Linear":
+        # Its two layers follow in the file and get their widths.
+        return FactorizedLinear(1, 1, 1, bias=bool(wanted.get("bias")))
     if wanted["type"] == "Conv2d":
         # A shortcut without parameters that was rewritten.
         return nn.Conv2d(

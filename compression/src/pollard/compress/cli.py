@@ -223,6 +223,16 @@ def compress(
             show_default="no limit",
         ),
     ] = None,
+    factorize: Annotated[
+        float | None,
+        typer.Option(
+            "--factorize",
+            metavar="SHARE",
+            help="Two dense layers of a lower rank (SVD) in place of one, where that saves weights "
+            "and time; they keep this share of the squared weights, such as 0.9. 0: never.",
+            show_default="only where a budget is met best so",
+        ),
+    ] = None,
     keep_whole: Annotated[
         list[str] | None, typer.Option("--keep-whole", help="Layer not to prune; repeatable.")
     ] = None,
@@ -285,6 +295,7 @@ def compress(
             "max_time": max_time,
             "max_train_images": train_images,
             "keep_whole": tuple(keep_whole or ()),
+            "factorize": factorize,
             "seed": seed,
             "threads": threads,
         }

@@ -20,6 +20,19 @@ def profile(
             "--weights", help="Trained weights; latency hardly depends on them. Random without."
         ),
     ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="digits, a directory, or a zip: how much each group of channels, block, dense "
+            "layer and layer in 8 bits matters is then measured, too.",
+            show_default=False,
+        ),
+    ] = "",
+    sensitivity_images: Annotated[
+        int,
+        typer.Option("--sensitivity-images", min=8, help="Images of --data that are looked at."),
+    ] = 256,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", help="cpu-fp32 or cpu-int8; repeatable, both by default."),
@@ -48,13 +61,19 @@ def profile(
 
     Each operator is timed by itself in ONNX Runtime, in float and in 8 bits; the
     sum is compared with the time of the whole file. Timings are kept in
-    ~/.cache/pollard (or POLLARD_CACHE) for the next run.
+    ~/.cache/pollard (or POLLARD_CACHE) for the next run, and so are the
+    sensitivities that --data gives: nothing is trained for them.
     """
     from pollard.compress.cli import errors, make_reporter, make_spec, write_json
 
     with errors(json_file) as console:
         from pollard.compress.errors import UsageInvalid
 
+        if data and not weights:
+            raise UsageInvalid(
+                "--data without --weights would tell how sensitive random weights are; give the "
+                "trained weights"
+            )
         targets = tuple(dict.fromkeys(target or _TARGETS))
         if unknown := sorted(set(targets) - set(_TARGETS)):
             raise UsageInvalid(
@@ -62,13 +81,25 @@ def profile(
             )
         from pollard.compress.models import load_model, resolve
         from pollard.compress.profile import profile_module
-        from pollard.compress.profile_page import render_profile, rich_table
+        from pollard.compress.profile_page import render_profile, rich_sensitivity, rich_table
         from pollard.compress.report_plots import agreement_text
         from pollard.runtime.bundle import write_durably
 
         source = resolve(model, make_spec(input_size, mean, std))
         source.require_pytorch("a profile")
-        loaded = load_model(source, weights or None)
+        reporter = make_reporter(console)
+        parts = None
+        if data:
+            from pollard.compress.data import load_data
+            from pollard.compress.profile_sensitivity import profile_sensitivity
+
+            images = load_data(data, source.spec, task=source.task, reporter=reporter)
+            loaded = load_model(source, weights, classes=len(images.classes))
+            parts = profile_sensitivity(
+                loaded, images, data, images=sensitivity_images, fresh=again, reporter=reporter
+            )
+        else:
+            loaded = load_model(source, weights or None)
         found = profile_module(
             loaded.module,
             source.spec,
@@ -77,10 +108,14 @@ def profile(
             batch=batch,
             threads=runtime_threads,
             again=again,
-            reporter=make_reporter(console),
+            reporter=reporter,
         ).to_json()
+        if parts is not None:
+            found["sensitivity"] = parts.to_json()
         write_json(json_file, found)
         console.print(rich_table(found))
+        if parts is not None:
+            console.print(rich_sensitivity(found["sensitivity"]))
         for each in found["targets"]:
             console.print(agreement_text(each), highlight=False, soft_wrap=True)
         if plot is not None:

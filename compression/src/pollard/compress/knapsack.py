@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pollard.compress.budget import Budget
+from pollard.compress.dense import split
 from pollard.compress.errors import PruneFailed
 from pollard.compress.kernels import Kernel, kernel_of
 from pollard.compress.latency import LatencyTable
@@ -30,6 +31,9 @@ _AHEAD = 80
 
 # No choice is for nothing, whatever noise says.
 _LEAST_LOSS = 1e-4
+
+# Resources that fewer weights help, whatever time they take.
+_SMALLER = {"size", "params"}
 
 Costs = Mapping[str, float]
 """Resource → what is taken, in the units of :mod:`pollard.compress.budget`."""
@@ -54,6 +58,8 @@ class State:
 
     widths: Mapping[str, int]
     removed: frozenset[str] = frozenset()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Dense layer → rank of the product in its place; those that stay whole are not named."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ class CostModel:
     bytes_per_weight: float = 4.0
     bytes_besides: float = 0.0
     """Of the file, for each operator."""
-    _rows: dict[tuple[int, int, int], tuple[float, float, float]] = field(default_factory=dict)
+    dense: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Dense layer that can be factorised → rank → loss expected of it by itself."""
+    _rows: dict[tuple[int, int, int, int], tuple[float, float, float]] = field(default_factory=dict)
 
     def prepare(self, reporter: Reporter | None = None) -> None:
         """Measure the rows that are sure to be needed."""
@@ -133,11 +141,12 @@ class CostModel:
         for index, operation in enumerate(self.operations):
             if any(operation.within(block) for block in state.removed):
                 continue
-            latency, macs, params = self._row(index, operation.channels(kept))
+            rank = state.ranks.get(operation.name, 0)
+            latency, macs, params = self._row(index, operation.channels(kept), rank)
             total["latency"] += latency
             total["macs"] += macs
             total["params"] += params
-            total["size"] += self.bytes_besides
+            total["size"] += self.bytes_besides * (2 if rank else 1)
         total["size"] += total["params"] * self.bytes_per_weight
         return total
 
@@ -149,11 +158,23 @@ class CostModel:
             if widths[choice.name] != choice.width
         }
 
-    def _row(self, index: int, channels: tuple[int, int]) -> tuple[float, float, float]:
-        found = self._rows.get((index, *channels))
-        if found is not None:
-            return found
-        operation = self.operations[index]
+    def _row(self, index: int, channels: tuple[int, int], rank: int) -> tuple[float, float, float]:
+        found = self._rows.get((index, *channels, rank))
+        if found is None:
+            operation = self.operations[index]
+            if rank:
+                first, second = (
+                    self._cost(part, part.channels()) for part in split(operation, channels, rank)
+                )
+                # Two operators, of which only the second has a bias.
+                params = first[2] - rank + second[2]
+                found = first[0] + second[0], first[1] + second[1], params
+            else:
+                found = self._cost(operation, channels)
+            self._rows[index, *channels, rank] = found
+        return found
+
+    def _cost(self, operation: Operation, channels: tuple[int, int]) -> tuple[float, float, float]:
         kernel = kernel_of(operation, channels)
         latency = 0.0
         if kernel is not None:
@@ -169,7 +190,6 @@ class CostModel:
                 plane = operation.height * operation.width
             macs = params * (1 if operation.kind == "Gemm" else plane)
             params += kernel.out_channels
-        self._rows[index, *channels] = (latency, macs, params)
         return latency, macs, params
 
 
@@ -210,6 +230,9 @@ def choose(
             gain = excess - _excess(after, limits)
             if gain <= 1e-9:
                 continue
+            slower = after["latency"] >= costs["latency"]
+            if move.ranks != state.ranks and slower and not _SMALLER & limits.keys():
+                continue  # two operators in place of one must be worth it
             price = max(cost_loss, _LEAST_LOSS) / gain
             if best is None or price < best[0]:
                 best = (price, cost_loss, move, after)
@@ -220,8 +243,8 @@ def choose(
                 if costs[name] > limit
             )
             raise PruneFailed(
-                f"the budget {', '.join(b.text for b in budgets)} cannot be met by narrowing and "
-                f"removing blocks; the least is {told}. Allow more"
+                f"the budget {', '.join(b.text for b in budgets)} cannot be met by narrowing, "
+                f"removing blocks and factorising; the least is {told}. Allow more"
             )
         loss += best[1]
         state, costs = best[2], best[3]
@@ -247,6 +270,13 @@ def _moves(
     for block, loss in blocks.items():
         if block not in state.removed:
             moves.append((replace(state, removed=state.removed | {block}), loss))
+    for layer, losses in model.dense.items():
+        rank = state.ranks.get(layer)
+        already = losses[rank] if rank is not None else 0.0
+        for lower, loss in losses.items():
+            if rank is None or lower < rank:
+                ranks = {**state.ranks, layer: lower}
+                moves.append((replace(state, ranks=ranks), max(0.0, loss - already)))
     return moves
 
 
@@ -269,6 +299,15 @@ def _give_back(
                     moves.append((won, replace(state, widths={**state.widths, choice.name: width})))
         for block in state.removed:
             moves.append((blocks[block], replace(state, removed=state.removed - {block})))
+        for layer, rank in state.ranks.items():
+            losses = model.dense[layer]
+            whole = {name: r for name, r in state.ranks.items() if name != layer}
+            moves.append((losses[rank], replace(state, ranks=whole)))
+            moves += [
+                (losses[rank] - less, replace(state, ranks={**state.ranks, layer: higher}))
+                for higher, less in losses.items()
+                if higher > rank
+            ]
         moves.sort(key=lambda move: move[0], reverse=True)
         for won, move in moves:
             after = model.costs(move)

@@ -27,6 +27,7 @@ from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.prune import ROUNDING, Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
+from pollard.compress.run_stages import tables_for
 from pollard.compress.search import TRIAL_SHARE, Point
 from pollard.compress.shrink import plan_shrink, shrink_config
 from pollard.compress.sources import open_source
@@ -95,6 +96,11 @@ class Plan:
                 if group.kept < group.width
             ]
             told += [f"  {name} is removed" for name in self.pruned.blocks]
+            told += [
+                f"  {d.name} ({d.in_features} → {d.out_features}): "
+                + (f"two layers of rank {d.rank}" if d.rank else f"not factorised, {d.why}")
+                for d in self.pruned.dense
+            ]
             told += [f"  {name} stays whole: {why}" for name, why in self.pruned.left_whole.items()]
             told.append(f"Recovery: {self.epochs} epochs")
         told += [
@@ -154,13 +160,15 @@ def make_plan(recipe: Recipe) -> Plan:
         recovery = 0.0
         if recipe.budget:
             pruned = plan_shrink(parent.module, source.spec, shrink_config(recipe))
-        elif recipe.prune:
+        elif recipe.prunes:
             pruned = prune(
                 parent.module,
                 source.spec,
                 recipe.prune,
                 keep_whole=recipe.keep_whole,
                 rounding=half.MULTIPLES if recipe.target == CUDA else ROUNDING,
+                factorize=recipe.factorize or 0.0,
+                tables=tables_for(recipe),
             )
         if pruned is not None:
             batch = recipe.batch_size or source.training.batch_size

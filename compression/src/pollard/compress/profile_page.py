@@ -46,6 +46,35 @@ def rich_table(content: dict[str, Any]) -> Table:
     return told
 
 
+# Kind of part → heading.
+_KINDS = {
+    "channels": "half of a group of channels taken away",
+    "block": "a residual block left out",
+    "dense": "a dense layer of a lower rank",
+    "8 bits": "a layer in 8 bits",
+}
+
+
+def rich_sensitivity(content: dict[str, Any]) -> Table:
+    """Return the sensitivities of a profile for a terminal."""
+    told = Table(
+        title=f"Sensitivity, on {content['images']} images, each part by itself, untrained",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    told.add_column("part", overflow="fold")
+    told.add_column("change")
+    told.add_column("nats an image", justify="right", no_wrap=True)
+    for kind, heading in _KINDS.items():
+        rows = [part for part in content["parts"] if part["kind"] == kind]
+        if rows:
+            told.add_section()
+            told.add_row(f"[bold]{heading}[/bold]", "", "")
+        for part in rows:
+            told.add_row(part["name"], part["change"], f"{part['loss']:.5f}")
+    return told
+
+
 def render_profile(content: dict[str, Any]) -> str:
     """Return the page for the content of a profile file; it loads nothing from anywhere."""
     notes = "".join(f"<li>{html.escape(agreement_text(t))}</li>" for t in content["targets"])
@@ -60,8 +89,39 @@ def render_profile(content: dict[str, Any]) -> str:
         panel(latency_bars(content["targets"])),
         panel(scatter(content["targets"])),
         panel(table((*heads, *targets), _rows(content))),
+        *(_sensitivity(content["sensitivity"]) if "sensitivity" in content else ()),
     ]
     return page(f"{content['name']} – Pollard profile", sections)
+
+
+def _sensitivity(content: dict[str, Any]) -> list[str]:
+    """Show what each part carries."""
+    why = content["not_pruned"]
+    sections = [
+        "<h2>How much each part matters</h2>"
+        f"<p class='muted'>How far the answers to {content['images']} images move, in nats an "
+        "image, when one part alone is changed and the batch norms are measured anew; nothing was "
+        "trained. What stands on the left must be kept, what stands on the right is cheap to give "
+        "up.</p>" + (f"<p>No channels can be taken away: {html.escape(why)}.</p>" if why else "")
+    ]
+    for kind, heading in _KINDS.items():
+        rows = [part for part in content["parts"] if part["kind"] == kind]
+        if not rows:
+            continue
+        figure = go.Figure(
+            go.Bar(
+                x=[part["name"] for part in rows],
+                y=[part["loss"] for part in rows],
+                customdata=[part["change"] for part in rows],
+                marker_color=BLUE,
+                hovertemplate="%{x}: %{customdata}<br>%{y:.5f} nats<extra></extra>",
+            )
+        )
+        figure.update_xaxes(type="category", tickangle=-45)
+        figure.update_yaxes(title="nats an image", rangemode="tozero")
+        figure.update_layout(title={"text": heading, "font": {"size": 13}})
+        sections.append(panel(plot(figure, 360)))
+    return sections
 
 
 def scatter(targets: list[dict[str, Any]]) -> str:

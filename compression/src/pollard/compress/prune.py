@@ -8,14 +8,18 @@ convolution of 12 channels is slower than one of 16.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from pollard.compress.dense import DensePlan, factorize_by_energy
 from pollard.compress.errors import PruneFailed
 from pollard.compress.groups import Gradients, Group, analyse
+from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import layer_costs, total_macs
 from pollard.compress.recipe import Importance
 from pollard.compress.spec import InputSpec
@@ -62,6 +66,9 @@ class Pruned:
     """Residual blocks that were removed."""
     search: dict[str, Any] | None = None
     """How a budget was met, for the report; None where a share of the MACs was asked for."""
+    dense: list[DensePlan] = field(default_factory=list)
+    """Dense layers that were factorised, and why others were not; empty where it was not
+    asked for."""
 
     @property
     def removed(self) -> float:
@@ -78,6 +85,8 @@ def prune(
     rounding: tuple[int, ...] = ROUNDING,
     importance: Importance = "l2",
     gradients: Gradients | None = None,
+    factorize: float = 0.0,
+    tables: Sequence[LatencyTable] = (),
 ) -> Pruned:
     """Return a narrower copy of ``module`` from which ``ratio`` of the MACs is gone.
 
@@ -85,17 +94,28 @@ def prune(
         module: The parent; it is not changed.
         spec: What it takes, or an example of it.
         ratio: Share of the MACs to remove, above 0 and below 1; at least so
-            much is removed, and as little more as the rounding allows.
+            much is removed, and as little more as the rounding allows. 0, too, where
+            ``factorize`` is given.
         keep_whole: Names of layers whose outputs stay as they are, beside
             those that the model's own outputs hang on.
         rounding: Multiples that are tried for the widths, in this order.
         importance: How channels are ranked, as for :func:`pollard.compress.groups.analyse`.
         gradients: As for it.
+        factorize: Share of their squared weights that dense layers keep when they are
+            factorised, after the narrowing; 0 leaves them as they are.
+        tables: Latencies that tell whether a factorised layer is faster, as for
+            :func:`pollard.compress.dense.factorize_by_energy`.
 
     Raises:
         PruneFailed: the model cannot be traced, nothing in it can be pruned,
             or the ratio cannot be reached.
     """
+    if ratio == 0 and factorize:
+        module = copy.deepcopy(module)
+        before = total_macs(module, spec)
+        dense = factorize_by_energy(module, spec, factorize, keep_whole=keep_whole, tables=tables)
+        after = total_macs(module, spec)
+        return Pruned(module, [], 0, before, after, [], {}, {}, dense=dense)
     if not 0 < ratio < 1:
         raise PruneFailed(f"the pruning ratio is {ratio}; it must lie between 0 and 1")
     found = analyse(module, spec, keep_whole=keep_whole, importance=importance, gradients=gradients)
@@ -107,6 +127,11 @@ def prune(
     multiple = _choose_widths(groups, costs, found.macs, ratio, rounding)
     plans = [GroupPlan(g.name, g.layers, g.width, g.kept) for g in groups]
     channels = found.cut()
+    dense = []
+    if factorize:
+        dense = factorize_by_energy(
+            found.module, spec, factorize, keep_whole=keep_whole, tables=tables
+        )
     return Pruned(
         found.module,
         plans,
@@ -116,6 +141,7 @@ def prune(
         found.rewritten,
         found.left_whole,
         channels,
+        dense=dense,
     )
 
 

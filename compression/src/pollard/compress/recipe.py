@@ -89,7 +89,11 @@ class Recipe:
     """Minutes that the run may take, about: searching, recovery and training in 8 bits end
     with what they have, measuring follows. What fits depends on how busy the machine is."""
     keep_whole: tuple[str, ...] = ()
-    """Layers whose outputs are not pruned."""
+    """Layers whose outputs are not pruned, and that are not factorised."""
+    factorize: float | None = None
+    """Share of their squared weights that dense layers keep when two of a lower rank take
+    their place, 0 to 1. With ``budget`` at least so much, and None leaves it to the budget;
+    with ``prune``, None leaves them as they are. 0 never factorises."""
     seed: int = 0
     threads: int | None = None
     """PyTorch's threads; all cores when None. Their number changes the order of
@@ -140,13 +144,17 @@ class Recipe:
             self.max_time is None or self.max_time > 0,
             f"max_time is {self.max_time}; it is in minutes, above 0",
         )
+        _check(
+            self.factorize is None or 0 <= self.factorize < 1,
+            f"factorize is {self.factorize}; it is at least 0 and below 1",
+        )
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}")
         _check(self.threads is None or self.threads > 0, f"threads is {self.threads}")
 
     @property
     def prunes(self) -> bool:
         """Whether anything is to be cut."""
-        return bool(self.budget) or self.search > 0 or self.prune > 0
+        return bool(self.budget or self.search or self.prune or self.factorize)
 
     def public(self) -> dict[str, Any]:
         """Return the fields for bundle and report: files by name, not by path."""

@@ -73,6 +73,12 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
     "max_time": (_NUMBER, True, "Minutes that the run may take, about; null: as long as it takes."),
     "max_train_images": (_COUNT, True, "Use only so many training images; null: all."),
     "keep_whole": (_LIST, False, "Layers that are not pruned, by name."),
+    "factorize": (
+        _NUMBER,
+        True,
+        "Share of their squared weights that dense layers keep when two of a lower rank (SVD) "
+        "take\n# their place, such as 0.9; 0: never; null: only where a budget is met best so.",
+    ),
     "seed": (_COUNT, False, "Seed of every random choice."),
     "threads": (_COUNT, True, "PyTorch's threads; null: all cores."),
     "spec": (

@@ -218,6 +218,7 @@ def _pruning(pruned: Pruned, requested: float) -> dict[str, Any]:
         "rewritten_shortcuts": pruned.rewritten,
         "left_whole": pruned.left_whole,
         "removed_blocks": pruned.blocks,
+        "dense": [asdict(plan) for plan in pruned.dense],
         "search": pruned.search,
     }
 

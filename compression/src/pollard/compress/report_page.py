@@ -309,6 +309,16 @@ def _stage_notes(content: dict[str, Any]) -> list[str]:
         )
         if blocks := pruning["removed_blocks"]:
             notes.append(f"<li>Removed as a whole: {html.escape(', '.join(blocks))}.</li>")
+        for dense in pruning["dense"]:
+            sides = f"{dense['in_features']} → {dense['out_features']}"
+            became = "was not factorised"
+            if dense["rank"]:
+                became = f"became two of rank {dense['rank']}, which began with "
+                became += f"{dense['energy']:.1%} of its squared weights"
+            notes.append(
+                f"<li>Dense layer {html.escape(dense['name'])} ({sides}) {became}: "
+                f"{html.escape(dense['why'])}.</li>"
+            )
         if rewritten := len(pruning["rewritten_shortcuts"]):
             notes.append(
                 f"<li>{rewritten} parameter-free shortcut(s) became equal 1×1 convolutions.</li>"

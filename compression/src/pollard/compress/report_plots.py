@@ -126,9 +126,9 @@ def search_sections(search: dict[str, Any]) -> list[str]:
     parts = [
         "<h2>What was cut, and why</h2>",
         "<p class='muted'>Sensitivity is how far the answers move, in nats an image, when half of "
-        "a group of channels, or a whole block, is taken away by itself and the batch norms are "
-        "measured anew. Of all choices those with the least loss for the latency that the table "
-        "says they save were taken.</p>",
+        "a group of channels, or a whole block, is taken away by itself, or a dense layer gets a "
+        "lower rank, and the batch norms are measured anew. Of all choices those with the least "
+        "loss for the latency that the table says they save were taken.</p>",
     ]
     for step in search["steps"]:
         taken = {g["name"]: g for g in step["groups"]}
@@ -137,9 +137,15 @@ def search_sections(search: dict[str, Any]) -> list[str]:
             known = {abs(int(w) - group["width"] / 2): v for w, v in group["losses"].items()}
             if known:
                 half[name] = known[min(known)]
-        losses = {**half, **step["blocks"]}
+        ranks = {
+            f"{name} (rank {(middle := list(rows)[len(rows) // 2])})": (name, rows[middle])
+            for name, rows in step["dense"].items()
+        }
+        losses = {**half, **step["blocks"], **{told: loss for told, (_, loss) in ranks.items()}}
         cut = {n for n, g in taken.items() if g["kept"] < g["width"]} | set(step["removed_blocks"])
+        cut |= {told for told, (name, _) in ranks.items() if name in step["ranks"]}
         labels = [
+            name if name in ranks else
             f"{name} (block)" if name in step["blocks"] else
             f"{name} ({taken[name]['width']} → {taken[name]['kept']})"
             for name in losses

@@ -75,6 +75,7 @@ class Run:
             "keep_whole": recipe.keep_whole,
             "importance": recipe.importance,
             "rounding": self._rounding,
+            "factorize": recipe.factorize,
         }
         cut = self.stages.run("prune", asked, self._prune, lambda f: load_cut(parent.module, f))
         inputs = {"of": cut.key}
@@ -95,6 +96,8 @@ class Run:
                 rounding=self._rounding,
                 importance=recipe.importance,
                 gradients=loss_gradients(self.data, parent.spec),
+                factorize=recipe.factorize or 0.0,
+                tables=tables_for(recipe),
             )
         save_cut(cut, folder)
 
@@ -266,6 +269,13 @@ def open_stages(
         "takes": parent.spec,
     }
     return Stages(folder or stages_folder(), base, fresh, reporter)
+
+
+def tables_for(recipe: Recipe) -> list[LatencyTable]:
+    """Return the latencies of the targets that files may have; of a GPU's there are none."""
+    if recipe.target == CUDA:
+        return []
+    return [LatencyTable(target) for target in shrink_config(recipe).targets]
 
 
 def fit_config(recipe: Recipe, parent: LoadedModel) -> FitConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pollard.compress.data import Dataset
+from pollard.compress.dense import DenseLayer
 from pollard.compress.evaluate import predict_part, torch_predictor
 from pollard.compress.groups import Group, Prunable
 from pollard.compress.knapsack import options
@@ -35,6 +36,8 @@ class Sensitivities:
     """Group → width → loss."""
     blocks: Mapping[str, float]
     """Residual block → loss without it."""
+    dense: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Dense layer → rank of the product in its place → loss."""
 
 
 def measure_sensitivities(
@@ -44,6 +47,7 @@ def measure_sensitivities(
     spec: InputSpec,
     teacher: nn.Module,
     *,
+    dense: Mapping[str, tuple[DenseLayer, list[int]]] | None = None,
     images: int = 256,
     reporter: Reporter | None = None,
 ) -> Sensitivities:
@@ -58,6 +62,7 @@ def measure_sensitivities(
         data: Batch norms are measured on its training images, losses on its choosing ones.
         spec: What the model takes.
         teacher: The parent, whose answers are the right ones.
+        dense: As for :func:`measure_losses`.
         images: How many of each are used.
         reporter: Told of progress.
     """
@@ -69,6 +74,7 @@ def measure_sensitivities(
         blocks,
         lambda module: task.divergence(wanted, predict_part(torch_predictor(module, spec), probe)),
         lambda module: recalibrate_batch_norm(module, data.train, spec, images),
+        dense=dense,
         reporter=reporter,
     )
 
@@ -79,18 +85,20 @@ def measure_losses(
     distance: Callable[[nn.Module], float],
     recalibrate: Callable[[nn.Module], None],
     *,
+    dense: Mapping[str, tuple[DenseLayer, list[int]]] | None = None,
     reporter: Reporter | None = None,
 ) -> Sensitivities:
-    """Measure what losing half of each group, and each block, does.
+    """Measure what losing half of each group, each block, and most ranks of dense layers does.
 
     Args:
         prunable: As for :func:`measure_sensitivities`.
         blocks: Likewise.
         distance: How far a module's answers are from the right ones.
         recalibrate: Measures a module's batch norms anew, in place.
+        dense: Name → dense layer that can be factorised, and the ranks in question.
         reporter: Told of progress.
     """
-    reporter = reporter or Reporter()
+    reporter, dense = reporter or Reporter(), dense or {}
     work = prunable.module
     state = copy.deepcopy(work.state_dict())
     recalibrate(work)
@@ -105,7 +113,9 @@ def measure_losses(
 
     groups: dict[str, dict[int, float]] = {}
     singles: dict[str, float] = {}
-    with reporter.step("Sensitivity", len(prunable.groups) + len(blocks)) as step:
+    low: dict[str, dict[int, float]] = {}
+    count = len(prunable.groups) + len(blocks) + len(dense)
+    with reporter.step("Sensitivity", count) as step:
         for group in prunable.groups:
             widths = options(group.width, len(group.units[0]))
             if widths:
@@ -125,9 +135,14 @@ def measure_losses(
             finally:
                 setattr(holder, attribute, original)
             step.advance(note=block)
+        for name, (layer, ranks) in dense.items():
+            near = ranks[len(ranks) // 2]
+            loss = measured(lambda layer=layer, near=near: _flatten(work, layer, near))  # type: ignore[misc]
+            low[name] = layer.curve(ranks, near, loss)
+            step.advance(note=name)
     work.load_state_dict(state)
     work.eval()
-    return Sensitivities(groups, singles)
+    return Sensitivities(groups, singles, low)
 
 
 def curve(group: Group, widths: Sequence[int], near: int, loss: float) -> dict[int, float]:
@@ -140,7 +155,11 @@ def curve(group: Group, widths: Sequence[int], near: int, loss: float) -> dict[i
     return {width: loss * share[width] / share[near] for width in widths}
 
 
-def guessed_sensitivities(prunable: Prunable, blocks: Sequence[str]) -> Sensitivities:
+def guessed_sensitivities(
+    prunable: Prunable,
+    blocks: Sequence[str],
+    dense: Mapping[str, tuple[DenseLayer, list[int]]] | None = None,
+) -> Sensitivities:
     """Return losses without looking at data: each group by the importance that goes.
 
     Good enough to say whether a budget can be met.
@@ -150,7 +169,11 @@ def guessed_sensitivities(prunable: Prunable, blocks: Sequence[str]) -> Sensitiv
         widths = options(group.width, len(group.units[0]))
         if widths:
             groups[group.name] = curve(group, widths, widths[0], 1.0)
-    return Sensitivities(groups, dict.fromkeys(blocks, 0.5))
+    low = {
+        name: layer.curve(ranks, ranks[-1], 1.0 - layer.energy(ranks[-1]))
+        for name, (layer, ranks) in (dense or {}).items()
+    }
+    return Sensitivities(groups, dict.fromkeys(blocks, 0.5), low)
 
 
 def _silence(module: nn.Module, lost: Mapping[str, list[int]]) -> None:
@@ -162,6 +185,15 @@ def _silence(module: nn.Module, lost: Mapping[str, list[int]]) -> None:
             for parameter in layer.parameters(recurse=False):
                 rows = parameter.transpose(0, 1) if transposed and parameter.ndim > 1 else parameter
                 rows[indices] = 0
+
+
+def _flatten(module: nn.Module, layer: DenseLayer, rank: int) -> None:
+    """Leave a dense layer's weights no more than a rank."""
+    weight = module.get_submodule(layer.name).weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - narrows the type
+    with torch.no_grad():
+        first, second = layer.factors(weight, rank)
+        weight.copy_(second @ first)
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> float:

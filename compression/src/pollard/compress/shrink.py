@@ -8,7 +8,7 @@ smaller loss decides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,15 @@ from pollard.compress.blocks import find_blocks, without
 from pollard.compress.budget import Budget, parse_budgets
 from pollard.compress.cut_files import Recovered, load_cut, recover_stage, save_cut
 from pollard.compress.data import Dataset
+from pollard.compress.dense import (
+    DenseLayer,
+    DensePlan,
+    decompose,
+    find_dense,
+    outer_names,
+    put_factors,
+    ranks_now,
+)
 from pollard.compress.errors import PruneFailed
 from pollard.compress.groups import Gradients, Prunable, analyse, compose
 from pollard.compress.kernels import Kernel
@@ -58,6 +67,13 @@ class ShrinkConfig:
     importance: Importance = "l2"
     keep_whole: tuple[str, ...] = ()
     remove_blocks: bool = True
+    factorize: float | None = None
+    """Share of their squared weights that dense layers keep at least where they are
+    factorised; 0 leaves them as they are, and None leaves it to the budget."""
+
+
+Dense = Mapping[str, tuple[DenseLayer, list[int]]]
+"""Name → dense layer that can be factorised, and the ranks in question."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,8 @@ class Around:
     takes: InputSpec | Tensor
     gradients: Gradients
     """For the importance "taylor"."""
-    losses: Callable[[Prunable, Sequence[str]], Sensitivities]
-    """What narrowing each group, and leaving out each block, would cost."""
+    losses: Callable[[Prunable, Sequence[str], Dense], Sensitivities]
+    """What narrowing each group, leaving out each block, and factorising would cost."""
 
 
 def shrink_config(recipe: Recipe) -> ShrinkConfig:
@@ -82,6 +98,7 @@ def shrink_config(recipe: Recipe) -> ShrinkConfig:
         recipe.importance,
         recipe.keep_whole,
         recipe.remove_blocks,
+        recipe.factorize,
     )
 
 
@@ -134,8 +151,8 @@ def shrink(
     around = Around(
         spec,
         loss_gradients(data, spec),
-        lambda prunable, blocks: measure_sensitivities(
-            prunable, blocks, data, spec, parent, reporter=reporter
+        lambda prunable, blocks, dense: measure_sensitivities(
+            prunable, blocks, data, spec, parent, dense=dense, reporter=reporter
         ),
     )
     left, before, source = fit.epochs, "", Path()
@@ -218,10 +235,11 @@ def cut_step(
     if meets(prunable, spec, config, reference, reporter):
         return None
     blocks = find_blocks(prunable.module, spec) if config.remove_blocks else []
-    losses = around.losses(prunable, blocks)
+    dense, whole = offered(prunable.module, spec, config)
+    losses = around.losses(prunable, blocks, dense)
     toward = 1.0 / (config.steps - step + 1)
     target, picked = pick(prunable, losses, spec, config, reference, toward, reporter)
-    cut = apply(prunable, picked)
+    cut = apply(prunable, picked, dense, whole)
     told = _told(step, target, picked, losses, prunable)
     joined = _joined(parent, spec, earlier, cut, total_macs(cut.module, spec))
     so_far = [] if earlier is None or earlier.search is None else earlier.search["steps"]
@@ -272,7 +290,8 @@ def cost_model(
     weight, besides = _BYTES[target]
     operations = list_operations(prunable.module, spec)
     table = LatencyTable(target)
-    model = CostModel(operations, choices, table, _fixed(spec, target), weight, besides)
+    fixed = _fixed(spec, target)
+    model = CostModel(operations, choices, table, fixed, weight, besides, losses.dense)
     model.prepare(reporter)
     return model
 
@@ -305,14 +324,53 @@ def pick(
     return min(found, key=lambda pair: pair[1].loss)
 
 
-def apply(prunable: Prunable, picked: Picked) -> Pruned:
-    """Cut what was picked; ``prunable`` is used up."""
+def offered(
+    module: nn.Module, takes: InputSpec | Tensor, config: ShrinkConfig
+) -> tuple[Dense, list[DensePlan]]:
+    """Return the dense layers that may be factorised, and why others may not."""
+    if config.factorize == 0:
+        return {}, []
+    layers, whole = find_dense(module, takes, config.keep_whole)
+    least = config.factorize or 0.0
+    found = {layer.name: (layer, layer.ranks(least)) for layer in layers}
+    whole += [
+        DensePlan(
+            layer.name, layer.in_features, layer.out_features, 0, 1.0,
+            f"no rank that saves weights keeps {least:.1%} of its energy",
+        )
+        for layer, ranks in found.values()
+        if not ranks
+    ]  # fmt: skip
+    return {name: pair for name, pair in found.items() if pair[1]}, whole
+
+
+def apply(
+    prunable: Prunable,
+    picked: Picked,
+    dense: Dense | None = None,
+    whole: Sequence[DensePlan] = (),
+) -> Pruned:
+    """Cut what was picked; ``prunable`` is used up.
+
+    Args:
+        prunable: What it is cut from.
+        picked: From :func:`pick`.
+        dense: From :func:`offered`.
+        whole: Likewise.
+    """
     for group in prunable.groups:
         group.kept = picked.state.widths.get(group.name, group.width)
     plans = [GroupPlan(g.name, g.layers, g.width, g.kept) for g in prunable.groups]
     channels = prunable.cut()
     blocks = sorted(picked.state.removed)
     module = without(prunable.module, blocks)
+    factorized = [_factorize(module, name, picked.state.ranks.get(name, 0)) for name in dense or {}]
+    outer = outer_names(prunable.module)
+    plans = [
+        dataclasses.replace(plan, name=outer.get(plan.name, plan.name), layers=layers)
+        for plan in plans
+        if (layers := [n for name in plan.layers if (n := outer.get(name, name))])
+    ]
     return Pruned(
         module,
         plans,
@@ -320,10 +378,26 @@ def apply(prunable: Prunable, picked: Picked) -> Pruned:
         prunable.macs,
         0,
         prunable.rewritten,
-        prunable.left_whole,
-        channels,
+        {n: why for name, why in prunable.left_whole.items() if (n := outer.get(name, name))},
+        {n: kept for name, kept in channels.items() if (n := outer.get(name, name))},
         blocks,
+        dense=[*whole, *factorized],
     )
+
+
+def _factorize(module: nn.Module, name: str, rank: int) -> DensePlan:
+    """Put a rank in the place of a dense layer as it is by now; 0 leaves it."""
+    dense: Any = module.get_submodule(name)
+    outs, ins = dense.weight.shape
+    if not rank:
+        why = "the budgets were met at a smaller loss without"
+        return DensePlan(name, ins, outs, 0, 1.0, why)
+    layer = decompose(name, dense.weight)
+    if rank > layer.limit:
+        why = f"after narrowing a rank of {rank} saves nothing any more"
+        return DensePlan(name, ins, outs, 0, 1.0, why)
+    put_factors(module, layer, rank)
+    return DensePlan(name, ins, outs, rank, layer.energy(rank), "chosen for the budgets")
 
 
 def plan_shrink(
@@ -341,9 +415,10 @@ def plan_shrink(
     if meets(prunable, spec, config, reference, reporter):
         return None
     blocks = find_blocks(prunable.module, spec) if config.remove_blocks else []
-    losses = guessed_sensitivities(prunable, blocks)
+    dense, whole = offered(prunable.module, spec, config)
+    losses = guessed_sensitivities(prunable, blocks, dense)
     _, picked = pick(prunable, losses, spec, config, reference, 1.0, reporter)
-    cut = apply(prunable, picked)
+    cut = apply(prunable, picked, dense, whole)
     return _joined(parent, spec, None, cut, total_macs(cut.module, spec))
 
 
@@ -387,7 +462,15 @@ def _joined(
         rewritten=[*earlier.rewritten, *cut.rewritten],
         channels=compose(earlier.channels, cut.channels),
         blocks=[*earlier.blocks, *cut.blocks],
+        dense=_dense_of_both(earlier, cut),
     )
+
+
+def _dense_of_both(earlier: Pruned, cut: Pruned) -> list[DensePlan]:
+    """Return what became of each dense layer in all cuts."""
+    found = {plan.name: plan for plan in earlier.dense}
+    found |= {plan.name: plan for plan in cut.dense}
+    return ranks_now(cut.module, list(found.values()))
 
 
 def _told(
@@ -402,6 +485,11 @@ def _told(
         "expected_loss": picked.loss,
         "removed_blocks": sorted(picked.state.removed),
         "blocks": dict(losses.blocks),
+        "ranks": dict(picked.state.ranks),
+        "dense": {
+            name: {str(rank): loss for rank, loss in ranks.items()}
+            for name, ranks in losses.dense.items()
+        },
         "groups": [
             {
                 "name": group.name,
