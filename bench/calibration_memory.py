@@ -52,16 +52,17 @@ def _child(count: int, method: str) -> dict[str, float]:
     images = np.tile(few, (-(-count // len(few)), 1, 1, 1))[:count]
     part = Part("synthetic/train", images, np.zeros(count, np.int64))
     started = time.monotonic()
-    core = export.export_core(vgg16(), SPEC)
+    given = [export.export_core(vgg16(), SPEC)]
     exported = _peak()
-    prepared = prepare(core, SPEC, part, QuantizeConfig(count, method=method))  # type: ignore[arg-type]
-    del core
+    prepared = prepare(given, SPEC, part, QuantizeConfig(count, method=method))  # type: ignore[arg-type]
+    prepared_peak = _peak()
     statistics = prepared.collect()
     calibrated = _peak()
     raw = export.serialize(prepared.build(statistics.ranges(prepared.config.method)))
     return {
         "images": statistics.images,
         "exported_peak_gb": exported,
+        "prepared_peak_gb": prepared_peak,
         "calibrated_peak_gb": calibrated,
         "peak_gb": _peak(),
         "file_mb": round(len(raw) / 1e6, 1),

@@ -167,8 +167,9 @@ def build(
     traced = not isinstance(module, OnnxModule)
     if traced and rewrite_shortcuts(work, example_input(spec)):
         core = export.export_core(work, spec)
-    prepared = quantize.prepare(core, spec, calibration, config)
+    handed_over = [core]
     del core
+    prepared = quantize.prepare(handed_over, spec, calibration, config)
     told = None
     if tuning is None:
         model = prepared.build(prepared.collect().ranges(config.plain_method))

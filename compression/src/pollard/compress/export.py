@@ -75,8 +75,9 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
             )
             if program is None:
                 raise ExportFailed("the exporter gave no model")
-            model = onnx.ModelProto()
-            model.CopyFrom(program.model_proto)
+            # Made anew by each call, and nobody else's.
+            model: onnx.ModelProto = program.model_proto
+            del program
     except Exception as error:  # the exporter raises whatever its passes raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
@@ -131,9 +132,11 @@ def _lower_batch_norms(model: onnx.ModelProto) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    # One by one: putting back what is kept would copy it, and protobuf frees the message's
+    # memory only as a whole.
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in used:
+            del graph.initializer[index]
 
 
 @contextmanager

@@ -178,7 +178,10 @@ class Prepared:
 
 
 def prepare(
-    core: onnx.ModelProto, spec: InputSpec, calibration: Part, config: QuantizeConfig
+    core: onnx.ModelProto | list[onnx.ModelProto],
+    spec: InputSpec,
+    calibration: Part,
+    config: QuantizeConfig,
 ) -> Prepared:
     """Make a float model ready for 8 bits and for pixels.
 
@@ -188,7 +191,9 @@ def prepare(
     into the first convolutions' biases.
 
     Args:
-        core: From :func:`pollard.compress.export.export_core`; it is not changed.
+        core: From :func:`pollard.compress.export.export_core`; it is not changed. A list
+            that holds nothing else hands it over and is emptied: the weights of a large
+            network then lie in memory once less while it is optimized.
         spec: What it takes.
         calibration: Images that the ranges are measured on.
         config: How.
@@ -197,8 +202,11 @@ def prepare(
         QuantizeFailed: onnxruntime's preprocessing refuses the model.
     """
     pixels = _pixel_map(spec)
-    model = onnx.ModelProto()
-    model.CopyFrom(core)
+    if isinstance(core, list):
+        model = core.pop()
+    else:
+        model = onnx.ModelProto()
+        model.CopyFrom(core)
     rest = pixels.rest
     shift = np.zeros_like(rest)
     if np.any(rest) and (first := first_convolutions(model)):
