@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
-from pollard.client import AsyncVisionClient, RetryPolicy, Tls, VisionClient
+from pollard.client import AsyncVisionClient, RetryPolicy, Tls, Unavailable, VisionClient
 from pollard.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 
 
@@ -38,10 +41,14 @@ class _Peers(vision_service_pb2_grpc.VisionServiceServicer):
 
 
 @contextmanager
-def serving() -> Iterator[tuple[grpc.Server, str, _Peers]]:
+def serving(
+    *, host: str = "127.0.0.1", port: int = 0, health: HealthServicer | None = None
+) -> Iterator[tuple[grpc.Server, str, _Peers]]:
     server, peers = grpc.server(futures.ThreadPoolExecutor(8)), _Peers()
     vision_service_pb2_grpc.add_VisionServiceServicer_to_server(peers, server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if health is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
     server.start()
     yield server, address, peers
     server.stop(None).wait()
@@ -145,6 +152,67 @@ def test_a_retry_goes_to_another_server() -> None:
             vision.predict(b"png", "digits")
         first.stop(None).wait()
         for _ in range(20):
+            vision.predict(b"png", "digits")
+
+
+def tell(health: HealthServicer, serving: bool) -> None:
+    state = health_pb2.HealthCheckResponse.ServingStatus
+    health.set("", state.SERVING if serving else state.NOT_SERVING)
+
+
+def test_a_server_that_says_it_is_not_well_gets_no_requests_until_it_is() -> None:
+    well, ill = HealthServicer(), HealthServicer()
+    with (
+        serving(health=well) as (_, one, peers),
+        serving(health=ill) as (_, two, others),
+        VisionClient(f"{one},{two}", retry=RetryPolicy.none()) as vision,
+    ):
+
+        def until(holds: Callable[[], bool]) -> None:
+            give_up = time.monotonic() + 60
+            while not holds():
+                assert time.monotonic() < give_up
+                vision.predict(b"png", "digits")
+
+        until(lambda: bool(peers.seen and others.seen))
+        tell(ill, False)
+
+        def left_out() -> bool:
+            before = len(others.seen)
+            for _ in range(10):
+                vision.predict(b"png", "digits")
+            return len(others.seen) == before
+
+        until(left_out)
+        before = len(others.seen)
+        tell(ill, True)
+        until(lambda: len(others.seen) > before)
+
+
+def test_while_no_server_is_well_requests_say_so() -> None:
+    ill = HealthServicer()
+    tell(ill, False)
+    with serving(health=ill) as (_, one, _), serving(health=ill) as (_, two, _):
+        with VisionClient(f"{one},{two}", retry=RetryPolicy.none()) as vision:
+            with pytest.raises(Unavailable):
+                vision.predict(b"png", "digits")
+
+
+def test_servers_on_several_hosts_take_turns_and_a_name_stands_for_all_its_addresses() -> None:
+    with (
+        serving(host="127.0.0.1") as (_, one, peers),
+        serving(host="127.0.0.2") as (_, two, others),
+    ):
+        with VisionClient(f"{one},{two}") as vision:
+            while not (peers.seen and others.seen):
+                vision.predict(b"png", "digits")
+        with VisionClient(f"dns:///localhost:{one.rpartition(':')[2]}") as vision:
+            assert vision.predict(b"png", "digits").revision == 1
+
+
+def test_a_name_that_stands_for_nothing_is_named() -> None:
+    with VisionClient("dns:///nowhere.invalid:8001", retry=RetryPolicy.none()) as vision:
+        with pytest.raises(Unavailable, match=r"nowhere\.invalid"):
             vision.predict(b"png", "digits")
 
 

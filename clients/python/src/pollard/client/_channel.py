@@ -196,6 +196,12 @@ def channel_options(
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # A connection whose other end has gone without a word: what was sent is given up after the
+        # timeout, what was being answered after the sum, and both are sent again elsewhere.
+        ("grpc.keepalive_time_ms", 5000),
+        ("grpc.keepalive_timeout_ms", 5000),
+        # Otherwise only the first two pings are sent while nothing else is.
+        ("grpc.http2.max_pings_without_data", 0),
         # A proxy from the environment must not come between a client and its services.
         ("grpc.enable_http_proxy", 0),
     ]
@@ -208,11 +214,14 @@ def channel_options(
 def service_config(retry: RetryPolicy, *, spread: bool = False) -> str:
     """Return gRPC's service config (JSON) that retries the idempotent methods.
 
-    With `spread` it also gives requests in turn to the servers that are there.
+    With `spread` it also gives requests in turn to the servers that are there and well: each is
+    asked to tell when its health changes, and one that drains gets no more.
     """
     config: dict[str, Any] = {}
     if spread:
         config["loadBalancingConfig"] = [{"round_robin": {}}]
+        # "" is the server in whole. One that cannot be asked, such as a balancer, counts as well.
+        config["healthCheckConfig"] = {"serviceName": ""}
     if retry.max_attempts > 1:
         config["methodConfig"] = [_retries(retry)]
     return json.dumps(config)

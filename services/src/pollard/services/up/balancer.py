@@ -19,6 +19,13 @@ _HEALTH_SECONDS = "1s"
 _MOST_IN_FLIGHT = 1 << 16
 _THREADS = 2
 
+_WATCH: dict[str, Any] = {
+    # Clients that watch the health of servers would take one replica that drains for all: told that
+    # there is no such method, they take the balancer for well.
+    "match": {"path": "/grpc.health.v1.Health/Watch"},
+    "direct_response": {"status": 404},
+}
+
 
 def envoy_path() -> str:
     """Return where Envoy's program is.
@@ -104,7 +111,9 @@ def _listener(host: str, port: int) -> dict[str, Any]:
         "codec_type": "HTTP2",
         "stream_idle_timeout": "0s",
         "http2_protocol_options": {"max_concurrent_streams": _MOST_IN_FLIGHT},
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "route_config": {
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_WATCH, route]}]
+        },
         "http_filters": [
             {
                 "name": "envoy.filters.http.router",
