@@ -192,10 +192,13 @@ def test_a_server_that_says_it_is_not_well_gets_no_requests_until_it_is() -> Non
 def test_while_no_server_is_well_requests_say_so() -> None:
     ill = HealthServicer()
     tell(ill, False)
-    with serving(health=ill) as (_, one, _), serving(health=ill) as (_, two, _):
-        with VisionClient(f"{one},{two}", retry=RetryPolicy.none()) as vision:
-            with pytest.raises(Unavailable):
-                vision.predict(b"png", "digits")
+    with (
+        serving(health=ill) as (_, one, _),
+        serving(health=ill) as (_, two, _),
+        VisionClient(f"{one},{two}", retry=RetryPolicy.none()) as vision,
+        pytest.raises(Unavailable),
+    ):
+        vision.predict(b"png", "digits")
 
 
 def test_servers_on_several_hosts_take_turns_and_a_name_stands_for_all_its_addresses() -> None:
@@ -211,9 +214,11 @@ def test_servers_on_several_hosts_take_turns_and_a_name_stands_for_all_its_addre
 
 
 def test_a_name_that_stands_for_nothing_is_named() -> None:
-    with VisionClient("dns:///nowhere.invalid:8001", retry=RetryPolicy.none()) as vision:
-        with pytest.raises(Unavailable, match=r"nowhere\.invalid"):
-            vision.predict(b"png", "digits")
+    with (
+        VisionClient("dns:///nowhere.invalid:8001", retry=RetryPolicy.none()) as vision,
+        pytest.raises(Unavailable, match=r"nowhere\.invalid"),
+    ):
+        vision.predict(b"png", "digits")
 
 
 def test_without_retries_servers_still_take_turns() -> None:

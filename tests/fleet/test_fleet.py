@@ -47,27 +47,40 @@ async def managers(installation: Any) -> AsyncIterator[AsyncModelsClient]:
 async def load(
     installation: Any, model: str, bundles: list[Bundle], samples: Any
 ) -> AsyncIterator[Traffic]:
-    """Clients of images and tensors, by Envoy; none of their requests may fail."""
-    asking = Load(
-        model=model,
-        vision=installation.address,
-        inference=installation.address,
-        samples=samples,
-        references={n: Reference(bundle, samples) for n, bundle in enumerate(bundles, 1)},
-        clients=3,
-        timeout=30,
-        retry=RetryPolicy(),
+    """Clients of images and tensors, by Envoy and by themselves; no request may fail."""
+    envoy = (installation.address, installation.address)
+    hosts = [host.address for host in installation.serving]
+    servers = (
+        ",".join(f"{host}:8011" for host in hosts[:2]),
+        ",".join(f"{host}:8001" for host in hosts),
     )
-    clients = asyncio.create_task(asking.run())
+    loads = [
+        Load(
+            model=model,
+            vision=vision,
+            inference=inference,
+            samples=samples,
+            references={n: Reference(bundle, samples) for n, bundle in enumerate(bundles, 1)},
+            clients=clients,
+            timeout=30,
+            retry=RetryPolicy(),
+        )
+        for clients, (vision, inference) in ((3, envoy), (2, servers))
+    ]
+    running = [asyncio.create_task(asking.run()) for asking in loads]
+    traffic = loads[0].traffic
     try:
-        await answered(asking.traffic, 30)
-        yield asking.traffic
+        await answered(traffic, 30)
+        yield traffic
         # What was done must have left all well.
-        await answered(asking.traffic, 30)
+        for asking in loads:
+            await answered(asking.traffic, 30)
     finally:
-        asking.finish()
-        await clients
-    assert asking.traffic.bad == 0, asking.traffic.problems
+        for asking in loads:
+            asking.finish()
+        await asyncio.gather(*running)
+    for asking in loads:
+        assert asking.traffic.bad == 0, asking.traffic.problems
 
 
 async def answered(traffic: Traffic, more: int) -> None:
