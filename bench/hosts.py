@@ -56,7 +56,7 @@ class Host:
         """Make it; `close` takes away what there is of it."""
         network, inner = self._network, self._inner
         if self._cores:
-            self._group = _group(self._namespace, self._cores)
+            self._group = _group(self._namespace)
         _ip("netns", "add", self._namespace)
         _ip("link", "add", self._cable, "type", "veth", "peer", "name", inner)
         _ip("link", "set", inner, "netns", self._namespace)
@@ -84,6 +84,17 @@ class Host:
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
+
+    def limit(self) -> None:
+        """Let its programs use no more than its share of processors from now on."""
+        if self._group is None:
+            return
+        quota = round(self._cores * _PERIOD_MICROSECONDS)
+        if (self._group / "cpu.cfs_quota_us").exists():
+            (self._group / "cpu.cfs_period_us").write_text(str(_PERIOD_MICROSECONDS))
+            (self._group / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (self._group / "cpu.max").write_text(f"{quota} {_PERIOD_MICROSECONDS}")
 
     def run(self, *command: str) -> str:
         """Run a program there to its end; return what it prints, without spaces around it.
@@ -138,7 +149,8 @@ class Network:
 
         Args:
             name: What it is called.
-            cores: Processors that all of its programs together may use; 0 for no limit.
+            cores: Processors that all of its programs together may use once `limit` is called, so
+                that they start in reasonable time; 0 for no limit.
         """
         # Listed before it is whole: what was made of it is taken away all the same.
         made = Host(self, name, len(self.hosts) + 1, cores)
@@ -245,19 +257,13 @@ def _free_prefix(number: int) -> str:
     raise RuntimeError("there is no free network below 10.200.0.0")
 
 
-def _group(name: str, cores: float) -> Path:
-    """Make a control group that may use so many processors."""
-    quota = round(cores * _PERIOD_MICROSECONDS)
+def _group(name: str) -> Path:
+    """Make a control group."""
     root = next((each for each in _CGROUPS if (each / "cgroup.procs").exists()), None)
     if root is None:
         raise RuntimeError("there are no control groups here to limit processors with")
     made = root / name
     made.mkdir()
-    if (made / "cpu.cfs_quota_us").exists():
-        (made / "cpu.cfs_period_us").write_text(str(_PERIOD_MICROSECONDS))
-        (made / "cpu.cfs_quota_us").write_text(str(quota))
-    else:
-        (made / "cpu.max").write_text(f"{quota} {_PERIOD_MICROSECONDS}")
     return made
 
 

@@ -86,6 +86,8 @@ class Installation:
         self.until(lambda: all(self.healthy(manager) for manager in self.managers), "managers")
         self.until(lambda: self.well("inference") == servers, "inference servers")
         self.until(lambda: self.well("preprocess") == 2, "preprocess servers")
+        for host in self.hosts:
+            host.limit()
 
     def start_service(self, kind: str, host: Host) -> None:
         """Start a service on a host, with what it kept there."""
