@@ -235,8 +235,8 @@ def _text(found: dict[str, Any]) -> str:
             "",
             f"Images and tensors in turn, {found['rate']:g} requests a second in all; *power* cuts "
             "the host off without a word, *kill* kills its processes. Goals: out of rotation "
-            "within 2 s; from 5 s after the loss on a p99 of at most 1.2 times the steady one; none "
-            "failed.",
+            "within 2 s; from 5 s after the loss on a p99 of at most 1.2 times the steady one; "
+            "none failed.",
             "",
             "| | requests | failed | out after | back after | kind | p99 steady | first 5 s "
             "| after 5 s | ratio | last slow one ended |",
