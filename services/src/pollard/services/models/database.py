@@ -537,7 +537,7 @@ def make_database(url: str, directory: Path, file: str) -> Database:
         return SqliteDatabase(directory / file)
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # the latter of a port that is no number
         raise StartupError(
             "--database-url is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         ) from error
