@@ -1,4 +1,4 @@
-"""Databases that a manager cannot use: each is said, with what to do, and nothing in it is changed."""
+"""Databases that a manager cannot use: each is said, with what to do, and none is changed."""
 
 from __future__ import annotations
 
