@@ -74,6 +74,23 @@ async def test_errors_of_streams_come_after_what_was_sent(server):
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+async def test_a_client_that_pings_twice_a_second_is_not_sent_away(server):
+    pinging = [
+        ("grpc.keepalive_time_ms", 500),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.insecure_channel(server.address, options=pinging) as channel:
+        stub = fleet_service_pb2_grpc.FleetServiceStub(channel)
+        call = stub.ListServers(fleet_service_pb2.ListServersRequest(page_token="slow"))
+        await server.fleet.entered.wait()
+        # Nothing but pings goes over the connection; the third too early would end it.
+        await asyncio.sleep(3)
+        server.fleet.release.set()
+        assert (await call).next_page_token == "done"
+
+
 async def test_health_follows_the_server(server):
     stub = health_pb2_grpc.HealthStub(server.channel)
     for name in ("", FLEET):
