@@ -196,8 +196,8 @@ def channel_options(
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # A connection whose other end has gone without a word: what was sent is given up after the
-        # timeout, what was being answered after the sum, and both are sent again elsewhere.
+        # A connection whose other end has gone without a word: what was sent is given up after one
+        # timeout, what was being answered after three, for a ping comes after twice the time.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 5000),
         # Otherwise only the first two pings are sent while nothing else is.

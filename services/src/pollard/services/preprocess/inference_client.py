@@ -109,8 +109,8 @@ class InferenceClient:
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
-            # A server whose machine has gone without a word keeps what it was sent for so long, and
-            # what it had in hand for the sum; then both are sent to another.
+            # A server whose machine has gone without a word keeps what it was sent for one timeout,
+            # and what it had in hand for three: a ping comes after twice the time.
             ("grpc.keepalive_time_ms", 1_500),
             ("grpc.keepalive_timeout_ms", 1_500),
             # Otherwise only the first two are sent while nothing else is.
