@@ -89,7 +89,7 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", max_message_bytes),
         # Clients and balancers may ping twice a second without being sent away: that is how they
         # notice soon that a machine has gone without a word.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 400),
+        ("grpc.http2.min_ping_interval_without_data_ms", 400),
         ("grpc.keepalive_permit_without_calls", 1),
         # The other way round: a switch waits for a server whose machine has gone.
         ("grpc.keepalive_time_ms", 5_000),
