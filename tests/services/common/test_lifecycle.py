@@ -8,7 +8,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pollard.models.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 from pollard.services.common.errors import FailedPrecondition, StartupError
-from pollard.services.common.lifecycle import GrpcServer, Listen, is_loopback
+from pollard.services.common.lifecycle import GrpcServer, Listen, is_loopback, together
 from pollard.services.common.status import ErrorInterceptor
 
 FLEET = "pollard.models.v1.FleetService"
@@ -149,3 +149,21 @@ async def test_an_open_address_is_refused_unless_insecure_is_given():
 )
 def test_loopback(host, expected):
     assert is_loopback(host) is expected
+
+
+async def test_the_first_that_fails_ends_what_runs_beside_it() -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("waits")
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise StartupError("the port is in use")
+
+    with pytest.raises(StartupError, match="in use"):
+        await together(waits(), fails())
+    assert ended == ["waits"]

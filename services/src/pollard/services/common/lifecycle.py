@@ -307,6 +307,16 @@ async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
     await asyncio.gather(*alive, return_exceptions=True)
 
 
+async def together(*works: Coroutine[Any, Any, Any]) -> None:
+    """Run coroutines at the same time; the first that fails ends the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        await cancel(*tasks)
+        raise
+
+
 def spawn(
     tasks: set[asyncio.Task[Any]], coroutine: Coroutine[Any, Any, Any], name: str
 ) -> asyncio.Task[Any]:

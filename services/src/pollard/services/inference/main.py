@@ -22,7 +22,14 @@ from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.errors import StartupError
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
-from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service, spawn
+from pollard.services.common.lifecycle import (
+    GrpcServer,
+    Listen,
+    cancel,
+    run_service,
+    spawn,
+    together,
+)
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.telemetry import setup
 from pollard.services.common.telemetry.interceptor import CallInterceptor
@@ -98,9 +105,9 @@ class InferenceServer:
             StartupError: the address cannot be had.
         """
         await self.grpc.start()
-        await self.http.start()
         self.agent.advertise(self._advertise or self.grpc.address)
-        await self.agent.start()
+        # What is loaded from the cache needs the interpreter less than the port's imports do.
+        await together(self.agent.start(), self.http.start())
         self._becoming_ready = asyncio.create_task(self._become_ready())
         _log.info("listening", address=self.grpc.address, server_id=self.agent.server_id)
 

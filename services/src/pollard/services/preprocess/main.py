@@ -14,7 +14,13 @@ from pollard.services.common.auth.http import http_guard
 from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 from pollard.services.common.http_server import HttpServer
-from pollard.services.common.lifecycle import GrpcServer, Listen, cancel, run_service
+from pollard.services.common.lifecycle import (
+    GrpcServer,
+    Listen,
+    cancel,
+    run_service,
+    together,
+)
 from pollard.services.common.metrics import Metrics, software_version
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.common.telemetry import setup
@@ -84,8 +90,8 @@ class PreprocessServer:
             StartupError: the address cannot be had, or a worker cannot be started.
         """
         await self.grpc.start()
-        await self.http.start()
-        await self.pool.start()
+        # The workers are processes, which import while this one does.
+        await together(self.pool.start(), self.http.start())
         self.agent.advertise(self._advertise or self.grpc.address)
         await self.agent.start()
         self._becoming_ready = asyncio.create_task(self._become_ready())
