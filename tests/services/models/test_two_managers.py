@@ -21,7 +21,10 @@ from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.fleet_agent import AgentOptions, Applied, FleetAgent
 
 PROGRAM = """
-import json, sys
+import json, sys, time
+real, off = time.time_ns, int(sys.argv[2]) * 10**9
+time.time_ns = lambda: real() + off
+time.time = lambda: time.time_ns() / 1e9
 from pollard.services.models.main import run
 from pollard.services.models.settings import ModelsSettings
 sys.exit(run(ModelsSettings.load(json.loads(sys.argv[1]))))
@@ -31,8 +34,9 @@ sys.exit(run(ModelsSettings.load(json.loads(sys.argv[1]))))
 class Manager:
     """One manager; its store is a copy of the stock."""
 
-    def __init__(self, store: Path, url: str, helpers: Any) -> None:
+    def __init__(self, store: Path, url: str, helpers: Any, off_seconds: int = 0) -> None:
         self.store, self.url, self._helpers = store, url, helpers
+        self._off = off_seconds
         self.process: asyncio.subprocess.Process
         self.client: Any = None
         self.address = ""
@@ -47,7 +51,8 @@ class Manager:
             "server_lease_seconds": 10.0,
         }
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROGRAM, json.dumps(settings), stderr=subprocess.PIPE
+            *(sys.executable, "-c", PROGRAM, json.dumps(settings), str(self._off)),
+            stderr=subprocess.PIPE,
         )
         log = self.process.stderr
         assert log is not None
@@ -75,8 +80,18 @@ async def _drain(log: asyncio.StreamReader) -> None:
 
 
 @pytest.fixture
+def off_seconds() -> int:
+    """How far the second manager's clock is off."""
+    return 0
+
+
+@pytest.fixture
 async def managers(
-    tmp_path: Path, postgres: Any, postgres_stock: tuple[Path, str], helpers: Any
+    tmp_path: Path,
+    postgres: Any,
+    postgres_stock: tuple[Path, str],
+    helpers: Any,
+    off_seconds: int,
 ) -> AsyncIterator[list[Manager]]:
     """Two managers; the first leads."""
     source, template = postgres_stock
@@ -86,7 +101,8 @@ async def managers(
         store = tmp_path / f"manager{number}"
         shutil.copytree(source, store)
         (store / "manager-id").unlink(missing_ok=True)
-        made.append(await Manager(store, postgres.url(name), helpers).start())
+        off = number * off_seconds
+        made.append(await Manager(store, postgres.url(name), helpers, off).start())
     yield made
     for manager in made:
         await manager.kill()
@@ -137,6 +153,7 @@ async def following(cache: Path, addresses: list[str]) -> AsyncIterator[Member]:
         await agent.stop()
 
 
+@pytest.mark.parametrize("off_seconds", [0, -3600], ids=["in step", "an hour behind"])
 async def test_the_other_goes_on_when_the_leader_is_killed_in_the_middle_of_a_switch(
     managers: list[Manager], tmp_path: Path, helpers: Any
 ) -> None:
