@@ -43,7 +43,17 @@ async def test_a_plain_onnx_file_is_pushed_and_its_manifest_shown(
     (tmp_path / "tiny.onnx").write_bytes(helpers.graph())
     (tmp_path / "labels").write_text("a\nb\nc\n")
     code, out, err = await command(
-        "push", tmp_path / "tiny.onnx", "--model", "m", "--labels", tmp_path / "labels", "--no-wait"
+        "push",
+        tmp_path / "tiny.onnx",
+        "--model",
+        "m",
+        "--labels",
+        tmp_path / "labels",
+        "--no-wait",
+        "--label",
+        "team=eyes",
+        "--label",
+        "reviewed",
     )
     assert (code, err) == (0, "")
     assert '"task": "TASK_CLASSIFICATION"' in out
@@ -52,6 +62,7 @@ async def test_a_plain_onnx_file_is_pushed_and_its_manifest_shown(
         await suite.client.models.GetRevision(pb.GetRevisionRequest(name="models/m/revisions/1"))
     ).revision
     assert got.manifest.provenance.derived
+    assert dict(got.labels) == {"team": "eyes", "reviewed": ""}
     files = await suite.client.download(name="models/m/revisions/1")
     assert files["cpu-fp32/model.onnx"] == helpers.graph()
     assert files["labels.txt"] == b"a\nb\nc\n"

@@ -71,7 +71,7 @@ def edit(
         raise typer.BadParameter("--notes are of a revision; say which with --revision")
     if revision is not None and description is not None:
         raise typer.BadParameter("--description is of a whole model; leave --revision out")
-    added = dict(_pair(text) for text in label or ())
+    added = dict(label_pair(text) for text in label or ())
     removed = set(remove_label or ())
     if twice := added.keys() & removed:
         raise typer.BadParameter(f"label {min(twice)!r} is both set and taken away")
@@ -128,7 +128,7 @@ def _merged(
     return {key: value for key, value in before.items() if key not in removed} | dict(added)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def label_pair(text: str) -> tuple[str, str]:
     key, _, value = text.partition("=")
     if not key:
         raise typer.BadParameter(f"label {text!r} has no key; write KEY=VALUE or KEY")

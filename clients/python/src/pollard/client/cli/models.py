@@ -77,6 +77,14 @@ def push(
     ] = None,
     alias: AliasOption = None,
     notes: Annotated[str, typer.Option(help="Free text kept with the revision.")] = "",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[=VALUE]",
+            help="Set this label of the revision; may be given again. Not to be mixed up with "
+            "--labels, the names of the classes.",
+        ),
+    ] = None,
     sign: SignOption = None,
     allow_signature_change: SignatureOption = False,
     wait: WaitOption = True,
@@ -106,6 +114,7 @@ def push(
                 directory,
                 model,
                 notes=notes,
+                labels=dict(edit.label_pair(text) for text in label or ()),
                 alias=chosen,
                 allow_signature_change=allow_signature_change,
                 wait=False,
