@@ -65,6 +65,9 @@ async def test_a_plain_onnx_file_is_pushed_and_its_manifest_shown(
     assert dict(got.labels) == {"team": "eyes", "reviewed": ""}
     files = await suite.client.download(name="models/m/revisions/1")
     assert files["cpu-fp32/model.onnx"] == helpers.graph()
+    _, out, _ = await command("show", "m", "--revision", "1", "--json")
+    (variant,) = json.loads(out)["variants"]
+    assert variant["size_bytes"] == len(helpers.graph())
     assert files["labels.txt"] == b"a\nb\nc\n"
 
 

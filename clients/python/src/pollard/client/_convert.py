@@ -199,6 +199,7 @@ def model(message: model_service_pb2.Model) -> types.Model:
 
 
 def revision(message: model_service_pb2.Revision) -> types.Revision:
+    sizes = {file.path: file.size_bytes for file in message.manifest.files}
     return types.Revision(
         model=message.name.split("/")[1] if "/" in message.name else "",
         revision=message.revision,
@@ -209,7 +210,7 @@ def revision(message: model_service_pb2.Revision) -> types.Revision:
         notes=message.notes,
         labels=MappingProxyType(dict(message.labels)),
         aliases=tuple(message.aliases),
-        variants=tuple(_variant(variant) for variant in message.manifest.variants),
+        variants=tuple(_variant(variant, sizes) for variant in message.manifest.variants),
         creator=message.creator,
         create_time=_time(message, "create_time"),
         etag=message.etag,
@@ -258,7 +259,7 @@ def origin_message(origin: types.Origin) -> model_service_pb2.Origin:
     return message
 
 
-def _variant(message: bundle_pb2.Variant) -> types.Variant:
+def _variant(message: bundle_pb2.Variant, sizes: Mapping[str, int]) -> types.Variant:
     measured = message.measurement
     accuracy = None
     if measured.HasField("accuracy") and measured.accuracy.samples:
@@ -270,7 +271,8 @@ def _variant(message: bundle_pb2.Variant) -> types.Variant:
     return types.Variant(
         name=message.name,
         target=message.target,
-        size_bytes=measured.size_bytes,
+        # A bundle that nobody measured still says how long its files are.
+        size_bytes=measured.size_bytes or sizes.get(message.model_file, 0),
         accuracy=accuracy,
         latency_p50_us=min(at_one, default=None),
     )
