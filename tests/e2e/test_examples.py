@@ -160,6 +160,32 @@ def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
     assert abs(served["log_loss"] - here["log_loss"]) < 1e-5
 
 
+@pytest.mark.timeout(600)
+def test_a_checkpoint_is_compressed_and_rolled_out_by_canary(up, tmp_path: Path):
+    torch.manual_seed(0)
+    # The smallest network: what is shown is the way, which is the same for all.
+    torch.save(find("small-cnn-28").build(2).state_dict(), tmp_path / "w.pth")
+    for name, color in {"red": (200, 40, 40), "green": (40, 200, 40)}.items():
+        for index in range(24):
+            picture(tmp_path / "images" / name / f"{index}.png", color, index)
+    out = run(
+        str(EXAMPLES / "cifar_canary.py"),
+        *(str(tmp_path), str(tmp_path / "images"), str(tmp_path / "w.pth"), "small-cnn-28"),
+        # On a busy machine a few requests tell nothing of latency, and a network that knows
+        # nothing of agreement.
+        *("--hold", "1s", "--min-requests", "20", "--max-p99-ratio", "100"),
+        *("--", "--prune", "0.7", "--max-drop", "100", "--epochs", "1", "--target", "cpu-fp32"),
+        POLLARD_VISION_ADDRESS=up.address("preprocess"),
+        POLLARD_MODELS_ADDRESS=up.address("models"),
+    )
+    assert "failed: 0" in out
+    told = out.splitlines()[-1]
+    assert "revision 1: " in told
+    assert "revision 2: " in told
+    with ModelsClient(up.address("models")) as models:
+        assert models.alias("cifar").revision == 2
+
+
 def size_of(picture: Path) -> tuple[int, int]:
     with Image.open(picture) as image:
         return image.size
