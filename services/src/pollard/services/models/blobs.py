@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pollard.runtime.digests import sha256_bytes
 from pollard.services.common.errors import DataLoss, StartupError
+from pollard.services.common.redact import without_secrets
 
 PIECE_BYTES = 1024 * 1024
 """Size of the pieces in which a blob is read."""
@@ -163,7 +164,9 @@ def open_blobs(where: str, endpoint: str, default: Path) -> Blobs:
             ) from error
         return S3Blobs(where, endpoint)
     if "://" in where and not where.startswith("file://"):
-        raise StartupError(f"--blobs {where!r} is neither s3://BUCKET/PREFIX nor a directory")
+        raise StartupError(
+            f"--blobs {without_secrets(where)!r} is neither s3://BUCKET/PREFIX nor a directory"
+        )
     if endpoint:
         raise StartupError("--blobs-endpoint is for a --blobs s3://BUCKET/PREFIX")
     from pollard.services.models.blobs_local import LocalBlobs

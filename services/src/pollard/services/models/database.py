@@ -537,10 +537,13 @@ def make_database(url: str, directory: Path, file: str) -> Database:
         return SqliteDatabase(directory / file)
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:  # the latter of a port that is no number
+    except (ArgumentError, ValueError):
+        # Without its cause, which quotes what it takes for the port: part of the password, where
+        # that holds a "/".
         raise StartupError(
-            "--database-url is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-        ) from error
+            "--database-url is not of the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
+            "write characters such as / and @ in a password as %2F and %40"
+        ) from None
     if parsed.drivername not in ("postgresql", "postgresql+psycopg", "postgres"):
         raise StartupError(
             f"--database-url names {parsed.drivername!r}; it can be postgresql://…, or empty for "

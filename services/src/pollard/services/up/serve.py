@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from pollard.services.common.redact import without_secrets
+
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
@@ -61,7 +63,7 @@ def service_app(service: str) -> typer.Typer:
 
 
 def as_toml(settings: ServiceSettings) -> str:
-    """Return settings as the table of a TOML file that `--config` reads."""
+    """Return settings as the table of a TOML file that `--config` reads; passwords are left out."""
     lines = [f"[{settings.section}]"]
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
@@ -86,7 +88,7 @@ def _toml_value(value: Any) -> str:
         return "{" + items + "}"
     # A JSON string is a TOML basic string, once it holds no raw control characters; json.dumps
     # escapes those.
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(without_secrets(str(value)), ensure_ascii=False)
 
 
 def _help(settings_type: type[ServiceSettings]) -> str:

@@ -6,6 +6,8 @@ key that is not among them. Reading never holds up a call: it happens in a threa
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
 import threading
 import time
@@ -128,7 +130,7 @@ class JwtKeys:
         self._tried = time.monotonic()
         try:
             self._take(self._load())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             _log.warning(
                 "keys of JSON Web Tokens cannot be read", source=self._shown, why=str(error)
             )
@@ -140,7 +142,7 @@ class JwtKeys:
 
     def _load(self) -> dict[str, Any]:
         if "://" in self._source:
-            request = urllib.request.Request(self._source, headers={"Accept": "application/json"})  # noqa: S310 - JwtRules looks at the scheme
+            request = _request(self._source)
             with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_SECONDS) as answer:  # noqa: S310 - as above
                 raw = answer.read(_MAX_KEYS_BYTES + 1)
         else:
@@ -169,6 +171,17 @@ class JwtKeys:
             raise ValueError("there is no public key in it")
         self._by_id = keys
         self._read = time.monotonic()
+
+
+def _request(source: str) -> urllib.request.Request:
+    """Return the request for a URL; user and password in it go where HTTP has them."""
+    parts = urllib.parse.urlsplit(source)
+    user, at, place = parts.netloc.rpartition("@")
+    headers = {"Accept": "application/json"}
+    if at:
+        shown = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        headers["Authorization"] = f"Basic {shown}"
+    return urllib.request.Request(parts._replace(netloc=place).geturl(), headers=headers)  # noqa: S310 - JwtRules looks at the scheme
 
 
 class JwtChecker:
