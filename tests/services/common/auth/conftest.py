@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ class Tokens:
         token = make_token()
         self.known[token] = KnownToken(id_of(token), name, digest_of(token), role, **more)
         return token
+
+    def change(self, token: str, **more: Any) -> None:
+        self.known[token] = replace(self.known[token], **more)
 
     @property
     def table(self) -> TokenTable:

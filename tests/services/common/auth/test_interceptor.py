@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -224,3 +225,57 @@ async def test_a_certificate_is_enough_where_its_name_has_a_role(
                 assert (await stub.Predict(request(), timeout=20)).model == name
             else:
                 assert (await refused(stub.Predict(request(), timeout=20)))[0] is code
+
+
+async def test_an_open_stream_ends_with_its_callers_token(serve, tokens) -> None:
+    """Also one on which nothing is sent: nobody else's, and with its cause."""
+    gate = Gate(GateRules(tokens=True))
+    token, other = tokens.make(Role.PREDICTOR, "lost"), tokens.make(Role.PREDICTOR, "other")
+    gate.know(tokens.table)
+    server = await serve(gate)
+    silent = asyncio.Event()
+
+    async def requests() -> Any:
+        yield pb.PredictStreamRequest(id="first")
+        await silent.wait()
+
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb_grpc.VisionServiceStub(channel)
+        mine, others = (
+            stub.PredictStream(requests(), metadata=(("authorization", f"Bearer {each}"),))
+            for each in (token, other)
+        )
+        for call in (mine, others):
+            assert (await asyncio.wait_for(call.read(), 20)).id == "first"
+        tokens.change(token, revoked=True)
+        gate.know(tokens.table)
+        code, reason, _ = await asyncio.wait_for(refused(mine.read()), 20)
+        assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_REVOKED")
+        gate.know(tokens.table)
+        silent.set()
+        assert await asyncio.wait_for(others.read(), 20) is grpc.aio.EOF
+
+
+async def test_an_open_stream_ends_when_its_callers_token_expires(serve, tokens) -> None:
+    gate = Gate(GateRules(tokens=True))
+    token = tokens.make(Role.PREDICTOR, "visitor")
+    gate.know(tokens.table)
+    server = await serve(gate)
+    tokens.change(token, expires=time.time() + 1.5)
+    gate.know(tokens.table)
+
+    async def requests() -> Any:
+        yield pb.PredictStreamRequest(id="first")
+        await asyncio.Event().wait()
+
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = pb_grpc.VisionServiceStub(channel).PredictStream(
+            requests(), metadata=(("authorization", f"Bearer {token}"),)
+        )
+
+        async def until_refused() -> None:
+            while True:
+                assert await call.read() is not grpc.aio.EOF
+
+        code, reason, _ = await asyncio.wait_for(refused(until_refused()), 20)
+    assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED")

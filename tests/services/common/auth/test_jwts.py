@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from pollard.services.common.auth import Role, jwts
 from pollard.services.common.auth.errors import AccessUnknown, CredentialEnded, CredentialInvalid
-from pollard.services.common.auth.jwts import JwtChecker, JwtRules
+from pollard.services.common.auth.jwts import JwtChecker, JwtKeys, JwtRules
 from pollard.services.common.errors import StartupError
 
 ISSUER = "https://login.example.org"
@@ -180,6 +180,19 @@ def _patiently(checker: JwtChecker, token: str):
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
+
+
+def test_a_url_of_keys_that_cannot_be_read_is_told_without_its_password(capsys) -> None:
+    keys = JwtKeys("https://reader:s3cret@h:port/keys?token=s3cret")
+    with pytest.raises(AccessUnknown):
+        keys.key("x")
+    give_up = time.monotonic() + 30
+    said = ""
+    while "cannot be read" not in said and time.monotonic() < give_up:
+        said += "".join(capsys.readouterr())
+        time.sleep(0.02)
+    assert "cannot be read" in said
+    assert "s3cret" not in said
 
 
 def test_keys_that_cannot_be_had_yet_are_no_reason_to_refuse_for_good() -> None:

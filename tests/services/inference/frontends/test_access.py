@@ -200,6 +200,21 @@ def test_streams_are_limited(stub, bearer, ask) -> None:
     assert list(stub.ModelStreamInfer(iter([ask()]), metadata=mine, timeout=20))
 
 
+def test_an_open_stream_ends_when_its_token_does(stub, bearer, ask) -> None:
+    """Also one on which nothing is sent; five seconds are allowed for clocks that differ."""
+    hold = threading.Event()
+
+    def requests() -> Iterator[pb.ModelInferRequest]:
+        yield ask()
+        hold.wait(60)
+
+    answers = stub.ModelStreamInfer(requests(), metadata=bearer(exp=time.time() - 2), timeout=60)
+    assert refused(lambda: list(answers)) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED")
+    hold.set()
+    # Others go on, and its place is free again.
+    assert list(stub.ModelStreamInfer(iter([ask()]), metadata=bearer(), timeout=20))
+
+
 def test_a_certificate_is_enough_where_its_name_has_a_role(
     serve, tmp_path: Path, make_authority, ask
 ) -> None:

@@ -21,6 +21,7 @@ from pollard.services.common.auth.errors import (
     RoleMissing,
 )
 from pollard.services.common.auth.jwts import MAX_LENGTH, JwtChecker, JwtRules
+from pollard.services.common.auth.open_calls import OpenCalls
 from pollard.services.common.auth.refusals import RefusalLog
 from pollard.services.common.auth.roles import ACCESS, Access
 from pollard.services.common.auth.tokens import EMPTY, PREFIX, TokenTable, digest_of, id_of
@@ -83,6 +84,8 @@ class Gate:
         self._heard = False
         self._remembered: dict[bytes, Caller] = {}
         self._refusals = RefusalLog()
+        self.open_calls = OpenCalls(self.ended)
+        """Streams, which end with their callers' tokens."""
 
     def know(self, table: TokenTable) -> None:
         """Take the tokens that count from now on."""
@@ -92,6 +95,22 @@ class Gate:
             if token.limits is not None
         }
         self._limits_by_id, self._table, self._heard = limits, table, True
+        self.open_calls.check()
+
+    def ended(self, caller: Caller) -> ServiceError | None:
+        """Return why a caller that was let in is not known any more; None if it is."""
+        if caller.kind == "token" and caller.key.startswith("token:"):
+            token_id = caller.key.removeprefix("token:")
+            known = self._table.by_id.get(token_id)
+            if self._heard and (known is None or known.revoked):
+                return _revoked(token_id, caller.name)
+        if caller.expires is not None and time.time() >= caller.expires:
+            if caller.kind == "jwt":
+                return CredentialEnded(
+                    "the JSON Web Token has expired; log in again", reason="TOKEN_EXPIRED"
+                )
+            return _expired(caller.key.removeprefix("token:"), caller.name)
+        return None
 
     def admit(
         self,
@@ -212,17 +231,9 @@ class Gate:
                 f"the token {token_id} is not known here", reason="TOKEN_UNKNOWN", token=token_id
             )
         if known.revoked:
-            raise CredentialEnded(
-                f"the token {known.token_id} ({known.name}) was revoked",
-                reason="TOKEN_REVOKED",
-                token=known.token_id,
-            )
+            raise _revoked(known.token_id, known.name)
         if known.expires is not None and time.time() >= known.expires:
-            raise CredentialEnded(
-                f"the token {known.token_id} ({known.name}) has expired; ask for a new one",
-                reason="TOKEN_EXPIRED",
-                token=known.token_id,
-            )
+            raise _expired(known.token_id, known.name)
         return Caller(
             known.name,
             known.role,
@@ -294,6 +305,20 @@ class Gate:
         if self.rules.certificates:
             ways.append("show a certificate that this server knows")
         return f"it is not known who calls: {' or '.join(ways)}"
+
+
+def _revoked(token_id: str, name: str) -> CredentialEnded:
+    return CredentialEnded(
+        f"the token {token_id} ({name}) was revoked", reason="TOKEN_REVOKED", token=token_id
+    )
+
+
+def _expired(token_id: str, name: str) -> CredentialEnded:
+    return CredentialEnded(
+        f"the token {token_id} ({name}) has expired; ask for a new one",
+        reason="TOKEN_EXPIRED",
+        token=token_id,
+    )
 
 
 def behalf_of(caller: Caller) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -111,14 +112,9 @@ def _wrap(gate: Gate, method: str, handler: Any) -> Any:
         return request
 
     body = function_of(handler)
-    if handler.response_streaming:
-        if inspect.isasyncgenfunction(body):
-            wrapped: Any = _generator(enter, incoming, body)
-        else:
-            wrapped = _coroutine(enter, incoming, body)
-    else:
-        wrapped = _coroutine(enter, incoming, body)
-    return with_function(handler, wrapped)
+    if handler.request_streaming or handler.response_streaming:
+        return with_function(handler, _lasting(gate, enter, incoming, body))
+    return with_function(handler, _coroutine(enter, incoming, body))
 
 
 def _coroutine(enter: Any, incoming: Any, body: Any) -> Any:
@@ -137,19 +133,28 @@ def _coroutine(enter: Any, incoming: Any, body: Any) -> Any:
     return guarded
 
 
-def _generator(enter: Any, incoming: Any, body: Any) -> Any:
-    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+def _lasting(gate: Gate, enter: Any, incoming: Any, body: Any) -> Any:
+    """Guard a method with a stream on one of its sides: it lasts as long as its caller is known."""
+    generates = inspect.isasyncgenfunction(body)
+
+    async def guarded(request: Any, context: Any) -> Any:
         try:
-            _, lease = enter(context)
+            caller, lease = enter(context)
         except ServiceError as error:
             await abort(context, error)
         with lease:
             try:
                 request = incoming(request, lease)
+                async with gate.open_calls.lasting(caller):
+                    if not generates:
+                        return await body(request, context)
+                    # Written here, not yielded: so that also what waits for a slow client ends.
+                    async with contextlib.aclosing(body(request, context)) as answers:
+                        async for answer in answers:
+                            await context.write(answer)
             except ServiceError as error:
                 await abort(context, error)
-            async for answer in body(request, context):
-                yield answer
+            return None
 
     return guarded
 

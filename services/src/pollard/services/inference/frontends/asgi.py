@@ -157,8 +157,9 @@ class GrpcApplication:
         started = False
         ahead = ReadAhead(receive)
         messages = Messages(ahead.receive, headers.encoding, self._max_message_bytes)
+        lasting = self._calls.gate.open_calls.lasting(headers.caller)
         try:
-            async with asyncio.timeout(headers.seconds_left):
+            async with asyncio.timeout(headers.seconds_left), lasting:
                 answers = method(self._calls.metered(record.path, messages.each(), lease), headers)
                 async with contextlib.aclosing(answers):  # type: ignore[type-var]  # all generators
                     async for answer in answers:

@@ -260,9 +260,13 @@ class LoopCall:
     async def _run(self) -> None:
         set_call(self._record)
         set_caller(self._headers.caller)
-        code = OK
+        calls, code = self._front.calls, OK
         try:
-            await self._answer()
+            if self._path in calls.streams:
+                async with calls.gate.open_calls.lasting(self._headers.caller):
+                    await self._answer()
+            else:
+                await self._answer()
         except (CallerGone, asyncio.CancelledError):
             # The client has gone, and nobody waits for an answer.
             code = CANCELLED
