@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GEN_VENV := .venv-gen
+SBOM_VENV := .venv-sbom
 # Tests of one file stay together, for they share servers.
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
@@ -10,7 +11,7 @@ DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts gen reference clients format clean
+.PHONY: help demo test check lint types contracts gen reference clients sbom format clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is
@@ -54,6 +55,12 @@ reference: $(VENV)/.installed-dev ## Write docs/reference from the code and the 
 clients: ## Build the clients in other languages, as far as their toolchains are there
 	$(PYTHON) clients/build.py
 
+# An environment of its own, so that what writes the bill is not on it.
+sbom: $(VENV)/.installed $(SBOM_VENV)/.installed ## Write and validate build/sbom.cdx.json, a bill of materials (CycloneDX)
+	@mkdir -p build
+	$(SBOM_VENV)/bin/cyclonedx-py environment --pyproject services/pyproject.toml --output-reproducible \
+	  --sv 1.6 --of JSON --validate --output-file build/sbom.cdx.json $(BIN)/python
+
 format: $(VENV)/.installed-dev ## Format the Python code and the contracts
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -74,6 +81,11 @@ $(GEN_VENV)/.installed: requirements-gen.txt
 	$(GEN_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-gen.txt
 	@touch $@
 
+$(SBOM_VENV)/.installed: requirements-sbom.txt
+	$(PYTHON) -m venv $(SBOM_VENV)
+	$(SBOM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-sbom.txt
+	@touch $@
+
 clean: ## Remove environments, caches and what the demo left
-	rm -rf $(VENV) $(GEN_VENV) clients/typescript/node_modules clients/typescript/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist var
+	rm -rf $(VENV) $(GEN_VENV) $(SBOM_VENV) clients/typescript/node_modules clients/typescript/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist var
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
