@@ -46,6 +46,7 @@ class OpenCalls:
         assert task is not None  # noqa: S101 - coroutines run in tasks
         why: list[ServiceError] = []
         mark, over = object(), False
+        timer: asyncio.TimerHandle | None = None
 
         def stop(error: ServiceError) -> None:
             if not why and not over:
@@ -60,8 +61,13 @@ class OpenCalls:
             else:
                 timer = self._timer(loop, caller, look)
 
+        def end(error: ServiceError) -> None:
+            # A loop that has been closed has no calls any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(stop, error)
+
         with self._lock:
-            self._open[mark] = caller, lambda error: loop.call_soon_threadsafe(stop, error)
+            self._open[mark] = caller, end
         timer = self._timer(loop, caller, look)
         try:
             yield
