@@ -40,6 +40,19 @@ details { margin-top: 10px; } summary { cursor: pointer; color: #3266ad; }
 .warning { background: #fdf3e3; border: 1px solid #ecd3a4; border-radius: 10px;
   padding: 10px 16px; }
 ul { margin: 6px 0 12px; padding-left: 22px; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; }
+  body { color: #dcdcdc; background: #151515; }
+  .card, .panel { background: #1f1f1f; border-color: #353535; }
+  .muted, th, .card .what, .card .how { color: #a5a5a5; }
+  th, td { border-color: #303030; }
+  tr.chosen td { background: #1c3a2a; }
+  summary { color: #86b3ef; }
+  .warning { background: #382e17; border-color: #6b5526; }
+  /* Plots are drawn for white paper, which this turns into the panels' own colour; their hues
+     stay. */
+  .plotly-graph-div { filter: invert(0.88) hue-rotate(180deg); }
+}
 """
 
 
