@@ -93,6 +93,7 @@ def test_the_manifest_says_what_was_measured_and_how_it_came_to_be(
     told = json.loads(provenance.recipe_json)
     assert told["prune"] == 0.8
     assert [key for key, value in told.items() if value is None] == [
+        "factorize",
         "max_time",
         "max_train_images",
     ]
