@@ -14,7 +14,7 @@ from pollard.services.common.auth.callers import Caller, Role, calling
 from pollard.services.inference.errors import QueueFull
 from pollard.services.inference.loader import EngineOptions, Loader
 from pollard.services.inference.revision import LoadedRevision
-from pollard.services.inference.scheduling import Backlog, PriorityQueue, Scheduling
+from pollard.services.inference.scheduling import Backlog, PriorityQueue, QueuePolicy, Scheduling
 from pollard.services.inference.settings import InferenceSettings
 from pollard.services.inference.turns import Turns
 from pollard.services.inference.workers import Work
@@ -108,6 +108,36 @@ def test_a_full_queue_takes_from_who_has_most() -> None:
     assert [each.who for each in taken if each is not None] == ["g", "m", "g", "m"]
     queue.put(None)
     assert queue.get_nowait() is None
+
+
+def test_callers_keep_their_order_when_those_who_have_gone_make_room() -> None:
+    queue = PriorityQueue(Scheduling(fair=True, policy=QueuePolicy(max_size=7)))
+    waiting = Settled()
+    gone = Settled()
+    gone.gone = True
+    # The greedy caller's come first, the modest one's then move them in the heap.
+    put = [work("g", caller=gone if number == 4 else waiting) for number in range(5)]
+    put += [work("m", caller=waiting) for _ in range(2)]
+    for each in put:
+        queue.put(each)
+    last = work("m", caller=waiting)
+    queue.put(last)
+    taken = [queue.get_nowait() for _ in range(7)]
+    for who in "gm":
+        came = [each for each in [*put, last] if each.who == who and not each.caller.gone]
+        assert [each for each in taken if each is not None and each.who == who] == came
+    assert waiting.outcomes == []
+
+
+def test_what_waits_is_listed_as_it_is_taken() -> None:
+    turns = Turns()
+    turns.extend(work("g") for _ in range(4))
+    turns.extend(work("m") for _ in range(3))
+    assert turns.give_way("m") is None
+    turns.extend(work("g") for _ in range(3))
+    assert turns.give_way("n") is not None
+    listed = list(turns)
+    assert [turns.popleft() for _ in listed] == listed
 
 
 def test_only_what_is_before_a_request_makes_it_too_late() -> None:

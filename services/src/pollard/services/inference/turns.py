@@ -38,7 +38,8 @@ class Turns:
         return self._count
 
     def __iter__(self) -> Iterator[Work]:
-        for place in self._heap:
+        """List what waits, in the order in which it would be taken."""
+        for place in sorted(self._heap):
             if place.work is not None:
                 yield place.work
 
@@ -75,9 +76,9 @@ class Turns:
                 del self._by_caller[work.who]
                 self._forget()
             if not self._count:
-                # Nobody waits, so nobody has anything over another.
-                self._ends.clear()
-                self._now = 0.0
+                # Nobody waits, so nobody has anything over another; places that were given up are
+                # all that may be left.
+                self.clear()
             return work
 
     def _forget(self) -> None:
