@@ -70,6 +70,10 @@ class OpenCalls:
             self._open[mark] = caller, end
         timer = self._timer(loop, caller, look)
         try:
+            # The token may have ended after the gate and before there was a call to end.
+            error = self._ended(caller)
+            if error is not None:
+                raise error
             yield
         except asyncio.CancelledError:
             if not why:
