@@ -62,6 +62,32 @@ def test_a_trace_that_is_not_kept_elsewhere_is_not_kept_here(
     assert spans.get_finished_spans() == ()
 
 
+@pytest.mark.parametrize("parent", [KEPT, DROPPED])
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"vendor=\x80\xff",
+        "vendor=ü",
+        "vendor=1\r\nauthorization: Bearer x",
+        "vendor=\x00",
+        "no state at all",
+        "vendor=" + "x" * 8000,
+        ",".join(f"vendor{number}=1" for number in range(200)),
+    ],
+)
+def test_a_state_that_no_header_may_hold_goes_no_further(
+    make: Any, parent: str, state: str | bytes
+) -> None:
+    call = make(1.0).call(NAME, parent, state)
+    headers = dict(call.begin("ask", "client").headers())
+    assert headers["traceparent"][3:35] == TRACE
+    # What gRPC would refuse to send would fail a call that is well otherwise.
+    passed_on = headers.get("tracestate", "")
+    assert passed_on.isascii()
+    assert passed_on == "" or passed_on.isprintable()
+    assert len(passed_on) <= 512
+
+
 def test_the_share_decides_where_a_trace_begins(make: Any) -> None:
     assert make(1.0).call(NAME, "", "").recorded
     tracer = make(0.25)

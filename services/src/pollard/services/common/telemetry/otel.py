@@ -15,7 +15,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TraceState
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from pollard.services.common.telemetry.traces import Attributes, Pairs, Span, Value
@@ -206,7 +206,7 @@ class OtelTracer:
             # Decided here where nothing is to be kept, for that is nearly always so.
             if parent[-3:] == "-00" and len(parent) == 55:
                 if trace.get_current_span(_extract(parent, "")).get_span_context().is_valid:
-                    return _Unrecorded(parent, _text(tracestate))
+                    return _Unrecorded(parent, _state(tracestate))
             elif not parent and self._random() >= self._ratio:
                 return _Unrecorded()
         context = _extract(parent, _text(tracestate)) if parent else None
@@ -291,6 +291,11 @@ def exporting(endpoint: str) -> SpanProcessor:
 
 def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else value.decode("latin-1")
+
+
+def _state(value: str | bytes) -> str:
+    """Return what of a `tracestate` may go further: gRPC sends no call with a header it may not."""
+    return TraceState.from_header([_text(value)]).to_header() if value else ""
 
 
 def _extract(parent: str, state: str) -> Context:
