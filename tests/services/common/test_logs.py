@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -43,3 +44,20 @@ def test_a_logger_that_was_used_before_follows(capsys: pytest.CaptureFixture[str
         assert not capsys.readouterr().err
         log.critical("the end")
     assert "the end" in capsys.readouterr().err
+
+
+def test_a_client_that_went_is_no_error_of_grpc(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("test", level="info", form="json")
+    configure_logging("test", level="info", form="json")
+    log = logging.getLogger("grpc._cython.cygrpc")
+    try:
+        raise RuntimeError("what happened")
+    except RuntimeError:
+        # As grpcio writes them: the first when an answer finds nobody.
+        log.exception("ExecuteBatchError raised in core by servicer method [%s]", "/a.B/C")
+        log.exception("Unexpected [%s] raised by servicer method [%s]", "RuntimeError", "/a.B/C")
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert told["event"] == "Unexpected [RuntimeError] raised by servicer method [/a.B/C]"
+    assert told["level"] == "error"
+    assert "what happened" in told["exception"]
