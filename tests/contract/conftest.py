@@ -29,6 +29,9 @@ from pollard.client import ModelsClient
 from pollard.runtime.bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
+
+_RESTART_SECONDS = 1.0
+
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -255,10 +258,13 @@ class Front(grpc.GenericRpcHandler):
             self._restarted = True
 
         def restart() -> None:
-            # The next listens beside the old one before that ends: a client has few attempts.
+            # The next listens beside the old one before that ends: a client has few attempts. The
+            # old one first lets go of its port, and then of the call: a client that connects anew
+            # at once may be taken by what is about to close, and older gRPC for Go gives a retry up
+            # that meets this.
             old = self._server
             self._server = self._start()
-            old.stop(None).wait()
+            old.stop(_RESTART_SECONDS).wait()
 
         self._restarting = threading.Thread(target=restart)
         self._restarting.start()
