@@ -31,3 +31,19 @@ def with_function(handler: Any, function: Callable[..., Any]) -> Any:
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
+
+
+class WrappedHandlers:
+    """Handlers that an interceptor has made anew around its server's, one for each method."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def of(self, method: str, handler: Any, wrap: Callable[[], Any]) -> Any:
+        """Return what `wrap` makes of a method's handler, or has made of it before."""
+        kept = self._kept.get(method)
+        # The handler of a method is made once; another one means that the server was changed.
+        if kept is None or kept[0] is not handler:
+            kept = self._kept[method] = (handler, wrap())
+        return kept[1]

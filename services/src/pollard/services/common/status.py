@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
 from pollard.services.common import errors
-from pollard.services.common.handlers import function_of, with_function
+from pollard.services.common.handlers import WrappedHandlers, function_of, with_function
 from pollard.services.common.telemetry.record import CallRecord, current_call
 from pollard.services.common.telemetry.request_ids import request_id_of
 
@@ -196,7 +196,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         """Begin with no method wrapped."""
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._wrapped = WrappedHandlers()
 
     async def intercept_service(
         self,
@@ -207,21 +207,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        known = self._wrapped.get(handler_call_details.method)
-        # The handler of a method is made once; another one means that the server was changed.
-        if known is not None and known[0] is handler:
-            return known[1]
-        method = function_of(handler)
-        if handler.response_streaming:
-            if not inspect.isasyncgenfunction(method):
-                # The health service's Watch writes to its context and raises nothing of ours.
-                return handler
-            wrapped: Any = _guard_stream(method)
-        else:
-            wrapped = _guard_unary(method)
-        made = with_function(handler, wrapped)
-        self._wrapped[handler_call_details.method] = (handler, made)
-        return made
+        return self._wrapped.of(handler_call_details.method, handler, lambda: _guard(handler))
+
+
+def _guard(handler: Any) -> Any:
+    method = function_of(handler)
+    if not handler.response_streaming:
+        return with_function(handler, _guard_unary(method))
+    if inspect.isasyncgenfunction(method):
+        return with_function(handler, _guard_stream(method))
+    # The health service's Watch writes to its context and raises nothing of ours.
+    return handler
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -16,7 +16,7 @@ from pollard.services.common.auth.gate import AUTHORIZATION, BEHALF, Gate
 from pollard.services.common.auth.roles import ACCESS
 from pollard.services.common.auth.usage import Lease
 from pollard.services.common.errors import ServiceError
-from pollard.services.common.handlers import function_of, with_function
+from pollard.services.common.handlers import WrappedHandlers, function_of, with_function
 from pollard.services.common.status import abort
 
 _admitted: ContextVar[Caller | None] = ContextVar("pollard_admitted", default=None)
@@ -54,7 +54,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate) -> None:
         """Ask `gate`."""
         self._gate = gate
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._wrapped = WrappedHandlers()
 
     async def intercept_service(
         self,
@@ -77,11 +77,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
             except ServiceError as error:
                 return _refusing(error, handler)
             _admitted.set(caller)
-        known = self._wrapped.get(method)
-        # The handler of a method is made once; another one means that the server was changed.
-        if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, _wrap(gate, method, handler))
-        return known[1]
+        return self._wrapped.of(method, handler, lambda: _wrap(gate, method, handler))
 
 
 def _refusing(error: ServiceError, handler: Any) -> Any:

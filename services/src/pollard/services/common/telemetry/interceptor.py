@@ -16,7 +16,7 @@ from pollard.services.common.call_metrics import (
     SERVER_STREAM,
     UNARY,
 )
-from pollard.services.common.handlers import function_of, with_function
+from pollard.services.common.handlers import WrappedHandlers, function_of, with_function
 from pollard.services.common.telemetry.codes import CANCELLED, DEADLINE_EXCEEDED, OK, UNKNOWN
 from pollard.services.common.telemetry.record import CallRecord, CallWatch, set_call
 from pollard.services.common.telemetry.request_ids import REQUEST_ID
@@ -50,7 +50,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, watch: CallWatch) -> None:
         """Have `watch` make a record of each call."""
         self._watch = watch
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._wrapped = WrappedHandlers()
 
     async def intercept_service(
         self,
@@ -64,18 +64,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             record = self._watch.begin(path, *named(handler_call_details.invocation_metadata))
             record.end(grpc.StatusCode.UNIMPLEMENTED.value[0])
             return None
-        known = self._wrapped.get(path)
-        if known is not None and known[0] is handler:
-            return known[1]
         # What refuses a call is made anew for each.
         refused = getattr(function_of(handler), "refuses", None)
-        method = refused or handler
+        if refused is not None:
+            return self._known(path, refused, handler)
+        return self._wrapped.of(path, handler, lambda: self._known(path, handler, handler))
+
+    def _known(self, path: str, method: Any, handler: Any) -> Any:
+        """Wrap a handler, and count its method's calls by the kind that it has."""
         kind = _KINDS[method.request_streaming, method.response_streaming]
         self._watch.metrics.add(path, kind)
-        wrapped = self._wrap(path, handler)
-        if refused is None:
-            self._wrapped[path] = (handler, wrapped)
-        return wrapped
+        return self._wrap(path, handler)
 
     def _wrap(self, path: str, handler: Any) -> Any:
         function = function_of(handler)
