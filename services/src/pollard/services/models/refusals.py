@@ -7,7 +7,7 @@ server has loaded the revision, is gone, or no route leads to the revision any m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from google.rpc import status_pb2
 from sqlalchemy import select
@@ -18,7 +18,8 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models.events import MANAGER, record
 from pollard.services.models.fleet_view import FleetView, Key
 from pollard.services.models.rollout_rows import running
-from pollard.services.models.schema import Alias, Revision
+from pollard.services.models.schema import Alias
+from pollard.services.models.standing import Standing
 from pollard.services.models.store import now_us
 
 _SETTLED = (pb.Alias.STATE_ACTIVE, pb.Alias.STATE_SWITCHING)
@@ -44,7 +45,7 @@ class Refusals:
         """Return which servers refuse a revision, with their reasons."""
         return dict(self._found.get(key, {}))
 
-    def observe(self, session: Session, view: FleetView, routed: Iterable[Key]) -> None:
+    def observe(self, session: Session, view: FleetView, standing: Standing) -> None:
         """Take in what the servers say of the revisions that routes lead to."""
         if self._shown is None:
             self._remember(session)
@@ -54,7 +55,7 @@ class Refusals:
             if server.kind == fleet_pb.SERVER_KIND_INFERENCE
         }
         found: dict[Key, dict[str, status_pb2.Status]] = {}
-        for key in routed:
+        for key in standing.routed():
             kept = {
                 server_id: status
                 for server_id, status in self._found.get(key, {}).items()
@@ -62,10 +63,9 @@ class Refusals:
             }
             mentioning = [server for server in servers.values() if key in server.revisions]
             if mentioning:
-                revision = session.get(Revision, key)
-                removed = revision.removed_version if revision is not None else 0
+                stored = standing.stored.get(key)
                 for server in mentioning:
-                    report = server.report_of(key, removed)
+                    report = server.report_of(key, stored.removed_version if stored else 0)
                     if report is None:
                         continue
                     if report.state == fleet_pb.REVISION_STATE_READY:

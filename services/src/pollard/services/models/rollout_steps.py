@@ -30,13 +30,14 @@ from pollard.services.models.fleet_view import FleetView, Key, loading_of
 from pollard.services.models.quorum import Quorum, Verdict, judge, refused, too_late
 from pollard.services.models.refusals import Refusals, encoded
 from pollard.services.models.rollout_gates import Judge
-from pollard.services.models.rollout_rows import change, end, moving_state, running, share_of
+from pollard.services.models.rollout_rows import change, end, moving_state, share_of
 from pollard.services.models.schema import Alias, Revision, Rollout, RolloutEvidence
+from pollard.services.models.standing import Standing
 
 _LOOK_SECONDS = 10.0
 """Longest time between two looks that counts as holding a step."""
 
-Settled = Callable[[Session, FleetView, str, int], bool]
+Settled = Callable[[Standing, FleetView, str, int], bool]
 """Whether every expected server has the routes of a model of a desired state."""
 
 
@@ -83,22 +84,22 @@ class RolloutSteps:
         """Forget what was seen."""
         self._watches = {}
 
-    def observe(self, session: Session, view: FleetView) -> None:
+    def observe(self, session: Session, view: FleetView, standing: Standing) -> None:
         """Take in what the servers have counted since the last call."""
-        rows = {(row.model, row.number): row for row in running(session)}
+        rows = {(row.model, row.number): row for row in standing.running()}
         self._watches = {key: self._watches.get(key) or _Watch(self._clock()) for key in rows}
         for row in rows.values():
             rollout_evidence.observe(session, row, view)
 
-    def advance(self, session: Session, view: FleetView) -> bool:
+    def advance(self, session: Session, view: FleetView, standing: Standing) -> bool:
         """Take every step that is possible now; tell whether any was."""
         progress = False
-        for row in running(session):
+        for row in standing.running():
             # One that began after the last look at the counters waits for the next.
             watch = self._watches.get((row.model, row.number))
             if watch is not None and row.pending_version is not None:
-                progress |= self._advance(session, view, row, watch)
-        still = {(row.model, row.number) for row in running(session)}
+                progress |= self._advance(session, view, standing, row, watch)
+        still = {(row.model, row.number) for row in standing.running()}
         self._watches = {key: watch for key, watch in self._watches.items() if key in still}
         return progress
 
@@ -114,7 +115,14 @@ class RolloutSteps:
             if watch.looked is None and watch.loading_since + self._load_timeout_seconds > now
         ]
 
-    def _advance(self, session: Session, view: FleetView, row: Rollout, watch: _Watch) -> bool:
+    def _advance(
+        self,
+        session: Session,
+        view: FleetView,
+        standing: Standing,
+        row: Rollout,
+        watch: _Watch,
+    ) -> bool:
         revision = session.get_one(Revision, (row.model, row.revision))
         loading = loading_of(
             view, (row.model, row.revision), row.pending_version or 0, revision.removed_version
@@ -160,7 +168,7 @@ class RolloutSteps:
         evidence = rollout_evidence.find(session, row)
         if evidence is None or evidence.step != row.step:
             watch.looked = watch.hold_ends = None
-            if not self._settled(session, view, row.model, row.routes_version):
+            if not self._settled(standing, view, row.model, row.routes_version):
                 return False
             evidence = rollout_evidence.begin(session, row)
         self._hold(row, watch, evidence)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from google.rpc import status_pb2
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
@@ -34,9 +33,10 @@ from pollard.services.models.events import MANAGER, record
 from pollard.services.models.fleet_view import FleetView, Key, loading_of
 from pollard.services.models.quorum import Quorum, Verdict, judge, refused, too_late
 from pollard.services.models.refusals import Refusals, encoded
-from pollard.services.models.rollout_rows import running, shadow, weights
+from pollard.services.models.rollout_rows import shadow, weights
 from pollard.services.models.rollout_steps import RolloutSteps
-from pollard.services.models.schema import Alias, Bundle, Draining, Meta, Revision
+from pollard.services.models.schema import Alias, Meta, Revision
+from pollard.services.models.standing import Standing, not_ready
 from pollard.services.models.store import now_us
 
 _DESIRED = "desired_state"
@@ -104,22 +104,24 @@ class Switch:
         if seen > meta.number:
             meta.number = seen
             meta.content = b""
-        self._rollouts.observe(session, view)
+        standing = Standing.read(session)
+        self._rollouts.observe(session, view, standing)
         while True:
             # After every step, because routes lead to other revisions then.
-            self._refusals.observe(session, view, _routed(session))
-            self._publish(session, view, meta)
-            if not self._advance(session, view):
+            self._refusals.observe(session, view, standing)
+            self._publish(session, view, standing, meta)
+            if not self._advance(session, view, standing):
                 break
+            standing = Standing.read(session)
         state = fleet_pb.DesiredState.FromString(meta.content)
         state.version = meta.number
         return StepResult(
             meta.number, state, self._next_deadline(), watching=self._rollouts.watching
         )
 
-    def _publish(self, session: Session, view: FleetView, meta: Meta) -> None:
+    def _publish(self, session: Session, view: FleetView, standing: Standing, meta: Meta) -> None:
         """Make what the tables say the desired state, with a new version if it differs."""
-        content = _desired_state(session, view, self._refusals).SerializeToString(
+        content = _desired_state(view, standing, self._refusals).SerializeToString(
             deterministic=True
         )
         if content != meta.content or meta.number == 0:
@@ -130,39 +132,38 @@ class Switch:
                 gone = session.get(Revision, (model, number))
                 if gone is not None:
                     gone.removed_version = meta.number
-        session.flush()
-        unsent = Alias.pending_version.is_(None)
-        for alias in session.scalars(select(Alias).where(unsent, Alias.pending_revision != 0)):
-            alias.pending_version = meta.number
-        for alias in session.scalars(
-            select(Alias).where(Alias.routes_version.is_(None), Alias.revision != 0)
-        ):
-            alias.routes_version = meta.number
-        for row in session.scalars(select(Draining).where(Draining.routes_version.is_(None))):
-            row.routes_version = meta.number
-        for rollout in running(session):
+        for alias in standing.aliases:
+            if alias.pending_version is None and alias.pending_revision:
+                alias.pending_version = meta.number
+            if alias.routes_version is None and alias.revision:
+                alias.routes_version = meta.number
+        for row in standing.draining:
+            if row.routes_version is None:
+                row.routes_version = meta.number
+        for rollout in standing.running():
             if rollout.pending_version is None:
                 rollout.pending_version = meta.number
             if rollout.loaded and rollout.routes_version is None:
                 rollout.routes_version = meta.number
         session.flush()
 
-    def _advance(self, session: Session, view: FleetView) -> bool:
+    def _advance(self, session: Session, view: FleetView, standing: Standing) -> bool:
         """Take the steps that the servers' words and the clock allow; tell whether any was."""
         now = self._clock()
         progress = False
         loading: dict[tuple[str, str, int, int], float] = {}
-        for alias in session.scalars(select(Alias).where(Alias.pending_revision != 0)).all():
+        for alias in standing.aliases:
+            if not alias.pending_revision:
+                continue
             key = (alias.model, alias.name, alias.pending_revision, alias.pending_version or 0)
             since = loading[key] = self._loading_since.get(key, now)
             progress |= self._advance_loading(session, view, alias, now - since)
         self._loading_since = loading
-        progress |= self._rollouts.advance(session, view)
-        switching = select(Alias).where(
-            Alias.state == pb.Alias.STATE_SWITCHING, Alias.routes_version.is_not(None)
-        )
-        for alias in session.scalars(switching).all():
-            if self._settled(session, view, alias.model, alias.routes_version or 0):
+        progress |= self._rollouts.advance(session, view, standing)
+        for alias in standing.aliases:
+            if alias.state != pb.Alias.STATE_SWITCHING or alias.routes_version is None:
+                continue
+            if self._settled(standing, view, alias.model, alias.routes_version):
                 alias.state = pb.Alias.STATE_ACTIVE
                 without = ", ".join(failure["server_id"] for failure in alias.failures)
                 detail = f"every server sends requests to revision {alias.revision}"
@@ -171,11 +172,11 @@ class Switch:
                 _touch(session, alias, "ALIAS_ACTIVE", detail)
                 # ACTIVE is not part of the desired state, so there is no need to go round again.
         draining: dict[tuple[str, int, int], float] = {}
-        for row in session.scalars(select(Draining)).all():
+        for row in standing.draining:
             if row.routes_version is None:
                 continue
             drain_key = (row.model, row.revision, row.routes_version)
-            if not self._settled(session, view, row.model, row.routes_version):
+            if not self._settled(standing, view, row.model, row.routes_version):
                 continue  # and the clock begins anew once it is
             since = draining[drain_key] = self._draining_since.get(drain_key, now)
             if now - since >= self._drain_seconds:
@@ -210,9 +211,9 @@ class Switch:
         change_route(session, alias, number, actor=MANAGER, refusals=refusals)
         return True
 
-    def _settled(self, session: Session, view: FleetView, model: str, version: int) -> bool:
+    def _settled(self, standing: Standing, view: FleetView, model: str, version: int) -> bool:
         """Tell whether every expected server has the routes of ``version``."""
-        routed: list[Revision] | None = None
+        routed: list[Key] | None = None
         for server in view.servers:
             if server.acked >= version:
                 continue
@@ -223,11 +224,11 @@ class Switch:
             # server that refuses one keeps what it ran, and is not waited for:
             # nothing is freed there while its own routes lead to it.
             if routed is None:
-                routed = _routed_revisions(session, model)
-            for revision in routed:
-                if self._refusals.excuses(server.server_id, (model, revision.number)):
+                routed = [key for key in standing.routed() if key[0] == model]
+            for key in routed:
+                if self._refusals.excuses(server.server_id, key):
                     continue
-                report = server.report_of((model, revision.number), revision.removed_version)
+                report = server.report_of(key, standing.stored[key].removed_version)
                 if report is None or report.state != fleet_pb.REVISION_STATE_READY:
                     return False
         return True
@@ -237,26 +238,6 @@ class Switch:
         deadlines += [since + self._drain_seconds for since in self._draining_since.values()]
         deadlines += self._rollouts.deadlines()
         return min(deadlines, default=None)
-
-
-def _routed(session: Session) -> set[Key]:
-    """Return the revisions that routes lead to."""
-    found = session.execute(select(Alias.model, Alias.revision).where(Alias.revision != 0))
-    routed: set[Key] = {(model, number) for model, number in found}
-    routed.update((row.model, row.revision) for row in running(session) if row.loaded)
-    return routed
-
-
-def _routed_revisions(session: Session, model: str) -> list[Revision]:
-    numbers = set(
-        session.scalars(select(Alias.revision).where(Alias.model == model, Alias.revision != 0))
-    )
-    numbers.update(row.revision for row in running(session, model) if row.loaded)
-    return list(
-        session.scalars(
-            select(Revision).where(Revision.model == model, Revision.number.in_(numbers))
-        )
-    )
 
 
 def _fail(
@@ -282,38 +263,45 @@ def _touch(session: Session, alias: Alias, action: str, detail: str) -> None:
 
 def _note_revision_states(session: Session, view: FleetView) -> None:
     """Write down which revisions a server has loaded, or could not load."""
-    for server in view.servers:
-        for (model, number), report in server.revisions.items():
-            ready = report.state == fleet_pb.REVISION_STATE_READY
-            failed = report.state == fleet_pb.REVISION_STATE_FAILED
-            if not (ready or failed) or server.kind != fleet_pb.SERVER_KIND_INFERENCE:
-                continue
-            row = session.get(Revision, (model, number))
-            if row is None or row.state == pb.Revision.STATE_READY:
-                continue  # one server that could load it is enough
-            if server.report_of((model, number), row.removed_version) is None:
-                continue
-            error = b"" if ready or report.error is None else report.error.SerializeToString()
-            state = pb.Revision.STATE_READY if ready else pb.Revision.STATE_FAILED
-            if (row.state, row.error) == (state, error):
-                continue
-            row.state, row.error = state, error
-            row.etag = record(
-                session,
-                f"servers/{server.server_id}",
-                "REVISION_READY" if ready else "REVISION_FAILED",
-                registry.revision_name(model, number),
-                "loaded" if ready or report.error is None else report.error.message,
-                model=model,
-            )
+    ended = (fleet_pb.REVISION_STATE_READY, fleet_pb.REVISION_STATE_FAILED)
+    said = [
+        (server, key, report)
+        for server in view.servers
+        if server.kind == fleet_pb.SERVER_KIND_INFERENCE
+        for key, report in server.revisions.items()
+        if report.state in ended
+    ]
+    rows = not_ready(session, {key for _, key, _ in said})
+    for server, key, report in said if rows else ():
+        row = rows.get(key)
+        if row is None or row.state == pb.Revision.STATE_READY:
+            continue  # one server that could load it is enough
+        if server.report_of(key, row.removed_version) is None:
+            continue
+        ready = report.state == fleet_pb.REVISION_STATE_READY
+        error = b"" if ready or report.error is None else report.error.SerializeToString()
+        state = pb.Revision.STATE_READY if ready else pb.Revision.STATE_FAILED
+        if (row.state, row.error) == (state, error):
+            continue
+        row.state, row.error = state, error
+        row.etag = record(
+            session,
+            f"servers/{server.server_id}",
+            "REVISION_READY" if ready else "REVISION_FAILED",
+            registry.revision_name(*key),
+            "loaded" if ready or report.error is None else report.error.message,
+            model=row.model,
+        )
 
 
-def _desired_state(session: Session, view: FleetView, refusals: Refusals) -> fleet_pb.DesiredState:
+def _desired_state(
+    view: FleetView, standing: Standing, refusals: Refusals
+) -> fleet_pb.DesiredState:
     """Return what the tables and the fleet say, with models, revisions and aliases sorted."""
     wanted: dict[str, set[int]] = {}
     routes: dict[str, list[fleet_pb.Route]] = {}
-    rollouts = {(row.model, row.alias): row for row in running(session)}
-    for alias in session.scalars(select(Alias).order_by(Alias.model, Alias.name)):
+    rollouts = {(row.model, row.alias): row for row in standing.running()}
+    for alias in standing.aliases:
         numbers = wanted.setdefault(alias.model, set())
         numbers.update(number for number in (alias.revision, alias.pending_revision) if number)
         if alias.revision:
@@ -328,22 +316,16 @@ def _desired_state(session: Session, view: FleetView, refusals: Refusals) -> fle
             for number, weight in targets:
                 route.targets.add(revision=number, weight=weight)
             routes.setdefault(alias.model, []).append(route)
-    for row in session.scalars(select(Draining)):
+    for row in standing.draining:
         wanted.setdefault(row.model, set()).add(row.revision)
-    bundles = {
-        (model, number): (sha256, size)
-        for model, number, sha256, size in session.execute(
-            select(Revision.model, Revision.number, Bundle.sha256, Bundle.size_bytes)
-            .join(Bundle, Bundle.sha256 == Revision.bundle_sha256)
-            .where(Revision.model.in_(wanted))
-        )
-    }
     state = fleet_pb.DesiredState()
     for model in sorted(wanted):
         desired = state.models.add(model=model)
         for number in sorted(wanted[model]):
-            sha256, size = bundles[model, number]
-            desired.revisions.add(revision=number, bundle_sha256=sha256, size_bytes=size)
+            kept = standing.stored[model, number]
+            desired.revisions.add(
+                revision=number, bundle_sha256=kept.bundle_sha256, size_bytes=kept.size_bytes
+            )
         desired.routes.extend(routes.get(model, []))
     for server_id, address in _endpoints(view):
         endpoint = state.inference_endpoints.add(server_id=server_id, address=address)
