@@ -192,6 +192,20 @@ def test_it_stops_cleanly_on_sigterm_and_serves_the_same_after_a_restart(
     assert again.stop(signal.SIGINT) == 0, again.said()
 
 
+def test_the_models_service_gives_way_to_those_that_answer_requests(
+    up: Any, processes_of: Callable[[int], list[psutil.Process]]
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, up.process.pid)
+    priorities = {}
+    for process in processes_of(up.process.pid):
+        command = process.cmdline()
+        if "pollard.services.up.child" in command:
+            service = command[command.index("pollard.services.up.child") + 2]
+            priorities[service] = process.nice()
+    assert priorities["inference"] == priorities["preprocess"] == own
+    assert priorities["models"] == min(own + 10, 19)
+
+
 def test_killing_the_supervisor_kills_the_services(
     start_up: Callable[..., Any],
     processes_of: Callable[[int], list[psutil.Process]],
