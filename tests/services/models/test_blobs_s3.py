@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import boto3
 import grpc
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import FailedPrecondition, StartupError, Unavailable
@@ -36,77 +32,9 @@ from pollard.services.models.store import DATABASE
 CODE = grpc.StatusCode
 LARGE = random.Random(8).randbytes(20_000_000)
 
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
-
-
-class S3:
-    """moto's S3 on a port; `fault` may answer a request in its place, or hold it up."""
-
-    def __init__(self) -> None:
-        self._app = DomainDispatcherApplication(create_backend_app)
-        self.fault: Callable[[str, str], int | None] = lambda method, path: None
-        self.requests: list[tuple[str, str]] = []
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.client = boto3.client("s3", endpoint_url=self.url)
-
-    def _answer(self, environ: dict[str, Any], start: Any) -> Any:
-        method = environ["REQUEST_METHOD"]
-        path = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
-        self.requests.append((method, path))
-        status = self.fault(method, path)
-        if status is None:
-            return self._app(environ, start)
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[status]
-        start(f"{status} {code}", [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()]
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    before = {key: os.environ.get(key) for key in KEYS}
-    os.environ.update(KEYS)
-    made = S3()
-    yield made
-    made.stop()
-    for key, value in before.items():
-        if value is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = value
-
 
 @pytest.fixture
-def s3(server: S3) -> Iterator[S3]:
-    """The server, in good health, with an empty bucket."""
-    server.client.create_bucket(Bucket="bucket")
-    server.requests.clear()
-    yield server
-    server.fault = lambda method, path: None
-    found = boto3.resource("s3", endpoint_url=server.url).Bucket("bucket")
-    if found.creation_date:
-        for upload in server.client.list_multipart_uploads(Bucket="bucket").get("Uploads", ()):
-            server.client.abort_multipart_upload(
-                Bucket="bucket", Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-        found.objects.delete()
-        found.delete()
-
-
-@pytest.fixture
-def blobs(s3: S3) -> S3Blobs:
+def blobs(s3: Any) -> S3Blobs:
     return S3Blobs("s3://bucket/some/prefix", s3.url)
 
 
@@ -122,7 +50,7 @@ def file(tmp_path: Path) -> Callable[[bytes], tuple[Path, str]]:
 
 @pytest.mark.parametrize("content", [b"", b"small", LARGE], ids=["empty", "small", "large"])
 def test_what_is_kept_comes_back_and_is_sent_once(
-    s3: S3, blobs: S3Blobs, file: Any, content: bytes
+    s3: Any, blobs: S3Blobs, file: Any, content: bytes
 ) -> None:
     blobs.check()
     path, sha256 = file(content)
@@ -147,7 +75,7 @@ def test_what_is_kept_comes_back_and_is_sent_once(
 
 
 def test_an_upload_that_broke_goes_on_from_the_parts_that_s3_has(
-    s3: S3, blobs: S3Blobs, file: Any
+    s3: Any, blobs: S3Blobs, file: Any
 ) -> None:
     path, sha256 = file(LARGE)
     s3.fault = lambda method, where: 500 if "partNumber=3" in where else None
@@ -167,7 +95,7 @@ def test_an_upload_that_broke_goes_on_from_the_parts_that_s3_has(
 
 
 def test_what_nobody_completes_is_given_up_after_its_time(
-    s3: S3, blobs: S3Blobs, file: Any
+    s3: Any, blobs: S3Blobs, file: Any
 ) -> None:
     path, sha256 = file(LARGE)
     s3.fault = lambda method, where: 403 if "partNumber=2" in where else None
@@ -180,7 +108,7 @@ def test_what_nobody_completes_is_given_up_after_its_time(
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket="bucket")
 
 
-def test_s3_that_fails_now_and_then_is_asked_again(s3: S3, blobs: S3Blobs, file: Any) -> None:
+def test_s3_that_fails_now_and_then_is_asked_again(s3: Any, blobs: S3Blobs, file: Any) -> None:
     path, sha256 = file(LARGE)
     chance = random.Random(2)
     failed = []
@@ -197,7 +125,7 @@ def test_s3_that_fails_now_and_then_is_asked_again(s3: S3, blobs: S3Blobs, file:
     assert failed
 
 
-def test_s3_that_hangs_is_asked_again_and_then_given_up(s3: S3, blobs: S3Blobs, file: Any) -> None:
+def test_s3_that_hangs_is_asked_again_and_then_given_up(s3: Any, blobs: S3Blobs, file: Any) -> None:
     path, sha256 = file(b"slow")
     blobs.adopt(path, sha256)
     hung = []
@@ -224,7 +152,9 @@ def test_s3_that_hangs_is_asked_again_and_then_given_up(s3: S3, blobs: S3Blobs, 
     ending.set()
 
 
-def test_a_bucket_that_is_missing_or_was_deleted_is_said(s3: S3, blobs: S3Blobs, file: Any) -> None:
+def test_a_bucket_that_is_missing_or_was_deleted_is_said(
+    s3: Any, blobs: S3Blobs, file: Any
+) -> None:
     with pytest.raises(StartupError, match="there is no bucket 'elsewhere'"):
         S3Blobs("s3://elsewhere/x", s3.url).check()
     with pytest.raises(StartupError, match="names no bucket"):
@@ -242,7 +172,7 @@ def test_a_bucket_that_is_missing_or_was_deleted_is_said(s3: S3, blobs: S3Blobs,
         assert caught.value.reason == "BLOB_STORE_MISSING"
 
 
-def test_a_bucket_that_can_only_be_read_is_read(s3: S3, blobs: S3Blobs, file: Any) -> None:
+def test_a_bucket_that_can_only_be_read_is_read(s3: Any, blobs: S3Blobs, file: Any) -> None:
     path, sha256 = file(b"read me")
     blobs.adopt(path, sha256)
     s3.fault = lambda method, where: None if method in ("GET", "HEAD") else 403
@@ -255,11 +185,11 @@ def test_a_bucket_that_can_only_be_read_is_read(s3: S3, blobs: S3Blobs, file: An
 
 
 def test_without_keys_or_an_answer_it_is_said_what_is_missing(
-    s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, helpers: Any
 ) -> None:
     with pytest.raises(StartupError, match="does not answer"):
         S3Blobs("s3://bucket", "http://127.0.0.1:9", retry_seconds=0.2).check()
-    for key in KEYS:
+    for key in helpers.S3_KEYS:
         monkeypatch.delenv(key)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -278,12 +208,12 @@ def test_what_is_no_place_for_blobs_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def how(s3: S3) -> dict[str, Any]:
+def how(s3: Any) -> dict[str, Any]:
     return {"blobs": "s3://bucket/pollard", "blobs_endpoint": s3.url}
 
 
 async def test_a_manager_with_its_blobs_in_s3_keeps_checks_and_collects_them(
-    suite_with: Any, s3: S3, how: dict[str, Any], bundles: Any, helpers: Any
+    suite_with: Any, s3: Any, how: dict[str, Any], bundles: Any, helpers: Any
 ) -> None:
     async with suite_with(**how) as suite:
         shared = {"ballast.bin": b"the same in both" * 1000}
@@ -321,7 +251,7 @@ async def test_a_manager_with_its_blobs_in_s3_keeps_checks_and_collects_them(
 
 
 async def test_a_backup_of_s3_is_restored_to_a_prefix_that_nobody_has(
-    suite_with: Any, s3: S3, how: dict[str, Any], bundles: Any, tmp_path: Path
+    suite_with: Any, s3: Any, how: dict[str, Any], bundles: Any, tmp_path: Path
 ) -> None:
     async with suite_with(**how) as suite:
         await suite.client.push(bundles.tar(1))
@@ -348,7 +278,7 @@ async def test_a_backup_of_s3_is_restored_to_a_prefix_that_nobody_has(
 
 
 async def test_s3_that_is_away_stops_uploads_and_nothing_is_lost(
-    suite_with: Any, s3: S3, how: dict[str, Any], bundles: Any, helpers: Any
+    suite_with: Any, s3: Any, how: dict[str, Any], bundles: Any, helpers: Any
 ) -> None:
     async with suite_with(**how) as suite:
         suite.service.blobs._retry_seconds = 0.5
@@ -367,7 +297,7 @@ async def test_s3_that_is_away_stops_uploads_and_nothing_is_lost(
 
 
 async def test_managers_share_one_bucket_and_another_installation_is_turned_away(
-    s3: S3, how: dict[str, Any], postgres: Any, tmp_path: Path, bundles: Any, helpers: Any
+    s3: Any, how: dict[str, Any], postgres: Any, tmp_path: Path, bundles: Any, helpers: Any
 ) -> None:
     name = postgres.new_database()
     settings = [
@@ -438,7 +368,7 @@ async def start(told: dict[str, Any], helpers: Any) -> tuple[asyncio.subprocess.
 
 
 async def test_kills_while_blobs_go_to_s3_lose_nothing(
-    s3: S3, how: dict[str, Any], tmp_path: Path, bundles: Any, helpers: Any
+    s3: Any, how: dict[str, Any], tmp_path: Path, bundles: Any, helpers: Any
 ) -> None:
     """Killed after the first, second… part that S3 got, the upload goes on where it was."""
     told = {"store": str(tmp_path / "store"), "port": 0, "log_format": "json"} | how

@@ -205,6 +205,18 @@ class Staging:
             self._add_file(path, data)
         self._received[path] = offset + len(data)
 
+    def restart(self, path: str) -> None:
+        """Forget what was received of a file: it comes again from its first byte.
+
+        Raises:
+            OSError: what was written cannot be removed.
+        """
+        self._received.pop(path, None)
+        if path == MANIFEST:
+            self._manifest_bytes, self._files, self.manifest = b"", {}, None
+        if path in self._files or path in (MANIFEST, SIGNATURE):
+            (self._folder / path).unlink(missing_ok=True)
+
     def commit(self) -> Path:
         """Check everything against the digests, make it durable and visible; return its folder.
 

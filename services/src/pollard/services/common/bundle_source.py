@@ -1,10 +1,11 @@
-"""Where a server gets bundles from: its cache, else the manager."""
+"""Where a server gets bundles from: its cache, else the manager, or where the manager says."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from pollard.runtime.bundle import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, wri
 from pollard.runtime.errors import BundleError
 from pollard.services.common.auth.own import Pairs
 from pollard.services.common.bundle_cache import BundleCache, Staging, disk_full
+from pollard.services.common.direct_fetch import (
+    DirectFetch,
+    DirectFetchFailed,
+    FetchLimits,
+    RemoteFile,
+)
 from pollard.services.common.errors import (
     DataLoss,
     NotFound,
@@ -32,6 +39,9 @@ _ATTEMPTS = 4
 _SILENCE_SECONDS = 30.0
 """Longest wait for the next piece of a download."""
 
+_MANAGER_ONLY_SECONDS = 60.0
+"""How long the manager is asked for the bytes after what it named could not be reached."""
+
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
@@ -43,6 +53,7 @@ class BundleSource:
         cache: BundleCache,
         channel: Callable[[], grpc.aio.Channel | None],
         shows: Callable[[], Pairs] = tuple,
+        limits: FetchLimits | None = None,
     ) -> None:
         """Fetch into `cache`.
 
@@ -50,10 +61,13 @@ class BundleSource:
             cache: Where bundles lie.
             channel: Returns the channel to the manager; None means no manager.
             shows: Returns the metadata that tells the manager who asks.
+            limits: How patient fetches from other places are.
         """
         self._cache = cache
         self._channel = channel
         self._shows = shows
+        self._direct = DirectFetch(limits)
+        self._manager_only_until = 0.0
         self._fetching: dict[tuple[str, bool], asyncio.Task[Path]] = {}
 
     def cached(self, digest: str) -> bool:
@@ -84,6 +98,10 @@ class BundleSource:
     async def discard(self, digest: str) -> None:
         """Remove a bundle that was found to be damaged; the next `fetch` gets it anew."""
         await asyncio.to_thread(self._cache.discard, digest)
+
+    def close(self) -> None:
+        """Fetch nothing more from other places than the manager."""
+        self._direct.close()
 
     async def refresh_signature(self, digest: str) -> bool:
         """Get the signature of a cached bundle anew: it may have been signed since.
@@ -165,7 +183,7 @@ class BundleSource:
                 await self._receive(channel, digest, (MANIFEST,), staging)
                 labels = _labels_file(staging.manifest)
                 if labels:
-                    await self._receive(channel, digest, (labels,), staging, skip_manifest=True)
+                    await self._receive(channel, digest, (labels,), staging)
             return await asyncio.to_thread(staging.commit)
         except BaseException as error:
             if staging is not None:
@@ -173,26 +191,103 @@ class BundleSource:
             raise _translated(error, digest) from error
 
     async def _receive(
+        self, channel: grpc.aio.Channel, digest: str, paths: Sequence[str], staging: Staging
+    ) -> None:
+        """Get files into `staging`: by the URLs that the manager gives, else from itself."""
+        direct = time.monotonic() >= self._manager_only_until
+        elsewhere = await self._ask(channel, digest, paths, staging, urls=direct)
+        renewed = ""
+        while elsewhere:
+            file = next(iter(elsewhere.values()))
+
+            def take(offset: int, data: bytes, file: RemoteFile = file) -> None:
+                staging.add(file.path, offset, data, file.size_bytes)
+
+            try:
+                await self._direct.fetch(file, take)
+                del elsewhere[file.path]
+                continue
+            except DirectFetchFailed as error:
+                if error.refused and renewed != file.path:
+                    # Its time may be over, after all the files before it.
+                    renewed = file.path
+                    elsewhere = await self._renew(channel, digest, elsewhere, staging)
+                    continue
+                _log.warning(
+                    "a file cannot be fetched where the manager says; it has to send it",
+                    digest=digest,
+                    path=file.path,
+                    error=error.message,
+                )
+                unreachable = error.unreachable
+            await asyncio.to_thread(staging.restart, file.path)
+            if unreachable:
+                self._manager_only_until = time.monotonic() + _MANAGER_ONLY_SECONDS
+                await self._ask(channel, digest, list(elsewhere), staging, urls=False)
+                return
+            await self._ask(channel, digest, [file.path], staging, urls=False)
+            del elsewhere[file.path]
+
+    async def _renew(
+        self,
+        channel: grpc.aio.Channel,
+        digest: str,
+        files: Mapping[str, RemoteFile],
+        staging: Staging,
+    ) -> dict[str, RemoteFile]:
+        """Ask for other URLs of files, of which the first may be there in part."""
+        first = next(iter(files.values()))
+        found = await self._ask(
+            channel, digest, list(files), staging, urls=True, partial=first.path
+        )
+        if (again := found.get(first.path)) is not None:
+            again.received, again.digest = first.received, first.digest
+        return found
+
+    async def _ask(
         self,
         channel: grpc.aio.Channel,
         digest: str,
         paths: Sequence[str],
         staging: Staging,
         *,
-        skip_manifest: bool = False,
-    ) -> None:
-        request = models_pb.DownloadBundleRequest(bundle_sha256=digest, paths=paths)
+        urls: bool,
+        partial: str = "",
+    ) -> dict[str, RemoteFile]:
+        """Have the manager send files; return those for which it gave URLs instead, in order.
+
+        Args:
+            channel: Leads to the manager.
+            digest: The bundle's.
+            paths: The files; empty for all.
+            staging: Takes what is sent.
+            urls: Whether URLs will do.
+            partial: A file of which something is there already.
+        """
+        request = models_pb.DownloadBundleRequest(
+            bundle_sha256=digest, paths=paths, accept_urls=urls
+        )
         call: Any = models_grpc.ModelServiceStub(channel).DownloadBundle(
             request, metadata=self._shows()
         )
+        # The manifest comes with everything, and is here already.
+        unwanted = staging.manifest is not None and MANIFEST not in paths
+        elsewhere: dict[str, RemoteFile] = {}
         try:
             while True:
                 async with asyncio.timeout(_SILENCE_SECONDS):
                     piece = await call.read()
                 if piece is grpc.aio.EOF:
-                    break
-                if skip_manifest and piece.path == MANIFEST:
+                    return elsewhere
+                if unwanted and piece.path == MANIFEST:
                     continue
+                if urls and piece.url:
+                    elsewhere[piece.path] = RemoteFile(
+                        piece.path, piece.total_bytes, piece.sha256, piece.url
+                    )
+                    continue
+                if piece.path == partial and piece.offset == 0:
+                    await asyncio.to_thread(staging.restart, partial)
                 await asyncio.to_thread(
                     staging.add, piece.path, piece.offset, piece.data, piece.total_bytes
                 )

@@ -184,6 +184,7 @@ class FleetAgent:
     async def stop(self) -> None:
         """Close the stream and let the cache go. What runs is not touched."""
         await cancel(*self._tasks)
+        self.bundles.close()
         for channel in self._channels.values():
             await channel.close()
         self.cache.close()

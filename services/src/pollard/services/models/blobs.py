@@ -9,7 +9,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pollard.runtime.digests import sha256_bytes
@@ -23,6 +24,25 @@ OWNER = "owner"
 """Path of the mark that says whose blobs these are."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BlobUrl:
+    """Where others can get a blob by themselves. It lets in whoever knows it."""
+
+    url: str
+    expires: float
+    """When it ends, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class UrlRules:
+    """How URLs of blobs are made, where a store can make them."""
+
+    seconds: float
+    """How long each is good."""
+    endpoint: str = ""
+    """URL under which those who get them reach the store; empty for the one that is used here."""
 
 
 class Blobs(abc.ABC):
@@ -70,6 +90,13 @@ class Blobs(abc.ABC):
             OSError: it cannot be read.
             Unavailable: the store does not answer.
         """
+
+    def urls(self, sha256s: Sequence[str]) -> dict[str, BlobUrl]:
+        """Return where others can get blobs by themselves; none where there is no such way.
+
+        Whether the blobs are there is not looked at.
+        """
+        return {}
 
     @abc.abstractmethod
     def __iter__(self) -> Iterator[str]:
@@ -144,13 +171,14 @@ def damaged(sha256: str, actual: str) -> DataLoss:
     )
 
 
-def open_blobs(where: str, endpoint: str, default: Path) -> Blobs:
+def open_blobs(where: str, endpoint: str, default: Path, urls: UrlRules | None = None) -> Blobs:
     """Return the store of blobs that a setting names; nothing is read or written yet.
 
     Args:
         where: ``s3://BUCKET/PREFIX``, or a directory; empty for the default.
         endpoint: URL of an S3 that is not Amazon's; empty for Amazon's.
         default: Directory to use when nothing is named.
+        urls: How URLs of blobs are made for others; None makes none.
 
     Raises:
         StartupError: it names something else, or what S3 needs is not installed.
@@ -162,7 +190,7 @@ def open_blobs(where: str, endpoint: str, default: Path) -> Blobs:
             raise StartupError(
                 f"blobs in S3 need more packages ({error}): pip install 'pollard-services[s3]'"
             ) from error
-        return S3Blobs(where, endpoint)
+        return S3Blobs(where, endpoint, urls=urls)
     if "://" in where and not where.startswith("file://"):
         raise StartupError(
             f"--blobs {without_secrets(where)!r} is neither s3://BUCKET/PREFIX nor a directory"

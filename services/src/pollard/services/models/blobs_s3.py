@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,17 @@ from pollard.services.common.errors import (
     StartupError,
     Unavailable,
 )
-from pollard.services.models.blobs import OWNER, PIECE_BYTES, Blobs, blob_of, blob_path
+from pollard.services.common.redact import without_secrets
+from pollard.services.models.blobs import (
+    OWNER,
+    PIECE_BYTES,
+    Blobs,
+    BlobUrl,
+    UrlRules,
+    blob_of,
+    blob_path,
+)
+from pollard.services.models.presigned import Presigner
 
 T = TypeVar("T")
 
@@ -56,9 +66,10 @@ class S3Blobs(Blobs):
         endpoint: URL of an S3 that is not Amazon's; empty for Amazon's.
         retry_seconds: How long a request is tried again.
         request_seconds: Longest time for one request.
+        urls: How presigned URLs are made for others; None makes none.
 
     Raises:
-        StartupError: it names no bucket.
+        StartupError: it names no bucket, or what it names is no URL.
     """
 
     shared = True
@@ -70,6 +81,7 @@ class S3Blobs(Blobs):
         *,
         retry_seconds: float = RETRY_SECONDS,
         request_seconds: float = REQUEST_SECONDS,
+        urls: UrlRules | None = None,
     ) -> None:
         self._bucket, _, prefix = where.removeprefix("s3://").strip("/").partition("/")
         if not self._bucket:
@@ -78,18 +90,32 @@ class S3Blobs(Blobs):
         self.name = f"s3://{self._bucket}/{prefix}"
         self._retry_seconds = retry_seconds
         self._request_seconds = request_seconds
-        self._files = S3FileSystem(
-            endpoint_url=endpoint or None,
-            config_kwargs={
-                "connect_timeout": min(5.0, request_seconds),
-                "read_timeout": request_seconds,
-                # Trying again is done here, where it is known for how long.
-                "retries": {"mode": "standard", "total_max_attempts": 1},
-            },
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-        self._files.retries = 1
+        self._files = self._reached_by(endpoint)
+        self._signer: Presigner | None = None
+        if urls is not None:
+            # The name under which it is asked is part of what is signed.
+            reached = self._reached_by(urls.endpoint) if urls.endpoint else self._files
+            self._signer = Presigner(reached, self._bucket, urls.seconds)
+
+    def _reached_by(self, endpoint: str) -> S3FileSystem:
+        try:
+            files = S3FileSystem(
+                endpoint_url=endpoint or None,
+                config_kwargs={
+                    "connect_timeout": min(5.0, self._request_seconds),
+                    "read_timeout": self._request_seconds,
+                    # Trying again is done here, where it is known for how long.
+                    "retries": {"mode": "standard", "total_max_attempts": 1},
+                    # Left to itself, URLs are signed in the old way, which newer regions refuse.
+                    "signature_version": "s3v4",
+                },
+                use_listings_cache=False,
+                skip_instance_cache=True,
+            )
+        except ValueError as error:
+            raise StartupError(f"{without_secrets(endpoint)!r} is no URL of an S3") from error
+        files.retries = 1
+        return files
 
     def check(self) -> None:
         """Look into the bucket, once and for all: a wrong name should be known at the start."""
@@ -193,6 +219,17 @@ class S3Blobs(Blobs):
             content = self._get(self._key(sha256), f"bytes={start}-{end - 1}", end - start)
             for offset in range(0, len(content), PIECE_BYTES):
                 yield content[offset : offset + PIECE_BYTES]
+
+    def urls(self, sha256s: Sequence[str]) -> dict[str, BlobUrl]:
+        """Sign URLs, if that was asked for; S3 itself is not asked anything."""
+        if self._signer is None:
+            return {}
+        try:
+            return self._signer.sign({sha256: self._key(sha256) for sha256 in sha256s})
+        # Keys are looked for in many places, which fail in many ways.
+        except Exception as error:
+            _log.warning("no URLs can be signed; files go through the manager", error=repr(error))
+            return {}
 
     def _get(self, key: str, part: str, size: int | None = None) -> bytes:
         async def read() -> bytes:

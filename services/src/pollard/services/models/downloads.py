@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -13,21 +14,65 @@ from sqlalchemy.orm import Session
 from pollard.runtime.bundle import MANIFEST
 from pollard.services.common.errors import DataLoss, NotFound
 from pollard.services.models import registry
-from pollard.services.models.blobs import Blobs, missing
+from pollard.services.models.blobs import Blobs, BlobUrl, missing
 from pollard.services.models.schema import BundleFile
 from pollard.services.models.store import Store
+
+SMALL_BYTES = 64 * 1024
+"""Files up to this size are sent even to those who can fetch them elsewhere."""
 
 _log = structlog.get_logger("pollard.downloads")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of one file."""
+    """Part of one file, or where all of it can be had."""
 
     path: str
     offset: int
     data: bytes
     total_bytes: int
+    url: BlobUrl | None = None
+    """Where the whole file is; `data` is empty then."""
+    sha256: str = ""
+    """The file's, where there is a URL."""
+
+
+async def find_urls(blobs: Blobs, files: Sequence[BundleFile]) -> dict[str, BlobUrl]:
+    """Return where files can be had without the manager, by digest; none where there is no way.
+
+    Small ones are not worth a connection, and the manifest is what the others are checked by.
+    """
+    wanted = {
+        file.sha256 for file in files if file.size_bytes > SMALL_BYTES and file.path != MANIFEST
+    }
+    return await asyncio.to_thread(blobs.urls, sorted(wanted)) if wanted else {}
+
+
+class SmallFiles:
+    """Small files that were sent lately: many servers want the same ones at the same time."""
+
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+
+    def get(self, sha256: str) -> bytes | None:
+        """Return a file by its digest; None if it is not here."""
+        content = self._kept.get(sha256)
+        if content is not None:
+            self._kept.move_to_end(sha256)
+        return content
+
+    def keep(self, sha256: str, content: bytes) -> None:
+        """Keep a file that has been compared with its digest."""
+        if len(content) > SMALL_BYTES or sha256 in self._kept:
+            return
+        self._kept[sha256] = content
+        self._bytes += len(content)
+        while self._bytes > self._most_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= len(oldest)
 
 
 async def find_files(
@@ -64,21 +109,42 @@ async def find_files(
     return [file for file in files if file.path in paths or file.path == MANIFEST]
 
 
-async def read_files(blobs: Blobs, files: Sequence[BundleFile]) -> AsyncIterator[Piece]:
+async def read_files(
+    blobs: Blobs,
+    files: Sequence[BundleFile],
+    urls: Mapping[str, BlobUrl] | None = None,
+    small: SmallFiles | None = None,
+) -> AsyncIterator[Piece]:
     """Yield the files piece by piece; the next piece is read while one is on its way.
 
     The last piece of a file is held back until the digest is known to be
     right: who has all pieces has the file as it was stored.
 
+    Args:
+        blobs: Holds the files.
+        files: What to send.
+        urls: Where files can be had otherwise, by digest: of these only that is told.
+        small: Small files that need not be read again.
+
     Raises:
         DataLoss: a blob is missing or damaged.
     """
     for file in files:
+        url = (urls or {}).get(file.sha256)
+        if url is not None:
+            yield Piece(file.path, 0, b"", file.size_bytes, url, file.sha256)
+            continue
+        if small is not None and (content := small.get(file.sha256)) is not None:
+            yield Piece(file.path, 0, content, len(content))
+            continue
         pieces = _read(blobs, file)
         reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
         try:
             while (piece := await reading) is not None:
                 reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                if small is not None and len(piece.data) == file.size_bytes:
+                    # Its last piece: it has been compared with its digest.
+                    small.keep(file.sha256, piece.data)
                 yield piece
         finally:
             # The thread must be out of the generator before that is closed.

@@ -11,6 +11,7 @@ from google.rpc import status_pb2
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name
+from pollard.services.models.downloads import Piece
 from pollard.services.models.events import etag
 from pollard.services.models.quorum import Quorum
 from pollard.services.models.rollout_rows import rollout_name
@@ -90,6 +91,17 @@ def alias(row: Alias) -> pb.Alias:
         update_time=timestamp(row.update_time),
         etag=etag(row.etag),
     )
+
+
+def piece(found: Piece) -> pb.DownloadBundleResponse:
+    """Return a piece of a file, or where the file can be had."""
+    message = pb.DownloadBundleResponse(
+        path=found.path, offset=found.offset, data=found.data, total_bytes=found.total_bytes
+    )
+    if found.url is not None:
+        message.url, message.sha256 = found.url.url, found.sha256
+        message.expire_time.FromMicroseconds(int(found.url.expires * 1e6))
+    return message
 
 
 def verified(progress: Progress) -> pb.VerifyStoreResponse:

@@ -71,7 +71,9 @@ class ModelsService:
         self.settings = settings
         self.gate = Gate(settings.gate_rules)
         self.store = Store(settings.store, settings.database_url)
-        self.blobs = open_blobs(settings.blobs, settings.blobs_endpoint, self.store.blobs)
+        self.blobs = open_blobs(
+            settings.blobs, settings.blobs_endpoint, self.store.blobs, settings.url_rules
+        )
         self.collector = Collector(self.store, self.blobs)
         self.signatures = SignaturePolicy.load(settings.signature_mode, settings.trusted_keys)
         self.uploads = Uploads(

@@ -48,6 +48,7 @@ class ModelServicer(RolloutMethods):
         self._uploads = uploads
         self._feed = feed
         self._quotas = Quotas(store)
+        self._small = downloads.SmallFiles()
 
     # Bundles
 
@@ -92,13 +93,11 @@ class ModelServicer(RolloutMethods):
         else:
             raise InvalidRequest("name a revision, an alias or a bundle", reason="SOURCE_MISSING")
         files = await downloads.find_files(self._store, source, request.paths)
-        async for piece in downloads.read_files(self._blobs, files):
-            yield pb.DownloadBundleResponse(
-                path=piece.path,
-                offset=piece.offset,
-                data=piece.data,
-                total_bytes=piece.total_bytes,
-            )
+        urls = await downloads.find_urls(self._blobs, files) if request.accept_urls else {}
+        # Servers come many at a time. What lies on this machine's disk is in its memory already.
+        small = self._small if request.accept_urls and self._blobs.shared else None
+        async for piece in downloads.read_files(self._blobs, files, urls, small):
+            yield encode.piece(piece)
 
     async def VerifyStore(
         self, request: pb.VerifyStoreRequest, context: Context

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pollard.services.common.lifecycle import is_loopback
 from pollard.services.common.settings import ServiceSettings
+from pollard.services.models.blobs import UrlRules
 
 
 class ModelsSettings(ServiceSettings):
@@ -43,6 +44,23 @@ class ModelsSettings(ServiceSettings):
         "",
         description="URL of an S3 that is not Amazon's; keys and region come from where AWS tools "
         "look for them.",
+    )
+    blobs_direct: bool = Field(
+        True,
+        description="With --blobs s3://…: have servers fetch bundles from S3 themselves, by URLs "
+        "that are good for --blobs-url-seconds. Where that fails, and to servers of an older "
+        "version, the manager sends them.",
+    )
+    blobs_public_endpoint: str = Field(
+        "",
+        description="URL under which servers reach the S3, where they know it by another name than "
+        "the manager.",
+    )
+    blobs_url_seconds: float = Field(
+        300.0,
+        ge=10,
+        le=604_800,
+        description="How long a URL by which a server fetches a file is good, in seconds.",
     )
     initial_tokens: Path | None = Field(
         None,
@@ -108,6 +126,22 @@ class ModelsSettings(ServiceSettings):
         "localhost, this machine's name and addresses. Where nobody has to sign in, the page "
         "answers under no other.",
     )
+
+    @model_validator(mode="after")
+    def _check_blobs(self) -> Self:
+        where = self.blobs_public_endpoint
+        if where and not self.blobs.startswith("s3://"):
+            raise ValueError("blobs_public_endpoint is for a --blobs s3://BUCKET/PREFIX")
+        if where and not where.startswith(("http://", "https://")):
+            raise ValueError("blobs_public_endpoint is a URL, as https://HOST or http://HOST:PORT")
+        return self
+
+    @property
+    def url_rules(self) -> UrlRules | None:
+        """How URLs of blobs are made for servers; None for not at all."""
+        if not self.blobs_direct:
+            return None
+        return UrlRules(self.blobs_url_seconds, self.blobs_public_endpoint)
 
     @property
     def first_tokens(self) -> Path | None:

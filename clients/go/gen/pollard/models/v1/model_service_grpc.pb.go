@@ -37,7 +37,8 @@ type ModelServiceClient interface {
 	// Unfinished uploads are kept for a day.
 	GetUpload(ctx context.Context, in *GetUploadRequest, opts ...grpc.CallOption) (*GetUploadResponse, error)
 	// DownloadBundle sends the files of a bundle, each in order from its first
-	// byte to its last; `manifest.json` comes first.
+	// byte to its last; `manifest.json` comes first. To clients that accept them
+	// it may send URLs in place of the bytes.
 	DownloadBundle(ctx context.Context, in *DownloadBundleRequest, opts ...grpc.CallOption) (ModelService_DownloadBundleClient, error)
 	// VerifyStore reads every stored file from the disk and compares it with its
 	// SHA-256. It tells how far it is about once a second, and what is damaged as
@@ -493,7 +494,8 @@ type ModelServiceServer interface {
 	// Unfinished uploads are kept for a day.
 	GetUpload(context.Context, *GetUploadRequest) (*GetUploadResponse, error)
 	// DownloadBundle sends the files of a bundle, each in order from its first
-	// byte to its last; `manifest.json` comes first.
+	// byte to its last; `manifest.json` comes first. To clients that accept them
+	// it may send URLs in place of the bytes.
 	DownloadBundle(*DownloadBundleRequest, ModelService_DownloadBundleServer) error
 	// VerifyStore reads every stored file from the disk and compares it with its
 	// SHA-256. It tells how far it is about once a second, and what is damaged as

@@ -800,12 +800,17 @@ class DownloadBundleRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     BUNDLE_SHA256_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    ACCEPT_URLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Revision, "models/{model}/revisions/{n}", or through an alias,
     "models/{model}/aliases/{alias}".
     """
     bundle_sha256: _builtins.str
     """SHA-256 of its manifest.json, lower-case hexadecimal."""
+    accept_urls: _builtins.bool
+    """Whether the client can fetch files by a URL. It must be ready to ask again
+    without this where a URL does not work for it.
+    """
     @_builtins.property
     def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these files, by their path within the bundle; empty for all.
@@ -818,10 +823,11 @@ class DownloadBundleRequest(_message.Message):
         name: _builtins.str = ...,
         bundle_sha256: _builtins.str = ...,
         paths: _abc.Iterable[_builtins.str] | None = ...,
+        accept_urls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_sha256", b"bundle_sha256", "name", b"name", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_sha256", b"bundle_sha256", "name", b"name", "paths", b"paths", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_urls", b"accept_urls", "bundle_sha256", b"bundle_sha256", "name", b"name", "paths", b"paths", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["name", "bundle_sha256"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -839,6 +845,9 @@ class DownloadBundleResponse(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path of the file within the bundle."""
     offset: _builtins.int
@@ -847,6 +856,18 @@ class DownloadBundleResponse(_message.Message):
     """Bytes; at most 1 MiB. Empty only for an empty file."""
     total_bytes: _builtins.int
     """Size of the whole file."""
+    url: _builtins.str
+    """Where the whole file can be had by GET, also in ranges, without the
+    manager; only if the request accepts URLs. This message then stands for all
+    pieces of the file. The URL lets in whoever knows it: keep it out of logs.
+    What comes from there is not checked by anybody but the client.
+    """
+    sha256: _builtins.str
+    """SHA-256 of the file, lower-case hexadecimal; set with the URL."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when a GET of the URL may begin; set with it."""
+
     def __init__(
         self,
         *,
@@ -854,10 +875,13 @@ class DownloadBundleResponse(_message.Message):
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
         total_bytes: _builtins.int = ...,
+        url: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        sha256: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset", "path", b"path", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "expire_time", b"expire_time", "offset", b"offset", "path", b"path", "sha256", b"sha256", "total_bytes", b"total_bytes", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

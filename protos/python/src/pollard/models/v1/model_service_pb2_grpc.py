@@ -236,7 +236,8 @@ class ModelServiceServicer(object):
 
     def DownloadBundle(self, request, context):
         """DownloadBundle sends the files of a bundle, each in order from its first
-        byte to its last; `manifest.json` comes first.
+        byte to its last; `manifest.json` comes first. To clients that accept them
+        it may send URLs in place of the bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

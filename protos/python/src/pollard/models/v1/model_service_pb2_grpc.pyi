@@ -71,7 +71,8 @@ class ModelServiceStub:
     """
     DownloadBundle: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadBundleRequest, _model_service_pb2.DownloadBundleResponse]
     """DownloadBundle sends the files of a bundle, each in order from its first
-    byte to its last; `manifest.json` comes first.
+    byte to its last; `manifest.json` comes first. To clients that accept them
+    it may send URLs in place of the bytes.
     """
     VerifyStore: _grpc.UnaryStreamMultiCallable[_model_service_pb2.VerifyStoreRequest, _model_service_pb2.VerifyStoreResponse]
     """VerifyStore reads every stored file from the disk and compares it with its
@@ -195,7 +196,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     DownloadBundle: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadBundleRequest, _model_service_pb2.DownloadBundleResponse]  # type: ignore[assignment]
     """DownloadBundle sends the files of a bundle, each in order from its first
-    byte to its last; `manifest.json` comes first.
+    byte to its last; `manifest.json` comes first. To clients that accept them
+    it may send URLs in place of the bytes.
     """
     VerifyStore: _aio.UnaryStreamMultiCallable[_model_service_pb2.VerifyStoreRequest, _model_service_pb2.VerifyStoreResponse]  # type: ignore[assignment]
     """VerifyStore reads every stored file from the disk and compares it with its
@@ -334,7 +336,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.DownloadBundleResponse], _abc.AsyncIterator[_model_service_pb2.DownloadBundleResponse]]:
         """DownloadBundle sends the files of a bundle, each in order from its first
-        byte to its last; `manifest.json` comes first.
+        byte to its last; `manifest.json` comes first. To clients that accept them
+        it may send URLs in place of the bytes.
         """
 
     @_abc_1.abstractmethod

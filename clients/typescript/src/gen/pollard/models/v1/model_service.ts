@@ -389,6 +389,11 @@ export interface DownloadBundleRequest {
    * `manifest.json` is always sent. An unknown path is NOT_FOUND.
    */
   paths: string[];
+  /**
+   * Whether the client can fetch files by a URL. It must be ready to ask again
+   * without this where a URL does not work for it.
+   */
+  acceptUrls: boolean;
 }
 
 /** DownloadBundleResponse is a piece of one file. */
@@ -401,6 +406,19 @@ export interface DownloadBundleResponse {
   data: Buffer;
   /** Size of the whole file. */
   totalBytes: number;
+  /**
+   * Where the whole file can be had by GET, also in ranges, without the
+   * manager; only if the request accepts URLs. This message then stands for all
+   * pieces of the file. The URL lets in whoever knows it: keep it out of logs.
+   * What comes from there is not checked by anybody but the client.
+   */
+  url: string;
+  /** Until when a GET of the URL may begin; set with it. */
+  expireTime:
+    | Date
+    | undefined;
+  /** SHA-256 of the file, lower-case hexadecimal; set with the URL. */
+  sha256: string;
 }
 
 /** VerifyStoreRequest says what to verify. */
@@ -2870,7 +2888,7 @@ export const GetUploadResponse: MessageFns<GetUploadResponse> = {
 };
 
 function createBaseDownloadBundleRequest(): DownloadBundleRequest {
-  return { source: undefined, paths: [] };
+  return { source: undefined, paths: [], acceptUrls: false };
 }
 
 export const DownloadBundleRequest: MessageFns<DownloadBundleRequest> = {
@@ -2885,6 +2903,9 @@ export const DownloadBundleRequest: MessageFns<DownloadBundleRequest> = {
     }
     for (const v of message.paths) {
       writer.uint32(26).string(v!);
+    }
+    if (message.acceptUrls !== false) {
+      writer.uint32(32).bool(message.acceptUrls);
     }
     return writer;
   },
@@ -2926,6 +2947,14 @@ export const DownloadBundleRequest: MessageFns<DownloadBundleRequest> = {
             message.paths.push(reader.string());
             continue;
           }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.acceptUrls = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2958,12 +2987,13 @@ export const DownloadBundleRequest: MessageFns<DownloadBundleRequest> = {
       }
     }
     message.paths = object.paths?.map((e) => e) || [];
+    message.acceptUrls = object.acceptUrls ?? false;
     return message;
   },
 };
 
 function createBaseDownloadBundleResponse(): DownloadBundleResponse {
-  return { path: "", offset: 0, data: Buffer.alloc(0), totalBytes: 0 };
+  return { path: "", offset: 0, data: Buffer.alloc(0), totalBytes: 0, url: "", expireTime: undefined, sha256: "" };
 }
 
 export const DownloadBundleResponse: MessageFns<DownloadBundleResponse> = {
@@ -2979,6 +3009,15 @@ export const DownloadBundleResponse: MessageFns<DownloadBundleResponse> = {
     }
     if (message.totalBytes !== 0) {
       writer.uint32(32).int64(message.totalBytes);
+    }
+    if (message.url !== "") {
+      writer.uint32(42).string(message.url);
+    }
+    if (message.expireTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.expireTime), writer.uint32(50).fork()).join();
+    }
+    if (message.sha256 !== "") {
+      writer.uint32(58).string(message.sha256);
     }
     return writer;
   },
@@ -3028,6 +3067,30 @@ export const DownloadBundleResponse: MessageFns<DownloadBundleResponse> = {
             message.totalBytes = longToNumber(reader.int64());
             continue;
           }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.url = reader.string();
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.expireTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.sha256 = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -3049,6 +3112,9 @@ export const DownloadBundleResponse: MessageFns<DownloadBundleResponse> = {
     message.offset = object.offset ?? 0;
     message.data = object.data ?? Buffer.alloc(0);
     message.totalBytes = object.totalBytes ?? 0;
+    message.url = object.url ?? "";
+    message.expireTime = object.expireTime ?? undefined;
+    message.sha256 = object.sha256 ?? "";
     return message;
   },
 };
@@ -7608,7 +7674,8 @@ export const ModelServiceService = {
   },
   /**
    * DownloadBundle sends the files of a bundle, each in order from its first
-   * byte to its last; `manifest.json` comes first.
+   * byte to its last; `manifest.json` comes first. To clients that accept them
+   * it may send URLs in place of the bytes.
    */
   downloadBundle: {
     path: "/pollard.models.v1.ModelService/DownloadBundle" as const,
@@ -7951,7 +8018,8 @@ export interface ModelServiceServer extends UntypedServiceImplementation {
   getUpload: handleUnaryCall<GetUploadRequest, GetUploadResponse>;
   /**
    * DownloadBundle sends the files of a bundle, each in order from its first
-   * byte to its last; `manifest.json` comes first.
+   * byte to its last; `manifest.json` comes first. To clients that accept them
+   * it may send URLs in place of the bytes.
    */
   downloadBundle: handleServerStreamingCall<DownloadBundleRequest, DownloadBundleResponse>;
   /**
@@ -8097,7 +8165,8 @@ export interface ModelServiceClient extends Client {
   ): ClientUnaryCall;
   /**
    * DownloadBundle sends the files of a bundle, each in order from its first
-   * byte to its last; `manifest.json` comes first.
+   * byte to its last; `manifest.json` comes first. To clients that accept them
+   * it may send URLs in place of the bytes.
    */
   downloadBundle(
     request: DownloadBundleRequest,
