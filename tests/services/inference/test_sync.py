@@ -500,3 +500,34 @@ async def test_before_it_knows_what_to_serve_nothing_is_unknown(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ModelInfer(tensor_request(np.zeros((1, 4))), timeout=10)
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_cache_with_a_limit_keeps_what_runs_and_refuses_what_does_not_fit(
+    manager, start_server, make_bundle
+) -> None:
+    """What is not in use goes; a swap for which old and new do not fit is refused with words."""
+    bundles = {number: make_bundle(float(number)) for number in range(1, 5)}
+    size = max(
+        sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
+        for bundle in bundles.values()
+    )
+    server = await start_server(manager.address, cache_bytes=2 * size + size // 2)
+    cache = server.agent.cache
+
+    def kept() -> set[str]:
+        return {path.name for path in (cache.root / "bundles").iterdir()}
+
+    for number in (1, 2, 3):
+        manager.want("adder", {number: bundles[number]}, {"production": {number: 1}})
+        assert (await manager.apply()).HasField("ack")
+        assert bundles[number].digest in kept()
+        assert len(kept()) <= 2
+    wanted = {number: bundles[number] for number in (2, 3)}
+    manager.want("adder", wanted, {"production": {3: 1}})
+    assert (await manager.apply()).HasField("ack")
+    manager.want("adder", wanted | {4: bundles[4]}, {"production": {4: 1}})
+    nack = (await manager.apply()).nack
+    assert "--cache-bytes" in nack.status.message
+    assert "in use or being fetched" in nack.status.message
+    assert kept() == {bundle.digest for bundle in wanted.values()}
+    assert server.engine.table.models["adder"].routes["production"] == ((3, 1),)

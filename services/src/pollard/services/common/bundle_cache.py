@@ -16,6 +16,7 @@ disk. Nothing here knows gRPC.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -45,21 +46,29 @@ from pollard.runtime.bundle import (
 )
 from pollard.runtime.digests import sha256_bytes
 from pollard.runtime.errors import BundleCorrupt, BundleError
+from pollard.services.common.cache_room import CacheRoom
 from pollard.services.common.errors import StartupError
 
 _log = structlog.get_logger("pollard.cache")
 
 
 class BundleCache:
-    """The cache folder of one server."""
+    """The cache folder of one server. May be used from any thread."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_bytes: int = 0) -> None:
         """Take the folder, which is created; what a crash left half-written is removed.
+
+        Args:
+            root: The folder.
+            max_bytes: Most that bundles take together, those that are being fetched among them; 0
+                for no limit.
 
         Raises:
             StartupError: another server uses it, or it cannot be written.
         """
         self.root = root
+        self._room = CacheRoom(self, max_bytes) if max_bytes else None
+        self._protected: frozenset[str] = frozenset()
         self._tmp = root / "tmp"
         try:
             for folder in (root / "bundles", root / "descriptions", self._tmp):
@@ -93,24 +102,66 @@ class BundleCache:
         """Remove a bundle, because it is damaged or no longer wanted."""
         for path in (self.bundle_path(digest), self.description_path(digest)):
             if path.exists():
-                # Renamed first: a folder under its digest is whole at any moment.
-                doomed = self._tmp / uuid.uuid4().hex
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self.discard_folder(path)
+
+    def discard_folder(self, path: Path) -> None:
+        """Remove one of the folders of a bundle."""
+        # Renamed first: a folder under its digest is whole at any moment.
+        doomed = self._tmp / uuid.uuid4().hex
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def protect(self, digests: Collection[str], *, also: bool = False) -> None:
+        """Say what is in use or about to be: it is not removed to make room.
+
+        Args:
+            digests: The bundles.
+            also: Beside those that were said before, rather than in their place.
+        """
+        before = self._protected
+        self._protected = frozenset(digests) | (before if also else frozenset())
+        for digest in before - self._protected:
+            # It was in use until now.
+            self.used(digest)
+
+    def used(self, digest: str) -> None:
+        """Note that a bundle is used: it is then not the first to go."""
+        for path in (self.bundle_path(digest), self.description_path(digest)):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+
+    def unused(self) -> list[Path]:
+        """Return the folders of bundles that are not protected, those used last at the end."""
+        found = []
+        for folder in (self.root / "bundles", self.root / "descriptions"):
+            for path in folder.iterdir():
+                if path.name not in self._protected:
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((path.stat().st_mtime_ns, path))
+        return [path for _, path in sorted(found)]
 
     def discard_unused(self, wanted: Collection[str], *, keep: int) -> None:
-        """Remove bundles that are not wanted, but for the `keep` used last."""
-        for folder in (self.root / "bundles", self.root / "descriptions"):
-            unused = [path for path in folder.iterdir() if path.name not in wanted]
-            unused.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-            for path in unused[keep:]:
+        """Remove bundles that are not wanted.
+
+        With a limit on their size, those used longest ago go until the rest is within it; without,
+        all but the `keep` used last.
+        """
+        self.protect(wanted)
+        if self._room is not None:
+            self._room.trim()
+            return
+        for name in ("bundles", "descriptions"):
+            unused = [path for path in self.unused() if path.parent.name == name]
+            for path in unused[: max(0, len(unused) - keep)]:
                 _log.info("removing a bundle that is no longer used", digest=path.name)
                 self.discard(path.name)
 
     def stage(self, digest: str, *, whole: bool) -> Staging:
         """Begin to receive a bundle."""
         target = self.bundle_path(digest) if whole else self.description_path(digest)
-        return Staging(self._tmp / uuid.uuid4().hex, target, digest, whole=whole)
+        folder = self._tmp / uuid.uuid4().hex
+        return Staging(folder, target, digest, whole=whole, room=self._room)
 
     def server_id(self, prefix: str) -> str:
         """Return the server's id, made up and kept at the first call."""
@@ -172,8 +223,17 @@ class BundleCache:
 class Staging:
     """One bundle while it is being received. Pieces come in order, the manifest first."""
 
-    def __init__(self, folder: Path, target: Path, digest: str, *, whole: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        target: Path,
+        digest: str,
+        *,
+        whole: bool,
+        room: CacheRoom | None = None,
+    ) -> None:
         self._folder = folder
+        self._room = room
         self._target = target
         self._digest = digest
         self._whole = whole
@@ -190,6 +250,7 @@ class Staging:
             BundleCorrupt: the piece does not belong here: no such file, out of order, too long, or
                 the manifest is not the one asked for.
             ManifestInvalid: the manifest says something impossible.
+            ResourceExhausted: the cache has no room for the bundle.
             OSError: it cannot be written.
         """
         expected = self._received.get(path, 0)
@@ -241,11 +302,17 @@ class Staging:
             shutil.rmtree(self._target)
         self._folder.rename(self._target)
         sync_directory(self._target.parent)
+        self._leave_room()
         return self._target
 
     def abort(self) -> None:
         """Remove what was received."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._leave_room()
+
+    def _leave_room(self) -> None:
+        if self._room is not None:
+            self._room.release(self._folder.name)
 
     def _add_manifest(self, data: bytes, total_bytes: int) -> None:
         self._manifest_bytes += data
@@ -264,6 +331,15 @@ class Staging:
             )
         self.manifest = parse_manifest(self._manifest_bytes)
         self._files = {file.path: file for file in self.manifest.files}
+        if self._room is not None:
+            labels = self.manifest.postprocess.labels_file
+            coming = sum(
+                file.size_bytes
+                for file in self.manifest.files
+                if self._whole or file.path == labels
+            )
+            size = coming + len(self._manifest_bytes)
+            self._room.reserve(self._folder.name, self._digest, size)
         (self._folder / MANIFEST).write_bytes(self._manifest_bytes)
 
     def _add_signature(self, data: bytes, total_bytes: int) -> None:

@@ -83,7 +83,7 @@ class BundleSource:
             NotFound: the manager has no such bundle.
             Unavailable: it is not in the cache and the manager cannot be reached.
             DataLoss: what the manager sent does not have the digest.
-            ResourceExhausted: the disk is full.
+            ResourceExhausted: the disk is full, or the cache is.
         """
         return await self._get(digest, whole=True)
 
@@ -145,6 +145,7 @@ class BundleSource:
         cache = self._cache
         path = cache.bundle_path(digest) if whole else cache.description_path(digest)
         if await asyncio.to_thread(path.is_dir):
+            await asyncio.to_thread(cache.used, digest)
             return path
         key = (digest, whole)
         task = self._fetching.get(key)

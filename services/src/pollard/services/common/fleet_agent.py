@@ -102,6 +102,9 @@ class AgentOptions:
     capabilities: fleet_pb.Capabilities = field(default_factory=fleet_pb.Capabilities)
     keep_unused_bundles: int = 4
     """Bundles kept in the cache after their use, so that going back is quick."""
+    cache_bytes: int = 0
+    """Most that bundles in the cache take, in bytes; then what was used is kept as long as it fits.
+    0 for no limit."""
     report_seconds: float = 5.0
     """Longest time between reports, unless the manager says otherwise."""
     max_backoff_seconds: float = 5.0
@@ -126,7 +129,7 @@ class FleetAgent:
         self._member = member
         self._options = options
         self._address = options.address
-        self.cache = BundleCache(options.cache_dir)
+        self.cache = BundleCache(options.cache_dir, options.cache_bytes)
         prefix = fleet_pb.ServerKind.Name(options.kind).removeprefix("SERVER_KIND_").lower()
         self.server_id = options.server_id or self.cache.server_id(prefix)
         self.settled = asyncio.Event()
@@ -165,6 +168,7 @@ class FleetAgent:
         if saved is not None:
             _log.info("starting from the cache", version=saved.version, models=len(saved.models))
             self._saved.CopyFrom(saved)
+            self.cache.protect(_bundles_of(saved))
             applied = await self._member.apply(saved, self.bundles)
             if applied.failures:
                 # It does not run entirely, so it must not be claimed in Hello.
@@ -335,6 +339,8 @@ class FleetAgent:
 
     async def _apply(self, order: fleet_pb.DesiredState) -> None:
         started = time.perf_counter()
+        # Beside what it runs now, which an order that was overtaken may have changed in part.
+        self.cache.protect(_bundles_of(order), also=True)
         applied = await self._member.apply(order, self.bundles)
         running = fleet_pb.DesiredState()
         running.CopyFrom(applied.running)
@@ -351,10 +357,10 @@ class FleetAgent:
             seconds=round(time.perf_counter() - started, 3),
         )
         self._answer(order, applied.failures)
-        if not applied.failures:
-            wanted = {
-                revision.bundle_sha256 for model in running.models for revision in model.revisions
-            }
+        wanted = _bundles_of(running) | _bundles_of(order)
+        if applied.failures:
+            self.cache.protect(wanted)
+        else:
             await asyncio.to_thread(
                 self.cache.discard_unused, wanted, keep=self._options.keep_unused_bundles
             )
@@ -382,6 +388,10 @@ async def _drain(
 ) -> AsyncIterator[fleet_pb.SyncRequest]:
     while True:
         yield await outbox.get()
+
+
+def _bundles_of(state: fleet_pb.DesiredState) -> set[str]:
+    return {revision.bundle_sha256 for model in state.models for revision in model.revisions}
 
 
 def _same_content(one: fleet_pb.DesiredState, other: fleet_pb.DesiredState) -> bool:

@@ -158,6 +158,7 @@ def build_server(
             kind=fleet_pb.SERVER_KIND_INFERENCE,
             manager=settings.manager,
             cache_dir=settings.cache_dir,
+            cache_bytes=settings.cache_bytes,
             server_id=settings.server_id,
             software_version=software_version(),
             capabilities=_capabilities(machine),

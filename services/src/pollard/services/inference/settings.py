@@ -37,6 +37,13 @@ class InferenceSettings(ServiceSettings):
         Path("var/inference"),
         description="Folder for bundles, the last desired state and what was measured of models.",
     )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="Most bytes that bundles take of the cache folder. Those that nothing uses are "
+        "kept as long as they fit, and go when room is needed, the ones used longest ago first. 0 "
+        "for no limit, and then the four used last are kept.",
+    )
     server_id: str = Field(
         "",
         max_length=128,
