@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import pollard.runtime  # noqa: F401  # switches telemetry off, before anything imports onnxruntime
+
 if TYPE_CHECKING:
     from pollard.compress.anydata import CompressedModel, ModelRecipe, compress_model
     from pollard.compress.blocks import remove_blocks
