@@ -163,6 +163,92 @@ async def test_an_image_that_ends_two_workers_is_refused(start_pool, slow_pictur
     assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
 
 
+async def test_an_image_behind_one_that_hangs_is_answered_by_the_replacement(
+    start_pool, make_picture
+):
+    pool = await start_pool(timeout_seconds=0.5)
+    (hanging,) = pool.pids
+    os.kill(hanging, signal.SIGSTOP)
+    first, second = (asyncio.create_task(pool.transform(STEPS, make_picture(i))) for i in (1, 2))
+    await until(lambda: next(iter(pool._alive)).jobs == 2)
+    assert (pool.in_work, pool.waiting, pool.waiting_bytes) == (1, 1, len(make_picture(2)))
+    with pytest.raises(DecodeTimeout):
+        await first
+    expected = Pipeline([decode(), resize(16, 12)]).apply(make_picture(2))
+    assert np.array_equal((await second).array, expected.array)
+    assert hanging not in pool.pids
+    assert (pool.in_work, pool.waiting, pool.waiting_bytes) == (0, 0, 0)
+
+
+async def test_an_image_behind_a_slow_one_goes_to_a_worker_that_is_free(start_pool, make_picture):
+    pool = await start_pool(workers=2)
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGSTOP)
+    tasks = [asyncio.create_task(pool.transform(STEPS, make_picture(seed))) for seed in range(3)]
+    await until(lambda: sorted(worker.jobs for worker in pool._alive) == [1, 2])
+    slow, free = sorted(pool._alive, key=lambda worker: -worker.jobs)
+    os.kill(free.pid, signal.SIGCONT)
+    # The two that the slow worker has not begun, and still it has not been waited for.
+    await until(lambda: sum(task.done() for task in tasks) == 2)
+    assert not tasks[0].done()
+    os.kill(slow.pid, signal.SIGCONT)
+    pipeline = Pipeline([decode(), resize(16, 12)])
+    for seed, result in enumerate(await asyncio.gather(*tasks)):
+        assert np.array_equal(result.array, pipeline.apply(make_picture(seed)).array)
+    # What both have done was answered once, and neither is out of step.
+    await until(pool_is_idle(pool))
+    results = await asyncio.gather(*(pool.transform(STEPS, make_picture(9)) for _ in range(6)))
+    assert all(np.array_equal(each.array, results[0].array) for each in results)
+    assert pool.outcomes["decoded"] == 9
+
+
+def pool_is_idle(pool):
+    return lambda: pool.in_work == 0 and pool.waiting == 0
+
+
+async def test_an_image_behind_one_that_crashes_is_not_blamed(start_pool, make_picture):
+    pool = await start_pool()
+    (first,) = pool.pids
+    os.kill(first, signal.SIGSTOP)
+    bad = asyncio.create_task(pool.transform(STEPS, make_picture(1)))
+    good = asyncio.create_task(pool.transform(serialized(decode()), make_picture(2)))
+    await until(lambda: next(iter(pool._alive)).jobs == 2)
+    os.kill(first, signal.SIGKILL)
+    expected = Pipeline([decode()]).apply(make_picture(2))
+    assert np.array_equal((await good).array, expected.array)
+    assert (await bad).array.shape == (12, 16, 3)
+    assert pool.outcomes["crashed"] == 0
+
+
+async def test_images_that_wait_when_the_pool_closes_fail(start_pool, make_picture):
+    pool = await start_pool()
+    os.kill(pool.pids[0], signal.SIGSTOP)
+    tasks = [asyncio.create_task(pool.transform(STEPS, make_picture(seed))) for seed in range(4)]
+    await until(lambda: pool.waiting == 3)
+    await pool.close()
+    for task in tasks:
+        with pytest.raises(DecoderCrashed, match="stopped"):
+            await task
+    with pytest.raises(DecoderCrashed, match="stopped"):
+        await pool.transform(STEPS, make_picture())
+
+
+async def test_what_libraries_print_of_an_image_is_counted_and_not_shown(
+    start_pool, make_picture, capfd
+):
+    pool = await start_pool()
+    file = io.BytesIO()
+    Image.open(io.BytesIO(make_picture())).save(file, "TIFF", compression="tiff_lzw")
+    damaged = bytearray(file.getvalue())
+    damaged[40:80] = b"\xff" * 40
+    with contextlib.suppress(ImageInvalid):
+        await pool.transform(STEPS, bytes(damaged))
+    assert pool.messages > 0
+    assert (await pool.transform(STEPS, make_picture())).array.shape == (12, 16, 3)
+    # libtiff's name for a file that has none.
+    assert "tempfile" not in capfd.readouterr().err
+
+
 async def test_idle_workers_that_are_killed_are_replaced(start_pool, make_picture):
     pool = await start_pool(workers=2)
     before = pool.pids

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pollard.inference import grpc_service_pb2 as pb
+from pollard.runtime.tensors import FROM_NUMPY
 from pollard.services.preprocess.errors import (
     InferenceFailed,
     InferenceUnavailable,
@@ -15,9 +16,23 @@ from pollard.services.preprocess.errors import (
     RevisionGone,
     TensorRefused,
 )
-from pollard.services.preprocess.inference_client import InferenceClient, Work
+from pollard.services.preprocess.inference_client import InferenceClient, Work, _encode
 
 WORK = Work("m", 3, "x", np.arange(6, dtype=np.uint8).reshape(1, 6), ["y"])
+
+
+@pytest.mark.parametrize("shape", [(1, 224, 224, 3), (2, 64), (1, 1), (1, 0, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
+def test_requests_are_what_protobuf_would_write(shape, dtype):
+    array = (np.arange(np.prod(shape)) % 251).astype(dtype).reshape(shape)
+    for each in (array, np.flip(array, -1)):
+        request = pb.ModelInferRequest.FromString(_encode(Work("m", 3, "x", each, ["y", "z"])))
+        plain = pb.ModelInferRequest(model_name="m", model_version="3")
+        plain.inputs.add(name="x", datatype=FROM_NUMPY[array.dtype], shape=shape)
+        plain.outputs.add(name="y")
+        plain.outputs.add(name="z")
+        plain.raw_input_contents.append(each.tobytes())
+        assert request == plain
 
 
 class Server:

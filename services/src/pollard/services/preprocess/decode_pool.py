@@ -3,38 +3,41 @@
 Images come from strangers and are decoded by C code, so that happens in child
 processes with limits. A worker that takes too long is killed, one that ends is
 replaced, and an image whose worker ended is tried once more.
+
+When every worker has an image in hand, a small one is given to a worker whose
+image is small too, so that it finds its next one waiting. Should the first take
+long, or hang, the second goes back to the head of the queue, and whichever worker
+answers for it first has answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from pollard.runtime import errors as runtime_errors
 from pollard.runtime.transforms import Geometry, Transformed
 from pollard.services.common.call_metrics import Buckets
 from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import spawn
-from pollard.services.common.telemetry.traces import mark
+from pollard.services.common.telemetry.traces import current_span
 from pollard.services.preprocess.errors import (
     DecoderCrashed,
     DecodersBusy,
     DecodeTimeout,
     WorkerLost,
 )
-from pollard.services.preprocess.worker import HEADER, WorkerLimits
+from pollard.services.preprocess.worker import WorkerLimits
+from pollard.services.preprocess.worker_process import Job, WorkerProcess
 
 _log = structlog.get_logger("pollard.preprocess.decode")
 
@@ -43,19 +46,21 @@ OUTCOMES = ("decoded", "refused", "timeout", "crashed", "busy")
 _START_SECONDS = 30.0
 _ATTEMPTS = 2
 
-_KEPT_BYTES = str(16 * 1024**2)
-_WORKER_ENVIRONMENT = {
-    # Decoding needs no linear algebra; its threads would cost memory.
-    "OPENBLAS_NUM_THREADS": "1",
-    # glibc gives the memory of every image back to the kernel and takes it anew, page by page,
-    # for the next: a tenth of the time of a small photograph. A worker keeps this much instead.
-    "MALLOC_MMAP_THRESHOLD_": _KEPT_BYTES,
-    "MALLOC_TRIM_THRESHOLD_": _KEPT_BYTES,
-}
+_AHEAD = 2
+"""Images that a worker has at most: one in hand and the next."""
 
-# No honest worker answers with more; a decoder that was taken over might.
-_MAX_HEAD_BYTES = 64 * 1024
-_MAX_TENSOR_BYTES = 2**31
+_SMALL_BYTES = 192 * 1024
+"""Largest image that is given ahead: it waits in a socket, which holds little more, and behind
+one that is about as soon done."""
+
+_MALFORMED = (
+    *(KeyError, TypeError, ValueError, AttributeError),
+    *(OverflowError, RecursionError),
+)
+"""What reading the answer of a decoder that was taken over may raise."""
+
+_MAX_MESSAGES = 10_000
+"""Most lines of one image's decoder that are believed."""
 
 _KINDS: tuple[type[runtime_errors.RuntimeFault], ...] = (
     runtime_errors.ImageInvalid,
@@ -67,7 +72,7 @@ _FAULTS = {kind.reason: kind for kind in _KINDS}
 
 
 class DecodePool:
-    """A fixed number of decode workers, handed one image at a time each."""
+    """A fixed number of decode workers. Belongs to the event loop's thread."""
 
     def __init__(
         self,
@@ -92,13 +97,15 @@ class DecodePool:
         """Images that were given to the pool, by what became of them."""
         self.replaced = 0
         """Workers that ended or were killed, and were replaced."""
+        self.messages = 0
+        """Lines that decoders' libraries would have printed."""
         self.durations = Buckets()
         """Time to decode and transform an image, without waiting, in seconds."""
-        self._in_work = 0
-        self._starting: set[_Worker] = set()
-        self._alive: set[_Worker] = set()
+        self._starting: set[WorkerProcess] = set()
+        self._alive: set[WorkerProcess] = set()
         # Last in, first out: with little to do, few workers stay warm in the caches.
-        self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
+        self._idle: list[WorkerProcess] = []
+        self._queue: OrderedDict[Job, None] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -108,9 +115,14 @@ class DecodePool:
         return [worker.process.pid for worker in self._alive]
 
     @property
+    def places(self) -> int:
+        """Number of images that keep every worker busy."""
+        return _AHEAD * self.workers
+
+    @property
     def in_work(self) -> int:
         """Number of images that workers have in hand."""
-        return self._in_work
+        return sum(worker.jobs > 0 for worker in self._alive)
 
     @property
     def waiting(self) -> int:
@@ -125,7 +137,7 @@ class DecodePool:
     @property
     def has_idle_worker(self) -> bool:
         """Whether a worker has nothing to do."""
-        return not self._idle.empty()
+        return bool(self._idle)
 
     async def start(self) -> None:
         """Start every worker and wait until they are ready.
@@ -140,7 +152,7 @@ class DecodePool:
             raise StartupError(f"a decode worker could not be started: {error!r}") from error
 
     async def close(self) -> None:
-        """Kill the workers. Images in work fail with DecoderCrashed."""
+        """Kill the workers. Images in work or waiting fail with DecoderCrashed."""
         self._closing = True
         workers = [*self._starting, *self._alive]
         for worker in workers:
@@ -149,6 +161,10 @@ class DecodePool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.reap() for worker in workers))
+        for job in list(self._queue):
+            _fail(job, _stopped())
+        self._queue.clear()
+        self._idle.clear()
         self._alive.clear()
 
     async def transform(self, steps: bytes, content: bytes) -> Transformed:
@@ -193,68 +209,146 @@ class DecodePool:
                 size_bytes=len(content),
                 limit_bytes=self.limits.max_image_bytes,
             )
-        for _ in range(_ATTEMPTS):
-            worker = await self._acquire(len(content))
-            mark("a decoder is free")
-            job = spawn(self._tasks, self._work(worker, steps, content), "decode")
-            outcome = await asyncio.shield(job)
-            if isinstance(outcome, Transformed):
-                return outcome
-            if not isinstance(outcome, WorkerLost):
-                raise outcome
-        raise DecoderCrashed(
-            f"the decoder crashed on the image {_ATTEMPTS} times; send another encoding of it",
-            attempts=_ATTEMPTS,
-        )
-
-    async def _acquire(self, size: int) -> _Worker:
-        if self._idle.empty() and self._waiting_bytes + size > self._max_waiting_bytes:
+        if self._closing:
+            raise _stopped()
+        if not self._idle and self._waiting_bytes + len(content) > self._max_waiting_bytes:
             raise DecodersBusy(
                 f"images of {self._waiting_bytes} bytes wait for a decoder already; "
                 "try again later",
                 waiting_bytes=self._waiting_bytes,
             )
-        self._waiting_bytes += size
-        self._waiting += 1
+        outcome: asyncio.Future[Transformed] = asyncio.get_running_loop().create_future()
+        job = Job(steps, content, outcome, current_span())
+        self._enqueue(job)
+        self._dispatch()
         try:
-            while True:
-                worker = await self._idle.get()
-                if worker in self._alive:
-                    return worker
+            return await outcome
         finally:
-            self._waiting_bytes -= size
-            self._waiting -= 1
+            # Whoever goes away while the image waits leaves nothing behind.
+            self._queue.pop(job, None)
+            self._waits(job, False)
 
-    async def _work(self, worker: _Worker, steps: bytes, content: bytes) -> Transformed | Exception:
-        # Errors are returned: nobody may be there any more to take a raised one.
-        self._in_work += 1
-        began = time.perf_counter()
+    def _enqueue(self, job: Job, *, first: bool = False) -> None:
+        self._queue[job] = None
+        if first:
+            self._queue.move_to_end(job, last=False)
+        self._waits(job, True)
+
+    def _waits(self, job: Job, waits: bool) -> None:
+        if job.waits != waits:
+            job.waits = waits
+            self._waiting += 1 if waits else -1
+            self._waiting_bytes += len(job.content) if waits else -len(job.content)
+
+    def _dispatch(self) -> None:
+        """Give away what waits, as far as there are places."""
+        while self._queue:
+            job = next(iter(self._queue))
+            worker = self._idle.pop() if self._idle else self._next_free(job)
+            if worker is None:
+                return
+            del self._queue[job]
+            worker.give(job)
+
+    def _next_free(self, job: Job) -> WorkerProcess | None:
+        """Return the worker that will most likely be done first, if the image may go to it now."""
+        if len(job.content) > _SMALL_BYTES or job.attempts:
+            return None
+        found, began = None, float("inf")
+        for worker in self._alive:
+            current = worker.current
+            if (
+                current is not None
+                and worker.jobs < _AHEAD
+                and not worker.late
+                and len(current.content) <= _SMALL_BYTES
+                and not current.attempts
+                and current.began < began
+            ):
+                found, began = worker, current.began
+        return found
+
+    def begun(self, job: Job) -> None:
+        """A worker has turned to an image (called by the worker's end)."""
+        self._waits(job, False)
+        if job.span is not None:
+            job.span.mark("a decoder is free")
+
+    def answered(
+        self, worker: WorkerProcess, job: Job, head: bytes, tensor: NDArray[np.uint8]
+    ) -> bool:
+        """A worker has answered (called by the worker's end)."""
         try:
-            head, tensor = await worker.call(steps, content, self.limits.timeout_seconds)
-        except TimeoutError:
-            worker.kill()
-            _log.warning("image took too long, its decode worker was killed", pid=worker.pid)
-            return DecodeTimeout(
+            outcome, messages = _parse(head, tensor)
+        except _MALFORMED as error:
+            # A decoder that was taken over may answer anything.
+            _log.error("decode worker gave a malformed answer", pid=worker.pid, error=repr(error))
+            return False
+        self.messages += messages
+        self.durations.add(time.perf_counter() - job.began)
+        if isinstance(outcome, Exception):
+            _fail(job, outcome)
+        elif not job.outcome.done():
+            job.outcome.set_result(outcome)
+        # It may wait for another worker as well.
+        self._queue.pop(job, None)
+        worker.done()
+        if not worker.jobs and worker in self._alive:
+            self._idle.append(worker)
+        self._dispatch()
+        return True
+
+    def held_up(self, worker: WorkerProcess, behind: list[Job]) -> None:
+        """A worker takes long (called by the worker's end): others may take what it has besides."""
+        self._again(behind)
+
+    def expired(self, worker: WorkerProcess, job: Job, behind: list[Job]) -> None:
+        """A worker took too long and is being killed (called by the worker's end)."""
+        _log.warning("image took too long, its decode worker was killed", pid=worker.pid)
+        self.durations.add(time.perf_counter() - job.began)
+        _fail(
+            job,
+            DecodeTimeout(
                 f"decoding the image took longer than {self.limits.timeout_seconds:g} s",
                 timeout_seconds=self.limits.timeout_seconds,
-            )
-        except WorkerLost as lost:
-            return lost
-        finally:
-            self._in_work -= 1
-            self.durations.add(time.perf_counter() - began)
-        if worker in self._alive:
-            self._idle.put_nowait(worker)
-        try:
-            return _parse(head, tensor)
-        except (KeyError, TypeError, ValueError) as error:
-            # A decoder that was taken over may answer anything.
-            worker.kill()
-            _log.error("decode worker gave a malformed answer", pid=worker.pid, error=repr(error))
-            return WorkerLost()
+            ),
+        )
+        self._again(behind)
+
+    def lost(self, worker: WorkerProcess, jobs: list[Job]) -> None:
+        """A worker ended (called by the worker's end): put another one in its place."""
+        if self._closing:
+            for job in jobs:
+                _fail(job, _stopped())
+            return
+        if worker not in self._alive:
+            return
+        self._alive.discard(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        spawn(self._tasks, self._replace(worker), "replace decode worker")
+        if jobs:
+            self.durations.add(time.perf_counter() - jobs[0].began)
+            jobs[0].attempts += 1
+            if jobs[0].attempts >= _ATTEMPTS:
+                _fail(
+                    jobs[0],
+                    DecoderCrashed(
+                        f"the decoder crashed on the image {_ATTEMPTS} times; "
+                        "send another encoding of it",
+                        attempts=_ATTEMPTS,
+                    ),
+                )
+        self._again(jobs)
+
+    def _again(self, jobs: Iterable[Job]) -> None:
+        for job in reversed(list(jobs)):
+            if not job.outcome.done():
+                self._enqueue(job, first=True)
+        self._dispatch()
 
     async def _start_worker(self) -> None:
-        worker = _Worker(self.limits, self._lost)
+        worker = WorkerProcess(self.limits, self)
         self._starting.add(worker)
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -265,16 +359,10 @@ class DecodePool:
         finally:
             self._starting.discard(worker)
         self._alive.add(worker)
-        self._idle.put_nowait(worker)
+        self._idle.append(worker)
+        self._dispatch()
 
-    def _lost(self, worker: _Worker) -> None:
-        """A worker ended: put another one in its place."""
-        if self._closing or worker not in self._alive:
-            return
-        self._alive.discard(worker)
-        spawn(self._tasks, self._replace(worker), "replace decode worker")
-
-    async def _replace(self, worker: _Worker) -> None:
+    async def _replace(self, worker: WorkerProcess) -> None:
         code = await worker.reap()
         self.replaced += 1
         _log.warning("decode worker ended and is replaced", pid=worker.pid, exit_code=code)
@@ -288,115 +376,28 @@ class DecodePool:
             pause = min(pause * 2, 5.0)
 
 
-def _parse(head: bytes, tensor: bytes) -> Transformed | Exception:
+def _fail(job: Job, error: Exception) -> None:
+    if not job.outcome.done():
+        job.outcome.set_exception(error)
+
+
+def _stopped() -> DecoderCrashed:
+    return DecoderCrashed("the decoders are stopped; send the image to another server")
+
+
+def _parse(head: bytes, tensor: NDArray[np.uint8]) -> tuple[Transformed | Exception, int]:
+    """Return what came of an image, and how many lines its decoder would have printed."""
     answer = json.loads(head)
+    messages = max(0, min(int(answer["messages"]), _MAX_MESSAGES))
     if "error" in answer:
         kind = _FAULTS.get(answer["error"], runtime_errors.ImageInvalid)
-        return kind(str(answer["message"]), **{str(k): v for k, v in answer["metadata"].items()})
+        metadata = {str(key): value for key, value in answer["metadata"].items()}
+        return kind(str(answer["message"]), **metadata), messages
+    # Not a view: this refuses types that hold references.
     array = np.frombuffer(tensor, np.dtype(answer["dtype"])).reshape(answer["shape"])
-    return Transformed(
+    transformed = Transformed(
         array,
         Geometry(**answer["geometry"]),
         tuple(Geometry(**geometry) for geometry in answer["geometries"]),
     )
-
-
-class _Worker(asyncio.Protocol):
-    """The parent's end of one worker process."""
-
-    def __init__(self, limits: WorkerLimits, lost: Callable[[_Worker], None]) -> None:
-        self._lost = lost
-        self._buffer = bytearray()
-        self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[tuple[bytes, bytes]] | None = None
-        ours, theirs = socket.socketpair()
-        self._socket = ours
-        ours.setblocking(False)
-        with theirs:
-            try:
-                # -P: the working directory is no place to import from.
-                self.process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-P", "-m", "pollard.services.preprocess.worker"),
-                        str(theirs.fileno()),
-                        json.dumps(dataclasses.asdict(limits)),
-                    ],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    # Ctrl-C in a terminal is for the service, which drains first.
-                    start_new_session=True,
-                    env={**os.environ, **_WORKER_ENVIRONMENT},
-                )
-            except BaseException:
-                ours.close()
-                raise
-        self.pid = self.process.pid
-
-    async def connect(self) -> None:
-        """Wait until the worker is ready."""
-        loop = asyncio.get_running_loop()
-        self._answer = loop.create_future()
-        await loop.create_unix_connection(lambda: self, sock=self._socket)
-        await self._answer
-
-    async def call(self, steps: bytes, content: bytes, timeout: float) -> tuple[bytes, bytes]:
-        """Send one image and return the answer's two parts.
-
-        Raises:
-            WorkerLost: the worker ended.
-            TimeoutError: no answer in time.
-        """
-        if self._transport is None or self._transport.is_closing():
-            raise WorkerLost
-        self._answer = asyncio.get_running_loop().create_future()
-        self._transport.write(HEADER.pack(len(steps), len(content)) + steps)
-        if content:
-            self._transport.write(content)
-        async with asyncio.timeout(timeout):
-            return await self._answer
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-        if self._transport is not None:
-            self._transport.abort()
-        else:
-            self._socket.close()
-
-    async def reap(self) -> int:
-        """Wait until the process has ended; return its exit code."""
-        self.kill()
-        return await asyncio.to_thread(self.process.wait)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport (called by asyncio)."""
-        # Not an isinstance check: uvloop's transports are none by name.
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Gather an answer (called by asyncio)."""
-        self._buffer += data
-        if len(self._buffer) < HEADER.size:
-            return
-        head_size, tensor_size = HEADER.unpack_from(self._buffer)
-        if head_size > _MAX_HEAD_BYTES or tensor_size > _MAX_TENSOR_BYTES:
-            self.kill()
-            return
-        end = HEADER.size + head_size + tensor_size
-        if len(self._buffer) < end:
-            return
-        middle = HEADER.size + head_size
-        with memoryview(self._buffer) as view:
-            answer = (bytes(view[HEADER.size : middle]), bytes(view[middle:end]))
-        self._buffer.clear()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(answer)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """The worker has ended (called by asyncio)."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(WorkerLost())
-        self._lost(self)
+    return transformed, messages

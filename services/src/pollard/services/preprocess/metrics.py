@@ -59,6 +59,11 @@ class PreprocessMetrics(Collector):
             "Decode workers that ended or were killed, and were replaced.",
             value=pool.replaced,
         )
+        yield CounterMetricFamily(
+            "pollard_decode_messages",
+            "Lines that libraries, such as libtiff, had to say of images; they are not kept.",
+            value=pool.messages,
+        )
         took = HistogramMetricFamily(
             "pollard_decode_seconds", "Time to decode and transform an image, without waiting."
         )

@@ -293,11 +293,11 @@ class Predictor:
         return await by_one_revision(self._current, selector, all_of_them)
 
     def turns(self) -> asyncio.Semaphore:
-        """Return what keeps one request from taking more workers than there are.
+        """Return what keeps one request from taking more places than keep the workers busy.
 
         More would only take others' turns.
         """
-        return asyncio.Semaphore(self._pool.workers)
+        return asyncio.Semaphore(self._pool.places)
 
     async def _predict_by(
         self,

@@ -10,6 +10,9 @@ does. The frames on its socket:
   the object; the tensor. JSON, not pickle: a decoder that an image took over
   must not be able to run code in the parent.
 
+Frames are answered in the order in which they come; the next one may be sent before
+the answer, and then waits in the socket.
+
 The first frame from a worker is empty and says that it is ready.
 """
 
@@ -19,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import resource
 import signal
 import socket
@@ -64,11 +68,40 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Pillow's warnings of damaged metadata are nobody's business here.
     warnings.simplefilter("ignore")
-    with contextlib.suppress(ConnectionError, EOFError):
-        _serve(connection, limits)
+    with _Messages() as messages, contextlib.suppress(ConnectionError, EOFError):
+        _serve(connection, limits, messages)
 
 
-def _serve(connection: socket.socket, limits: WorkerLimits) -> None:
+class _Messages:
+    """Takes what libraries print of the images they read, such as libtiff of every bad tag.
+
+    Strangers would otherwise write the operator's log. A pipe that nobody waits for holds 64 KiB;
+    what comes beyond is lost, and an image can fill no memory with it.
+    """
+
+    def __enter__(self) -> _Messages:
+        self._stderr = os.dup(2)
+        self._end, other = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.dup2(other, 2)
+        os.close(other)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What Python itself has to say of its end is for the operator.
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        os.close(self._end)
+
+    def taken(self) -> int:
+        """Return the number of lines since the last call, and let them go."""
+        lines = 0
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self._end, 64 * 1024):
+                lines += part.count(b"\n") or 1
+        return lines
+
+
+def _serve(connection: socket.socket, limits: WorkerLimits, messages: _Messages) -> None:
     pipelines = functools.lru_cache(maxsize=128)(functools.partial(_pipeline, limits))
     connection.sendall(HEADER.pack(0, 0))
     while True:
@@ -81,6 +114,7 @@ def _serve(connection: socket.socket, limits: WorkerLimits) -> None:
         answer, tensor = _transform(pipelines, steps, content, limits)
         del content
         signal.setitimer(signal.ITIMER_REAL, 0)
+        answer["messages"] = messages.taken()
         head = json.dumps(answer).encode()
         connection.sendall(HEADER.pack(len(head), len(tensor)) + head)
         connection.sendall(tensor)
