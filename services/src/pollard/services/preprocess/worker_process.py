@@ -101,6 +101,8 @@ class WorkerProcess(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._ready: asyncio.Future[None] | None = None
         self._header = bytearray(HEADER.size)
+        self._parts: list[memoryview] = []
+        self._filled = 0
         self._await_header()
         ours, theirs = socket.socketpair()
         self._socket = ours
