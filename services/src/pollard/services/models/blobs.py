@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +82,14 @@ class Blobs(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pieces(self, sha256: str) -> Generator[bytes, None, None]:
+    def pieces(
+        self, sha256: str, size: Callable[[], int] = lambda: PIECE_BYTES
+    ) -> Generator[bytes, None, None]:
         """Yield the content of a blob piece by piece, not compared with its digest.
+
+        Args:
+            sha256: The blob's.
+            size: Returns how large the next piece may be, in bytes.
 
         Raises:
             FileNotFoundError: it is not there.

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import fsspec
@@ -86,10 +86,12 @@ class LocalBlobs(Blobs):
             new.unlink(missing_ok=True)
         sync_directory(target.parent)
 
-    def pieces(self, sha256: str) -> Generator[bytes, None, None]:
+    def pieces(
+        self, sha256: str, size: Callable[[], int] = lambda: PIECE_BYTES
+    ) -> Generator[bytes, None, None]:
         """Read the file."""
         with self.path(sha256).open("rb", buffering=0) as file:
-            while piece := file.read(PIECE_BYTES):
+            while piece := file.read(size()):
                 yield piece
 
     def rehash(self, sha256: str) -> str:

@@ -51,7 +51,8 @@ REQUEST_SECONDS = 20.0
 _PART_BYTES = 8 * 1024 * 1024
 """Size of the parts of a blob of up to 80 GB: S3 takes 10,000 of them."""
 _MAX_PARTS = 10_000
-_RANGE_BYTES = 4 * PIECE_BYTES
+_RANGE_PIECES = 4
+"""Pieces that are read from S3 by one request."""
 _FIRST_PAUSE_SECONDS = 0.1
 _LAST_PAUSE_SECONDS = 3.0
 
@@ -211,14 +212,18 @@ class S3Blobs(Blobs):
         except FileNotFoundError:
             return "", {}
 
-    def pieces(self, sha256: str) -> Generator[bytes, None, None]:
+    def pieces(
+        self, sha256: str, size: Callable[[], int] = lambda: PIECE_BYTES
+    ) -> Generator[bytes, None, None]:
         """Read range by range, so that one that fails is read again by itself."""
-        size = self._size(sha256)
-        for start in range(0, size, _RANGE_BYTES):
-            end = min(start + _RANGE_BYTES, size)
+        total, start = self._size(sha256), 0
+        while start < total:
+            piece_bytes = size()
+            end = min(start + _RANGE_PIECES * piece_bytes, total)
             content = self._get(self._key(sha256), f"bytes={start}-{end - 1}", end - start)
-            for offset in range(0, len(content), PIECE_BYTES):
-                yield content[offset : offset + PIECE_BYTES]
+            for offset in range(0, len(content), piece_bytes):
+                yield content[offset : offset + piece_bytes]
+            start = end
 
     def urls(self, sha256s: Sequence[str]) -> dict[str, BlobUrl]:
         """Sign URLs, if that was asked for; S3 itself is not asked anything."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -14,9 +16,18 @@ from sqlalchemy.orm import Session
 from pollard.runtime.bundle import MANIFEST
 from pollard.services.common.errors import DataLoss, NotFound
 from pollard.services.models import registry
-from pollard.services.models.blobs import Blobs, BlobUrl, missing
+from pollard.services.models.blobs import PIECE_BYTES, Blobs, BlobUrl, missing
 from pollard.services.models.schema import BundleFile
 from pollard.services.models.store import Store
+
+IN_FLIGHT_BYTES = 32 * 1024 * 1024
+"""What the pieces of all downloads may come to: with many at a time, pieces are smaller. About four
+of each download are in memory, from the one being read to the one that is on its way."""
+
+LEAST_PIECE_BYTES = 16 * 1024
+
+READERS = 16
+"""Threads that read for downloads. They may wait for S3, and nothing else is to wait for them."""
 
 SMALL_BYTES = 64 * 1024
 """Files up to this size are sent even to those who can fetch them elsewhere."""
@@ -47,6 +58,32 @@ async def find_urls(blobs: Blobs, files: Sequence[BundleFile]) -> dict[str, Blob
         file.sha256 for file in files if file.size_bytes > SMALL_BYTES and file.path != MANIFEST
     }
     return await asyncio.to_thread(blobs.urls, sorted(wanted)) if wanted else {}
+
+
+class Pace:
+    """How many downloads there are, and how large their pieces may be."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(READERS, thread_name_prefix="downloads")
+        self._downloads = 0
+
+    def piece_bytes(self) -> int:
+        """Return the size of the next piece of any download."""
+        share = IN_FLIGHT_BYTES // max(1, self._downloads)
+        return max(LEAST_PIECE_BYTES, min(PIECE_BYTES, share))
+
+    @contextlib.contextmanager
+    def download(self) -> Iterator[None]:
+        """Count one."""
+        self._downloads += 1
+        try:
+            yield
+        finally:
+            self._downloads -= 1
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
 
 class SmallFiles:
@@ -114,6 +151,7 @@ async def read_files(
     files: Sequence[BundleFile],
     urls: Mapping[str, BlobUrl] | None = None,
     small: SmallFiles | None = None,
+    pace: Pace | None = None,
 ) -> AsyncIterator[Piece]:
     """Yield the files piece by piece; the next piece is read while one is on its way.
 
@@ -125,41 +163,49 @@ async def read_files(
         files: What to send.
         urls: Where files can be had otherwise, by digest: of these only that is told.
         small: Small files that need not be read again.
+        pace: What is shared with other downloads; None for one that is alone.
 
     Raises:
         DataLoss: a blob is missing or damaged.
     """
-    for file in files:
-        url = (urls or {}).get(file.sha256)
-        if url is not None:
-            yield Piece(file.path, 0, b"", file.size_bytes, url, file.sha256)
-            continue
-        if small is not None and (content := small.get(file.sha256)) is not None:
-            yield Piece(file.path, 0, content, len(content))
-            continue
-        pieces = _read(blobs, file)
-        reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-        try:
-            while (piece := await reading) is not None:
-                reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                if small is not None and len(piece.data) == file.size_bytes:
-                    # Its last piece: it has been compared with its digest.
-                    small.keep(file.sha256, piece.data)
-                yield piece
-        finally:
-            # The thread must be out of the generator before that is closed.
-            await asyncio.wait({reading})
-            if not reading.cancelled():
-                reading.exception()
-            pieces.close()
+    loop, threads = asyncio.get_running_loop(), None if pace is None else pace.threads
+
+    def read_next(pieces: Generator[Piece, None, None]) -> asyncio.Future[Piece | None]:
+        return loop.run_in_executor(threads, next, pieces, None)
+
+    with contextlib.nullcontext() if pace is None else pace.download():
+        for file in files:
+            url = (urls or {}).get(file.sha256)
+            if url is not None:
+                yield Piece(file.path, 0, b"", file.size_bytes, url, file.sha256)
+                continue
+            if small is not None and (content := small.get(file.sha256)) is not None:
+                yield Piece(file.path, 0, content, len(content))
+                continue
+            pieces = _read(blobs, file, pace)
+            reading = read_next(pieces)
+            try:
+                while (piece := await reading) is not None:
+                    reading = read_next(pieces)
+                    if small is not None and len(piece.data) == file.size_bytes:
+                        # Its last piece: it has been compared with its digest.
+                        small.keep(file.sha256, piece.data)
+                    yield piece
+            finally:
+                # The thread must be out of the generator before that is closed.
+                await asyncio.wait({reading})
+                if not reading.cancelled():
+                    reading.exception()
+                pieces.close()
 
 
-def _read(blobs: Blobs, file: BundleFile) -> Generator[Piece, None, None]:
+def _read(blobs: Blobs, file: BundleFile, pace: Pace | None) -> Generator[Piece, None, None]:
     digest = hashlib.sha256()
     offset = 0
     held: Piece | None = None
     try:
-        for data in blobs.pieces(file.sha256):
+        size = pace.piece_bytes if pace is not None else lambda: PIECE_BYTES
+        for data in blobs.pieces(file.sha256, size):
             digest.update(data)
             if held is not None:
                 yield held

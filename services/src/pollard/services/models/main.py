@@ -200,6 +200,7 @@ class ModelsService:
         await self.leadership.stop()
         await self.relay.close()
         await self.grpc.stop(grace_seconds)
+        self._models.pace.close()
         await self.http.stop()
         if self.page is not None:
             await self.page.close()

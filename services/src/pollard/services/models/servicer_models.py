@@ -49,6 +49,7 @@ class ModelServicer(RolloutMethods):
         self._feed = feed
         self._quotas = Quotas(store)
         self._small = downloads.SmallFiles()
+        self.pace = downloads.Pace()
 
     # Bundles
 
@@ -96,7 +97,7 @@ class ModelServicer(RolloutMethods):
         urls = await downloads.find_urls(self._blobs, files) if request.accept_urls else {}
         # Servers come many at a time. What lies on this machine's disk is in its memory already.
         small = self._small if request.accept_urls and self._blobs.shared else None
-        async for piece in downloads.read_files(self._blobs, files, urls, small):
+        async for piece in downloads.read_files(self._blobs, files, urls, small, self.pace):
             yield encode.piece(piece)
 
     async def VerifyStore(
