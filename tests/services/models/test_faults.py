@@ -510,9 +510,9 @@ async def test_a_client_that_stops_reading_a_download_holds_up_nothing(
     read = 0
     pieces = suite.service.blobs.pieces
 
-    def counted(sha256: str, size: Any) -> Iterator[bytes]:
+    def counted(sha256: str, *size: Any) -> Iterator[bytes]:
         nonlocal read
-        for piece in pieces(sha256, size):
+        for piece in pieces(sha256, *size):
             read += len(piece)
             yield piece
 
