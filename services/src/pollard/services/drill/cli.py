@@ -273,6 +273,79 @@ def soak(
     raise typer.Exit(run_soak(options))
 
 
+def _kinds(text: str) -> tuple[str, ...]:
+    from pollard.services.drill.faults import KINDS
+
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [kind for kind in found if kind not in KINDS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is no fault; there are {', '.join(KINDS)}")
+    return found
+
+
+@app.command()
+def chaos(
+    duration: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="DURATION",
+            help="No fault begins after that, but each kind comes at least once.",
+        ),
+    ] = "10min",
+    only: Annotated[
+        str,
+        typer.Option("--only", metavar="KINDS", help="What goes wrong, separated by commas."),
+    ] = "kill,reset,delay,link,full-disk,slow-disk,clock",
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Decides what goes wrong and when; default: a new one, printed."),
+    ] = None,
+    load: Annotated[
+        str,
+        typer.Option(
+            metavar="PERCENT",
+            help="Requests, in percent of what the services can answer, which is measured first.",
+        ),
+    ] = "20%",
+    clients: Annotated[int, typer.Option(min=1, max=256, help="Clients that ask.")] = 4,
+    model_mb: Annotated[
+        float, typer.Option(min=1.0, max=2000.0, help="Size of the drill's models, in MB.")
+    ] = 5.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Break things under load, one after the other, and check every answer.
+
+    Starts services of its own behind proxies and keeps clients asking, while services are killed,
+    connections reset or delayed, network cables pulled, disks full or slow, and clocks set. In the
+    middle of every other fault the model is swapped. Clients send a request again that met
+    UNAVAILABLE while something was broken; any other failure counts.
+
+    What takes root or a program that is not there (iproute2, strace, faketime) is left out, and
+    said. No disk of yours is filled: the services' data lie on a small file system in memory.
+
+    Ends with exit code 1 when a request failed or was answered wrongly, or the services did not
+    recover. Ctrl-C ends it and prints what was seen.
+    """
+    from pollard.services.drill.chaos import ChaosOptions, run_chaos, with_seed
+
+    percent = _percent(load)
+    if not percent:
+        raise typer.BadParameter("chaos sends its requests at an even rate; write 1% to 100%")
+    options = ChaosOptions(
+        seconds=_seconds(duration),
+        kinds=_kinds(only),
+        load_percent=percent,
+        clients=clients,
+        seed=with_seed(seed),
+        model_mb=model_mb,
+        json_file=json_file,
+    )
+    raise typer.Exit(run_chaos(options))
+
+
 def _address(given: str | None, port: int) -> str:
     address = given or f"127.0.0.1:{port}"
     host, _, number = address.rpartition(":")

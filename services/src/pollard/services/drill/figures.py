@@ -116,7 +116,7 @@ def figures(record: Record) -> dict[str, Any]:
     latency = (answered.ended - answered.started) * 1e3
     swapping = during(answered, swap_windows(record.swaps))
     judged = (answered.started >= record.began) & (answered.started <= record.ended)
-    inside, outside = _spread(latency[swapping & judged]), _spread(latency[~swapping & judged])
+    inside, outside = spread(latency[swapping & judged]), spread(latency[~swapping & judged])
     duration = [(swap.ended - swap.started) * 1e3 for swap in record.swaps]
     answering = [
         seconds * 1e3 for seconds in answering_seconds(answered, record.swaps, record.ended)
@@ -142,32 +142,33 @@ def figures(record: Record) -> dict[str, Any]:
         "capacity_per_second": record.capacity,
         "rate_per_second": record.rate,
         "swaps": len(record.swaps),
-        "swap_ms": _spread(np.array(duration)),
+        "swap_ms": spread(np.array(duration)),
         "first_swap_ms": duration[0] if duration else None,
-        "swap_answering_ms": _spread(np.array(answering)),
+        "swap_answering_ms": spread(np.array(answering)),
         "latency_in_swaps_ms": inside,
         "latency_out_of_swaps_ms": outside,
         "latency_by_kind_ms": {
             kind: {
-                "in_swaps": _spread(latency[swapping & judged & answered.are(kind)]),
-                "out_of_swaps": _spread(latency[~swapping & judged & answered.are(kind)]),
+                "in_swaps": spread(latency[swapping & judged & answered.are(kind)]),
+                "out_of_swaps": spread(latency[~swapping & judged & answered.are(kind)]),
             }
             for kind in (IMAGE, TENSOR)
         },
         "p99_ratio": ratio,
         "kills": record.kills,
-        "memory_mib": _memory(record),
+        "memory_mib": memory_figures(record),
     }
 
 
-def _spread(values: NDArray[np.float64]) -> dict[str, float]:
+def spread(values: NDArray[np.float64]) -> dict[str, float]:
+    """Return how many values there are, their median, 99th percentile and maximum."""
     if not len(values):
         return {"count": 0, "p50": 0.0, "p99": 0.0, "max": 0.0}
     p50, p99 = np.percentile(values, (50, 99))
     return {"count": len(values), "p50": float(p50), "p99": float(p99), "max": float(values.max())}
 
 
-def _memory(record: Record) -> dict[str, dict[str, float]]:
+def memory_figures(record: Record) -> dict[str, dict[str, float]]:
     """Return for each service its memory at the first look, at the last, and the growth."""
     if not record.memory:
         return {}

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,26 +67,67 @@ class _Running:
     process: subprocess.Popen[bytes] | None = None
     healthy: asyncio.Event = field(default_factory=asyncio.Event)
     killed: bool = False
+    before: Sequence[str] = ()
+    """What the command line begins with."""
 
 
 class Services:
     """Inference, preprocess and models, each a process of its own."""
 
-    def __init__(self, directory: Path, *, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        drain_seconds: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Choose ports; `running_services` starts the processes.
 
         Args:
             directory: Where their data and their log lie.
             drain_seconds: How long a revision that is no longer served stays loaded.
+            environment: More variables for them.
         """
         _, plans = make_plan(UpOptions(data_dir=directory / "data", port_base=0))
         self._services = {plan.name: _Running(plan) for plan in plans}
-        self._environment = {**os.environ, "POLLARD_MODELS_DRAIN_SECONDS": str(drain_seconds)}
+        self._environment = {
+            **os.environ,
+            "POLLARD_MODELS_DRAIN_SECONDS": str(drain_seconds),
+            **(environment or {}),
+        }
         self.log = directory / "services.log"
         self.outages: list[Outage] = []
         self.deaths: list[str] = []
         """Services that ended without having been killed by the drill, in words."""
+        self.pids: list[int] = []
+        """Of all processes that were started for them."""
         self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def plans(self) -> list[ServicePlan]:
+        """How each is started."""
+        return [service.plan for service in self._services.values()]
+
+    def change(self, plan: ServicePlan, before: Sequence[str] = ()) -> None:
+        """Start a service in another way from its next start on.
+
+        Args:
+            plan: Of the same name.
+            before: What the command line begins with, such as a program that changes the network.
+        """
+        service = self._services[plan.name]
+        service.plan, service.before = plan, before
+
+    def pid(self, name: str) -> int:
+        """Return the id of a service's process.
+
+        Raises:
+            DrillFailed: it does not run.
+        """
+        process = self._services[name].process
+        if process is None or process.poll() is not None:
+            raise DrillFailed(f"{name} does not run\n{self.tail()}")
+        return process.pid
 
     @property
     def installation(self) -> Installation:
@@ -182,7 +223,7 @@ class Services:
     @property
     def http_urls(self) -> list[str]:
         """HTTP ports of the services."""
-        return [f"http://127.0.0.1:{each.plan.http_port}" for each in self._services.values()]
+        return [f"http://{plan.dialled}:{plan.http_port}" for plan in self.plans]
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the resident memory of each service that runs, its child processes included."""
@@ -212,7 +253,7 @@ class Services:
         # Not by the event loop: uvloop's fork runs gRPC's handlers, and those may crash the child.
         with self.log.open("ab") as log:
             service.process = subprocess.Popen(
-                service.plan.command(),
+                [*service.before, *service.plan.command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -220,6 +261,7 @@ class Services:
                 # Ctrl-C reaches the drill alone, which ends its requests before the services.
                 process_group=0,
             )
+        self.pids.append(service.process.pid)
 
     async def _keep(self, service: _Running) -> None:
         name = service.plan.name
@@ -292,7 +334,19 @@ async def running_services(
     Raises:
         DrillFailed: they do not start.
     """
-    services = Services(directory, drain_seconds=drain_seconds)
+    async with started(Services(directory, drain_seconds=drain_seconds), said=said) as services:
+        yield services
+
+
+@asynccontextmanager
+async def started(
+    services: Services, *, said: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[Services]:
+    """Start services that have been prepared, and stop them whatever happens.
+
+    Raises:
+        DrillFailed: they do not start.
+    """
     try:
         await services.start()
         where = services.installation

@@ -67,11 +67,16 @@ class Host:
         _ip("link", "set", self._cable, "master", network.name)
         _ip("link", "set", self._cable, "up")
 
+    @property
+    def entering(self) -> list[str]:
+        """What a command line begins with so that its program runs there."""
+        return ["nsenter", f"--net=/run/netns/{self._namespace}"]
+
     def start(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Start a program there; what it says is added to `log`."""
-        inside = ["nsenter", f"--net=/run/netns/{self._namespace}", *command]
+        inside = [*self.entering, *command]
         if self._group is not None:
             joining = f'echo $$ > {self._group / "cgroup.procs"} && exec "$@"'
             inside = ["sh", "-c", joining, "sh", *inside]
@@ -103,7 +108,7 @@ class Host:
             RuntimeError: it failed; the message has its words.
         """
         done = subprocess.run(
-            ["nsenter", f"--net=/run/netns/{self._namespace}", *command],
+            [*self.entering, *command],
             capture_output=True,
             text=True,
             check=False,
