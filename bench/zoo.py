@@ -55,7 +55,8 @@ and two threads, medians of files in turns.
 - 8-bit ranges are min-max of some images; `pollard compress` chooses more, and trains again.
 - small-cnn-28 is trained by the benchmark itself, with the defaults of `pollard train`. The CIFAR
   networks' weights are given; their images are re-encoded as JPEG. Those parents have seen all
-  training images, and are judged on one half of the test images."""
+  training images, and are judged on one class-balanced half of the test images: the one that
+  `pollard compress` reports its figures of, because it chooses by the other half."""
 
 
 def make(name: str, cifar: Path | None, weights: Path | None, ratio: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pollard.compress.data import load_data, stratified
-from pollard.compress.errors import DataDamaged, DataInvalid
+from pollard.compress.errors import DataDamaged, DataInvalid, UsageInvalid
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
 from pollard.compress.zoo import find
@@ -68,6 +68,40 @@ def test_a_test_folder_is_halved_and_never_trained_on(write_images: Tree) -> Non
 def test_a_validation_folder_is_what_choices_are_made_on(write_images: Tree) -> None:
     data = load_data(write_images("train", "val", "test", per_class=4), SPEC)
     assert (len(data.train), len(data.choose), len(data.held_out)) == (12, 12, 12)
+
+
+@pytest.mark.parametrize("asked", [0.2, 12])
+def test_a_validation_part_is_taken_from_training_images_and_never_from_test(
+    write_images: Tree, asked: float
+) -> None:
+    root = write_images("train", "test", per_class=20)
+    usual, data = load_data(root, SPEC), load_data(root, SPEC, validation=asked)
+    assert np.bincount(data.train.labels).tolist() == [16, 16, 16]
+    assert np.bincount(data.choose.labels).tolist() == [4, 4, 4]
+    learnt, choosing, tested, whole = (
+        {image.tobytes() for image in images}
+        for images in (
+            data.train.images, data.choose.images, data.held_out.images, usual.train.images
+        )
+    )  # fmt: skip
+    assert learnt | choosing == whole
+    assert not learnt & choosing
+    assert tested == {
+        image.tobytes() for part in (usual.choose, usual.held_out) for image in part.images
+    }
+    assert np.array_equal(load_data(root, SPEC, validation=asked).choose.images, data.choose.images)
+
+
+@pytest.mark.parametrize("asked", [0, -0.1, 60, 2.5])
+def test_a_validation_part_that_cannot_be_is_refused(write_images: Tree, asked: float) -> None:
+    with pytest.raises(UsageInvalid, match="of the 60 images of train/"):
+        load_data(write_images("train", "test", per_class=20), SPEC, validation=asked)
+
+
+def test_data_with_a_validation_folder_need_no_other(write_images: Tree) -> None:
+    root = write_images("train", "val", "test", per_class=4)
+    with pytest.raises(UsageInvalid, match="a validation part of their own"):
+        load_data(root, SPEC, validation=0.1)
 
 
 def test_a_zip_gives_the_same_data_as_its_folder(

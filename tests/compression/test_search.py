@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from pollard.compress.errors import PruneFailed, UsageInvalid
 from pollard.compress.pipeline import compress
 from pollard.compress.progress import Reporter
 from pollard.compress.recipe import Recipe
-from pollard.compress.search import Found, Outcome, Point, Trial, choose, front, search
+from pollard.compress.search import Found, Outcome, Point, Trial, choose, front, search, window
+from pollard.compress.trials import Processes
 
 
 def outcome(latency: float, drop: float) -> Outcome:
@@ -63,17 +66,50 @@ def test_the_fastest_that_holds_the_gate_is_chosen_or_else_the_most_accurate() -
 
 
 def test_the_same_seed_tries_the_same_points_even_when_it_was_interrupted(tmp_path: Path) -> None:
-    whole = search(7, 3, 1.0, tmp_path / "whole.db", made_up, workers=2)
+    whole = search(7, 3, 1.0, tmp_path / "whole.db", Processes(made_up, 2))
     assert [t.number for t in whole.trials] == list(range(7))
     assert [t.point.latency for t in whole.trials[:4]] == [0.5, 0.3, 0.7, 0.2]
-    search(4, 3, 1.0, tmp_path / "two.db", made_up, workers=2)
-    assert numbers(search(7, 3, 1.0, tmp_path / "two.db", made_up, workers=2)) == numbers(whole)
+    search(4, 3, 1.0, tmp_path / "two.db", Processes(made_up, 2))
+    assert numbers(search(7, 3, 1.0, tmp_path / "two.db", Processes(made_up, 2))) == numbers(whole)
+
+
+class Unruly:
+    """Runs trials in threads, and ends them in another order than they were begun in."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+        self._pool = ThreadPoolExecutor(at_once)
+        self._begun = itertools.count()
+
+    def submit(self, point: Point) -> Future[Outcome]:
+        return self._pool.submit(self._run, point, next(self._begun))
+
+    def _run(self, point: Point, number: int) -> Outcome:
+        time.sleep(0.02 * (number * 7 % self.at_once))
+        return made_up(point)
+
+    def __enter__(self) -> Unruly:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def test_points_do_not_depend_on_how_many_run_at_a_time_or_which_ends_first(
+    tmp_path: Path,
+) -> None:
+    one, many = (
+        search(24, 3, 1.0, tmp_path / f"{at_once}.db", Unruly(at_once)) for at_once in (1, 9)
+    )
+    assert numbers(many) == numbers(one)
+    assert front(many.trials) == front(one.trials)
+    assert window(24) == 6
 
 
 def test_a_search_whose_time_is_over_ends_with_what_it_has(tmp_path: Path) -> None:
     hurried = Reporter()
     hurried.allow(1e-9)
-    found = search(40, 3, 100.0, tmp_path / "few.db", made_up, workers=2, reporter=hurried)
+    found = search(40, 3, 100.0, tmp_path / "few.db", Processes(made_up, 2), reporter=hurried)
     assert len(found.trials) == 2
     assert found.why.endswith("2 of 40 trials fitted into the time that was given")
 
@@ -84,15 +120,17 @@ def test_a_killed_search_goes_on_and_leaves_no_process(tmp_path: Path) -> None:
     script.write_text(
         "import os, sys, time\nfrom pathlib import Path\n"
         "from pollard.compress.search import Outcome, search\n"
+        "from pollard.compress.trials import Processes\n"
         "def evaluate(point):\n"
         "    (Path(sys.argv[1]) / f'worker-{os.getpid()}').touch()\n"
         "    time.sleep(0.2)\n"
         "    return Outcome('pruned-fp32', point.latency, 1 / point.latency, 1, 1, 0.0)\n"
         "if __name__ == '__main__':\n"
-        "    search(1000, 0, 1.0, Path(sys.argv[1]) / 'trials.db', evaluate, workers=2)\n"
+        "    runs = Processes(evaluate, 2)\n"
+        "    search(1000, 0, 1.0, Path(sys.argv[1]) / 'trials.db', runs)\n"
     )
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
-    done = "SELECT count(*) FROM trials WHERE state = 'COMPLETE'"
+    done = "SELECT count(*) FROM trial_user_attributes WHERE key IN ('outcome', 'problem')"
 
     def completed() -> int:
         try:
@@ -113,7 +151,7 @@ def test_a_killed_search_goes_on_and_leaves_no_process(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, "a worker outlives its search"
         time.sleep(0.1)
     before = completed()
-    found = search(before + 3, 0, 1.0, tmp_path / "trials.db", slow, workers=2)
+    found = search(before + 3, 0, 1.0, tmp_path / "trials.db", Processes(slow, 2))
     assert [t.number for t in found.trials] == list(range(before + 3))
 
 

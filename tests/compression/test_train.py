@@ -95,6 +95,7 @@ def test_training_ends_early_where_nothing_gets_better(tmp_path: Path) -> None:
         (["--learning-rate", "-1"], "must be positive"),
         (["--freeze", "backbone"], "give --from FILE"),
         (["--unfreeze-every", "2"], "needs --freeze backbone"),
+        (["--validation", "0.1"], "of them 15 % are for validation as it is"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -151,6 +152,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert not checkpoint.exists()
     assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_a_stopped_run_names_its_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "w.safetensors", tmp_path / "w.checkpoint.pt"
+    process = subprocess.Popen(
+        [sys.executable, *POLLARD, *QUICK, "--epochs", "10000", "--out", str(out),
+         "--checkpoint-seconds", "0"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 143
+    assert told == (
+        f"Stopped by SIGTERM; {checkpoint} is kept, and the same command with --resume goes on "
+        "from there.\n"
+    )
+    assert checkpoint.exists()
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:

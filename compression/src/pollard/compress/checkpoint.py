@@ -21,6 +21,11 @@ from pollard.runtime.bundle import write_durably
 SCHEMA_VERSION = 1
 
 
+def checkpoint_beside(out: Path) -> Path:
+    """Return where the training that is to write ``out`` notes how far it is."""
+    return out.with_name(f"{out.stem}.checkpoint.pt")
+
+
 @dataclass
 class Checkpoint:
     """A file that is replaced every now and then, whole or not at all."""
@@ -39,10 +44,11 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """Return what was saved last, or None if there is nothing to go on from."""
-        if not self.path.is_file():
+        held = self.read()
+        if held is None:
             return None
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = _parse(held)
         except Exception:  # torch.load raises whatever unpickling raises
             return None
         if (
@@ -60,15 +66,32 @@ class Checkpoint:
         Raises:
             WeightsInvalid: the file is damaged, or none of this version's.
         """
-        if not self.path.is_file():
+        held = self.read()
+        if held is None:
             return ""
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = _parse(held)
             if content["schema_version"] == SCHEMA_VERSION:
                 return str(content["belongs_to"])
         except Exception as error:  # torch.load raises whatever unpickling raises
             raise WeightsInvalid(f"the checkpoint {self.path} is damaged") from error
         raise WeightsInvalid(f"the checkpoint {self.path} is of another version of Pollard")
+
+    def read(self) -> bytes | None:
+        """Return what the file holds, or None if it is not there."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        """Replace what the file holds.
+
+        Raises:
+            OSError: it cannot be written; what it held before is still there.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(self.path, content)
 
     @property
     def due(self) -> bool:
@@ -87,11 +110,14 @@ class Checkpoint:
             {"schema_version": SCHEMA_VERSION, "belongs_to": self.belongs_to, "state": state},
             buffer,
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self.path, buffer.getvalue())
+        self.write(buffer.getvalue())
         ended = time.monotonic()
         self._next = ended + max(self.every_seconds, (ended - started) / self.share)
 
     def remove(self) -> None:
         """Forget what was saved."""
         self.path.unlink(missing_ok=True)
+
+
+def _parse(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

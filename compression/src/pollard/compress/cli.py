@@ -266,7 +266,7 @@ def compress(
     """
     if cache is not None:
         os.environ["POLLARD_CACHE"] = str(cache.absolute())
-    with errors(json_file, resumable=True) as console:
+    with errors(json_file, _stages_kept) as console:
         from pollard.compress import recipe_file
         from pollard.compress.errors import UsageInvalid
 
@@ -501,12 +501,14 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def errors(json_file: Path | None, *, resumable: bool = False) -> Iterator[Console]:
+def errors(
+    json_file: Path | None, kept: Callable[[], str] = lambda: "nothing was written"
+) -> Iterator[Console]:
     """Turn errors, Ctrl-C and SIGTERM into a line for people and the proper exit code.
 
     Args:
         json_file: Where a refusal's figures go.
-        resumable: Whether the work goes on where it was when it is begun again.
+        kept: Says what there is of work that was stopped, and how to go on.
     """
     # Before PyTorch is imported: threads that spin while they wait for each other make
     # training several times slower on a machine that does anything else.
@@ -523,12 +525,8 @@ def errors(json_file: Path | None, *, resumable: bool = False) -> Iterator[Conso
             yield console
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
-        kept = (
-            "; finished stages are kept, and the same command goes on from there"
-            if resumable
-            else "; nothing was written"
-        )
-        problems.print(f"Stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{kept}.", soft_wrap=True)
+        told = f"Stopped by {'SIGTERM' if terminated else 'Ctrl-C'}; {kept()}."
+        problems.print(told, markup=False, highlight=False, soft_wrap=True)
         # As a shell tells of a process that the signal has ended.
         raise typer.Exit(143 if terminated else 130) from error
     except GateRefused as error:
@@ -552,6 +550,10 @@ def _signer(key: Path | None) -> Callable[[Path], str] | None:
 def _say_signed(console: Console, fingerprint: str) -> None:
     if fingerprint:
         console.print(f"Signed with the key {fingerprint}", highlight=False, soft_wrap=True)
+
+
+def _stages_kept() -> str:
+    return "finished stages are kept, and the same command goes on from there"
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

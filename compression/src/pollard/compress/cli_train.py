@@ -106,6 +106,15 @@ def train(
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", help="Directory for TensorBoard's files.")
     ] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            "--validation",
+            metavar="SHARE|COUNT",
+            help="Where the data have train/ and test/ only: choose the epoch by this share of "
+            "train/, such as 0.1, or so many of its images; test/ as a whole then judges.",
+        ),
+    ] = None,
     train_images: Annotated[
         int | None, typer.Option("--train-images", min=2, help="Use only so many training images.")
     ] = None,
@@ -133,7 +142,15 @@ def train(
     """
     from pollard.compress.cli import errors, make_reporter, make_spec, write_json
 
-    with errors(json_file) as console:
+    def kept() -> str:
+        from pollard.compress.checkpoint import checkpoint_beside
+
+        path = checkpoint_beside(out)
+        if not path.exists():
+            return "nothing was written"
+        return f"{path} is kept, and the same command with --resume goes on from there"
+
+    with errors(json_file, kept) as console:
         from pollard.compress import augmentation
         from pollard.compress import train as training
 
@@ -162,6 +179,7 @@ def train(
             out,
             options=options,
             max_train_images=train_images,
+            validation=validation,
             seed=seed,
             threads=threads,
             spec=make_spec(input_size, mean, std),

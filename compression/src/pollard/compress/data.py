@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pollard.compress.errors import DataDamaged, DataInvalid
+from pollard.compress.errors import DataDamaged, DataInvalid, UsageInvalid
 from pollard.compress.progress import Reporter
 from pollard.compress.sources import (
     ImageSource,
@@ -113,6 +113,7 @@ def load_data(
     *,
     task: TaskName = "classification",
     max_train_images: int | None = None,
+    validation: float | None = None,
     max_damaged_share: float = 0.05,
     reporter: Reporter | None = None,
 ) -> Dataset:
@@ -122,7 +123,8 @@ def load_data(
     `test/` becomes *choose*, because a parent may have seen all of `train/`,
     and the other half *held-out*; with a folder `val/`, that is *choose* and
     `test/` as a whole *held-out*. Data without such folders are split by class
-    60 : 15 : 25.
+    60 : 15 : 25. Who trains from scratch can take *choose* from `train/` instead,
+    with ``validation``; `test/` as a whole is *held-out* then, too.
 
     Args:
         reference: As for :func:`pollard.compress.sources.open_source`.
@@ -130,16 +132,19 @@ def load_data(
             preprocessing.
         task: What is to be known of the images; decides which data there can be.
         max_train_images: Use only so many of the training images, by class.
+        validation: Share of `train/`, below 1, or number of its images that become
+            *choose*, by class; only of data with `train/` and `test/` and no `val/`.
         max_damaged_share: Share of files that may be undecodable.
         reporter: Told of progress and of damaged files.
 
     Raises:
         DataInvalid: no data, no images, one class, or too few of a class.
+        UsageInvalid: the data have a validation part already, or it cannot be so large.
         DataDamaged: too many files cannot be decoded.
     """
     reporter = reporter or Reporter()
     source, classes = _open(reference, task)
-    parts, how = split_items(source.items, _strata(classes, task))
+    parts, how = split_items(source.items, _strata(classes, task), validation)
     if max_train_images is not None and max_train_images < len(parts["train"]):
         parts["train"] = _subset(parts["train"], _strata(classes, task), max_train_images)
     pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
@@ -287,11 +292,14 @@ def stratified(
     return [generator.permutation(np.array(part, dtype=np.int64)) for part in parts]
 
 
-def split_items(items: Sequence[Item], classes: Sequence[str]) -> tuple[dict[str, list[Item]], str]:
+def split_items(
+    items: Sequence[Item], classes: Sequence[str], validation: float | None = None
+) -> tuple[dict[str, list[Item]], str]:
     """Assign items to "train", "choose" and "held-out", shuffled; and say how.
 
     Raises:
         DataInvalid: a class has too few images, or is missing in a part.
+        UsageInvalid: ``validation`` is asked for that cannot be.
     """
     given: dict[str, list[Item]] = defaultdict(list)
     for item in items:
@@ -301,6 +309,18 @@ def split_items(items: Sequence[Item], classes: Sequence[str]) -> tuple[dict[str
         if absent:
             raise DataInvalid(f"the part {name!r} has no image of {', '.join(absent[:10])}")
     train = given.get("train", [])
+    if validation is not None:
+        if given.keys() != {"train", "held-out"}:
+            raise UsageInvalid(
+                "--validation takes images from train/ where there is a test/ and no val/; these "
+                "data have "
+                + (
+                    "a validation part of their own"
+                    if "choose" in given
+                    else "no such folders: of them 15 % are for validation as it is"
+                )
+            )
+        return _with_validation(train, given["held-out"], validation)
     if not train or len(given) == 1:
         pool = train or [item for members in given.values() for item in members]
         cut = stratified([item.label for item in pool], _SHARES, SPLIT_SEED)
@@ -329,6 +349,30 @@ def split_items(items: Sequence[Item], classes: Sequence[str]) -> tuple[dict[str
         },
         f"the data's own train folder; choose and held-out are halves of its {folder} folder, "
         "balanced by class, fixed seed",
+    )
+
+
+def _with_validation(
+    train: list[Item], held_out: list[Item], validation: float
+) -> tuple[dict[str, list[Item]], str]:
+    """Take "choose" from ``train``, by class."""
+    count = validation if validation >= 1 else round(validation * len(train))
+    if not 0 < count < len(train) or count != int(count):
+        raise UsageInvalid(
+            f"--validation {validation:g} is neither a share between 0 and 1 nor a number of the "
+            f"{len(train):,} images of train/"
+        )
+    share = count / len(train)
+    learnt, kept = stratified([item.label for item in train], (1 - share, share), SPLIT_SEED)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(held_out))
+    return (
+        {
+            "train": [train[i] for i in learnt],
+            "choose": [train[i] for i in kept],
+            "held-out": [held_out[i] for i in order],
+        },
+        f"choose is {len(kept):,} images of the data's train folder, balanced by class, fixed "
+        "seed; held-out its whole test folder",
     )
 
 

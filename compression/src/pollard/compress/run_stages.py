@@ -258,7 +258,7 @@ def open_stages(
     """Return the stages of a run; what all of them depend on is in their keys."""
     base = {
         "tools": bundling.tool_versions(),
-        "pollard": _sources_digest(),
+        "pollard": sources_digest(),
         "processor": machine.processor,
         "cpu_features": sorted(f for f in machine.cpu_features if f.startswith("avx")),
         "threads": recipe.threads,
@@ -313,7 +313,7 @@ def _code_digest(module: nn.Module) -> str:
     return _digest_of(sorted(path for path in files if path.is_file()))
 
 
-def _sources_digest() -> str:
+def sources_digest() -> str:
     """Return a digest of Pollard's own code, so that another version makes its own stages."""
     homes = [Path(pollard.compress.__file__).parent, Path(pollard.runtime.bundle.__file__).parent]
     return _digest_of(sorted(path for home in homes for path in home.rglob("*.py")))

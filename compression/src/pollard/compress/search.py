@@ -3,28 +3,25 @@
 A trial cuts the parent for a share of its latency, measures the batch norms anew, recovers
 for at most a third of an epoch, and is then ranked: without that, one-shot accuracy says
 little. Trials are proposed by Optuna (a multi-objective tree-structured Parzen estimator,
-Ozaki et al., 2020) and run in processes of their own; every proposal follows from the seed
-and the trials before it, so that a search that was killed goes on as it would have.
+Ozaki et al., 2020) and run somewhere else (:mod:`pollard.compress.trials`).
+
+A proposal follows from the seed and from the trials that lie a window before it, and from
+nothing else. So a search that was killed goes on as it would have, and one that runs two
+trials at a time tries the same points as one that runs twenty.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pollard.compress.errors import CompressionError, PruneFailed
 from pollard.compress.progress import Reporter
 from pollard.compress.recipe import IMPORTANCES, Importance, Recipe
+from pollard.compress.trials import Trials
 
 if TYPE_CHECKING:
     import optuna
@@ -35,6 +32,10 @@ _LEAST, _MOST = 0.08, 0.9
 
 # Of the training images, what a trial is recovered on, once.
 TRIAL_SHARE = 0.3
+
+# Trials that may run at a time, whoever runs them: a share of all, and at least so many. What
+# is proposed does not know the results of that many trials before it.
+_WINDOW_SHARE, _LEAST_WINDOW = 0.25, 4
 
 # Of the time that is given to a run, what stays for compressing to the point that is chosen.
 _AFTERWARDS = 0.5
@@ -99,18 +100,13 @@ class Found:
     why: str
 
 
-Evaluate = Callable[[Point], Outcome]
-
-
 def search(
     count: int,
     seed: int,
     max_drop: float,
     storage: Path,
-    evaluate: Evaluate,
+    runs: Trials,
     *,
-    workers: int = 1,
-    initializer: Callable[[], None] | None = None,
     reporter: Reporter | None = None,
 ) -> Found:
     """Try ``count`` points and choose one by the gate.
@@ -120,9 +116,7 @@ def search(
         seed: Of the proposals.
         max_drop: The gate, in points.
         storage: SQLite file of the trials; one that is there is gone on with.
-        evaluate: Runs a trial; it is called in other processes.
-        workers: Trials at a time.
-        initializer: Called first in every such process.
+        runs: Runs them.
         reporter: Told of progress.
 
     Raises:
@@ -139,40 +133,85 @@ def search(
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
-    # Spawned, not forked: PyTorch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    begin = partial(_begin, os.getpid(), stop, initializer)
-    pool = ProcessPoolExecutor(workers, context, begin)
-    done = _finished(study)
-    with reporter.step("Searching", count) as step, pool:
-        step.advance(len(done))
+    book = _Book(study, seed, window(count))
+    running: dict[Future[Outcome], optuna.Trial] = {}
+    upcoming = iter([number for number in range(count) if number not in book.ended])
+    number = next(upcoming, None)
+    with reporter.step("Searching", count) as step, runs:
+        step.advance(len(book.ended))
         try:
-            while len(done) < count and (not done or reporter.left > reserve):
-                # Whole rounds: what is proposed must not depend on which trial ends first.
-                size = min(workers - len(done) % workers, count - len(done))
-                proposed = [_propose(study, seed, len(done) + index) for index in range(size)]
-                running = [(trial, pool.submit(evaluate, point)) for trial, point in proposed]
-                for trial, future in running:
-                    _tell(study, trial, future)
+            while number is not None or running:
+                if book.ended and reporter.left <= reserve:
+                    number = None
+                while number is not None and book.may(number) and len(running) < runs.at_once:
+                    trial, point = book.propose(number)
+                    running[runs.submit(point)] = trial
+                    number = next(upcoming, None)
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    book.keep(running.pop(future), future)
                     step.advance()
-                done = _finished(study)
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             raise CompressionError(
                 "a process of the search was ended from outside, perhaps for want of memory; the "
                 "same command goes on with the trials that are left"
             ) from error
-        finally:
-            stop.set()  # nobody waits for trials that nobody wants any more
-    trials = [_trial(trial) for trial in done]
+    trials = [_trial(trial) for trial in study.trials if trial.number in book.ended]
     chosen, why = choose(trials, max_drop)
     if len(trials) < count:
         why += f"; {len(trials)} of {count} trials fitted into the time that was given"
     return Found(trials, chosen, why)
 
 
-def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return [trial for trial in study.trials if trial.state.is_finished()]
+def window(count: int) -> int:
+    """Return how many of ``count`` trials may run at a time."""
+    return max(_LEAST_WINDOW, round(_WINDOW_SHARE * count))
+
+
+class _Book:
+    """The trials of a search, kept in a study.
+
+    What came of a trial is written down at once. The sampler is told only when a trial is
+    proposed that may know it, in the order of the numbers: otherwise what it proposes would
+    depend on which trial happened to end first.
+    """
+
+    def __init__(self, study: optuna.Study, seed: int, size: int) -> None:
+        self._study, self._seed, self._window = study, seed, size
+        self.ended = {trial.number for trial in study.trials if _has_ended(trial)}
+        """Numbers of the trials that need not be run any more."""
+
+    def may(self, number: int) -> bool:
+        """Tell whether everything has ended that the proposal of a trial depends on."""
+        return self.ended.issuperset(range(number - self._window + 1))
+
+    def propose(self, number: int) -> tuple[optuna.Trial, Point]:
+        """Return a trial and its point; one that was begun and has not ended is taken up again."""
+        for earlier in self._study.trials[: max(0, number - self._window + 1)]:
+            if not earlier.state.is_finished():
+                self._tell(earlier)
+        return _propose(self._study, self._seed, number)
+
+    def keep(self, trial: optuna.Trial, future: Future[Outcome]) -> None:
+        """Write down what came of a trial."""
+        try:
+            trial.set_user_attr("outcome", asdict(future.result()))
+        except CompressionError as error:
+            trial.set_user_attr("problem", str(error))
+        self.ended.add(trial.number)
+
+    def _tell(self, trial: optuna.trial.FrozenTrial) -> None:
+        import optuna
+
+        told = trial.user_attrs.get("outcome")
+        if told is None:
+            self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial.number, (told["latency"], told["drop_points"]))
+
+
+def _has_ended(trial: optuna.trial.FrozenTrial) -> bool:
+    return trial.state.is_finished() or not {"outcome", "problem"}.isdisjoint(trial.user_attrs)
 
 
 def _propose(study: optuna.Study, seed: int, number: int) -> tuple[optuna.Trial, Point]:
@@ -197,19 +236,6 @@ def _propose(study: optuna.Study, seed: int, number: int) -> tuple[optuna.Trial,
         importance,
         trial.suggest_categorical("remove_blocks", (True, False)),
     )
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, future: Future[Outcome]) -> None:
-    import optuna
-
-    try:
-        outcome = future.result()
-    except CompressionError as error:
-        trial.set_user_attr("problem", str(error))
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        return
-    trial.set_user_attr("outcome", asdict(outcome))
-    study.tell(trial.number, (outcome.latency, outcome.drop_points))
 
 
 def _point(params: dict[str, Any]) -> Point:
@@ -263,21 +289,3 @@ def choose(trials: Sequence[Trial], max_drop: float) -> tuple[int, str]:
         "none holds the gate after so short a recovery; the most accurate, which loses "
         f"{_drop(best[-1]):.2f} points"
     )
-
-
-def _begin(parent: int, stop: Event, initializer: Callable[[], None] | None) -> None:
-    """Prepare a process for trials; it ends when the one that started it is gone or says so."""
-
-    def watch() -> None:
-        while os.getppid() == parent and not stop.wait(0.5):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    # Ctrl-C reaches all processes of a terminal; the first of them decides.
-    with suppress(ValueError):
-        import signal
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if initializer is not None:
-        initializer()

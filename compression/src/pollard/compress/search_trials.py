@@ -1,4 +1,8 @@
-"""The trials of a search in their own processes, and the stage that they make up."""
+"""The trials of a search: what they start from, what each does, and the stage they make up.
+
+They cut by one table of latencies, measured before the first of them begins: while they run
+they compete for the processor.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pollard.compress import verify
 from pollard.compress.candidates import build
@@ -21,14 +27,19 @@ from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
 from pollard.compress.run_stages import Run, fit_config
 from pollard.compress.search import TRIAL_SHARE, Found, Outcome, Point, search
-from pollard.compress.shrink import shrink, shrink_config
+from pollard.compress.shrink import measure_tables, shrink, shrink_config
 from pollard.compress.stages import read_json, scratch, write_json
+from pollard.compress.trials import Processes
 from pollard.compress.truth import TaskName, Truth
 
 # Images that trials are judged by.
 _JUDGED = 2000
 
 _ROUNDS = 20
+
+
+Pixels = dict[str, tuple[NDArray[np.uint8], NDArray[Any]]]
+"""Part → its images and their labels."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,6 @@ class Setting:
     recipe: Recipe
     """With every default filled in."""
     classes: list[str]
-    images: Path
-    """Folder of the decoded images, an array for each part."""
     digest: str
     task: TaskName
     truths: dict[str, list[Truth]]
@@ -63,17 +72,19 @@ def search_stage(run: Run) -> Found:
     recipe = run.recipe
 
     def make(folder: Path) -> None:
-        workers = min(recipe.search, max(1, run.machine.cores))
+        # Alone, before trials compete for the processor; and the same for all of them.
+        config = shrink_config(_middle(recipe))
+        measure_tables(run.parent.module, run.parent.spec, config, run.reporter)
+        setting, pixels = _setting(run)
         with tempfile.TemporaryDirectory(prefix="pollard-search-") as images:
-            setting = _setting(run, Path(images))
+            _save(pixels, Path(images))
+            workers = min(recipe.search, max(1, run.machine.cores))
             found = search(
                 recipe.search,
                 recipe.seed,
                 recipe.max_drop,
                 scratch(folder) / "trials.db",
-                evaluate,
-                workers=workers,
-                initializer=partial(prepare, setting),
+                Processes(evaluate, workers, partial(prepare, setting, Path(images))),
                 reporter=run.reporter,
             )
         write_json(folder / "found.json", encode(found))
@@ -88,37 +99,52 @@ def search_stage(run: Run) -> Found:
     ).value
 
 
-def _setting(run: Run, folder: Path) -> Setting:
+def _middle(recipe: Recipe) -> Recipe:
+    return Point(0.5, "l2", True).apply(recipe)
+
+
+def _setting(run: Run) -> tuple[Setting, Pixels]:
     data = run.data
     short = max(2 * (run.recipe.batch_size or 2), round(TRIAL_SHARE * len(data.train)))
     truths: dict[str, list[Truth]] = {}
+    pixels: Pixels = {}
     # The parts are shuffled: their beginnings are samples of them.
     for part, count in ((data.train, short), (data.choose, _JUDGED)):
         name = part.name.rpartition("/")[2]
-        np.save(folder / f"{name}-images.npy", part.images[:count])
-        np.save(folder / f"{name}-labels.npy", part.labels[:count])
+        pixels[name] = part.images[:count], part.labels[:count]
         truths[name] = list(part.truths[:count])
     # A copy: what a specification has worked out for itself does not go to other processes.
     spec = replace(run.parent.spec)
     recipe = replace(run.recipe, spec=spec)
-    return Setting(recipe, data.classes, folder, data.digest, data.task, truths)
+    return Setting(recipe, data.classes, data.digest, data.task, truths), pixels
 
 
-def prepare(setting: Setting) -> None:
-    """Load in a new process what its trials need."""
+def _save(pixels: Pixels, folder: Path) -> None:
+    for name, (images, labels) in pixels.items():
+        np.save(folder / f"{name}-images.npy", images)
+        np.save(folder / f"{name}-labels.npy", labels)
+
+
+def prepare(setting: Setting, folder: Path) -> None:
+    """Load in a new process what its trials need; images are shared with the other processes."""
+    pixels = {
+        name: (
+            np.load(folder / f"{name}-images.npy", mmap_mode="c"),
+            np.load(folder / f"{name}-labels.npy"),
+        )
+        for name in setting.truths
+    }
+    _prepare(setting, pixels)
+
+
+def _prepare(setting: Setting, pixels: Pixels) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(1)
     recipe = setting.recipe
     source = resolve(recipe.model, recipe.spec)
     parent = load_model(source, recipe.weights, classes=len(setting.classes))
     train, choose = (
-        Part(
-            f"search/{name}",
-            np.load(setting.images / f"{name}-images.npy", mmap_mode="c"),
-            np.load(setting.images / f"{name}-labels.npy"),
-            setting.task,
-            setting.truths[name],
-        )
+        Part(f"search/{name}", *pixels[name], setting.task, setting.truths[name])
         for name in ("train", "choose")
     )
     # Nothing here may look at the held-out part.

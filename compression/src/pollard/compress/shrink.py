@@ -422,6 +422,19 @@ def plan_shrink(
     return _joined(parent, spec, None, cut, total_macs(cut.module, spec))
 
 
+def measure_tables(
+    parent: nn.Module, takes: InputSpec, config: ShrinkConfig, reporter: Reporter
+) -> None:
+    """Measure ahead what any cut of ``parent`` is sure to need of the tables of latencies."""
+    parent_costs(parent, takes, reporter)
+    prunable = analyse(parent, takes, keep_whole=config.keep_whole)
+    blocks = find_blocks(prunable.module, takes) if config.remove_blocks else []
+    dense, _ = offered(prunable.module, takes, config)
+    losses = guessed_sensitivities(prunable, blocks, dense)
+    for target in config.targets:
+        cost_model(prunable, losses, takes, target, reporter)
+
+
 def loss_gradients(data: Dataset, spec: InputSpec, images: int = 256) -> Gradients:
     """Return a function that adds the gradients of the loss on some training images."""
 

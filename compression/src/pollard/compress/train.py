@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pollard.compress import augmentation_truth, kept_weights
 from pollard.compress.augmentation import Augment
-from pollard.compress.checkpoint import Checkpoint
+from pollard.compress.checkpoint import Checkpoint, checkpoint_beside
 from pollard.compress.curves import EpochTable, Observers, TensorBoard, write_page
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import LabelsMismatch, OutputExists, UsageInvalid
@@ -149,6 +149,7 @@ def train(
     *,
     options: TrainOptions | None = None,
     max_train_images: int | None = None,
+    validation: float | None = None,
     seed: int = 0,
     threads: int | None = None,
     spec: InputSpec | None = None,
@@ -174,6 +175,7 @@ def train(
         out: File to write, `.safetensors`.
         options: How.
         max_train_images: Use only so many training images.
+        validation: As for :func:`pollard.compress.data.load_data`.
         seed: Of initialisation, order and augmentation.
         threads: PyTorch's threads.
         spec: What the model takes.
@@ -198,7 +200,7 @@ def train(
         raise UsageInvalid(f"weights are written as .safetensors; {out} ends otherwise")
     if out.exists() and not force:
         raise OutputExists(f"{out} exists; choose another name, or --force to replace it")
-    path = out.with_name(f"{out.stem}.checkpoint.pt")
+    path = checkpoint_beside(out)
     if path.exists() and not (force or resume):
         raise OutputExists(
             f"an unfinished run has left {path}: --resume goes on with it, --force begins anew"
@@ -210,7 +212,7 @@ def train(
         reporter = reporter if reporter is not None and processes.leads else Reporter()
         dataset = load_data(
             data, source.spec, task=source.task, max_train_images=max_train_images,
-            reporter=reporter,
+            validation=validation, reporter=reporter,
         )  # fmt: skip
         if classes is not None and classes != len(dataset.classes):
             raise LabelsMismatch(
@@ -269,6 +271,7 @@ def _recipe(source: Source, data: Dataset, config: FitConfig, options: TrainOpti
         "model": source.reference,
         "input": asdict(source.spec),
         "data": data.digest,
+        "split": data.split,
         "from": start,
         "freeze": options.freeze,
         "unfreeze_every": options.unfreeze_every,
