@@ -11,12 +11,14 @@ import pytest
 
 from pollard.client import (
     DeadlineExceeded,
+    Internal,
     InvalidAnswer,
     NotFound,
     RequestFailed,
     Unavailable,
     Unknown,
 )
+from pollard.client.cli import _main
 from pollard.client.errors import _BY_CODE
 from pollard.inference import grpc_service_pb2
 
@@ -51,6 +53,40 @@ def test_reason_and_metadata_come_from_error_info(
     assert caught.value.reason == "MODEL_NOT_FOUND"
     assert caught.value.details.domain == "pollard.ai"
     assert dict(caught.value.metadata) == {"model": "cats"}
+
+
+def fail_as(code: grpc.StatusCode) -> Callable[[Any, grpc.ServicerContext], None]:
+    """Fail a request that has an id."""
+
+    def answer(request: Any, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata((("x-request-id", "4f2a"),))
+        context.abort(code, "said so")
+
+    return answer
+
+
+def test_a_failure_has_the_id_of_its_request(runner: Any, address: str, scripted: Any) -> None:
+    scripted.on("GetModel", fail_as(grpc.StatusCode.INTERNAL))
+    with pytest.raises(Internal) as caught:
+        runner.call("models", address, "model", "digits")
+    assert caught.value.request_id == "4f2a"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(grpc.StatusCode.INTERNAL, True), (grpc.StatusCode.NOT_FOUND, False)]
+)
+def test_commands_say_the_id_where_only_the_servers_log_helps(
+    code: grpc.StatusCode,
+    said: bool,
+    address: str,
+    scripted: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripted.on("GetModel", fail_as(code))
+    assert _main.run(["models", "show", "digits", "--server", address]) == 1
+    shown = capsys.readouterr().err
+    assert "said so" in shown
+    assert ("4f2a" in shown) is said
 
 
 def test_a_server_that_raises_is_unknown(runner: Any, address: str, scripted: Any) -> None:

@@ -38,6 +38,7 @@ from google.protobuf import message as protobuf_message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_REQUEST_ID_KEY = "x-request-id"
 
 
 class PollardError(Exception):
@@ -117,12 +118,23 @@ class RequestFailed(PollardError):
         details: Reason, domain and metadata, where the server gave them.
         address: The server's address.
         method: Full gRPC method name, such as "/pollard.vision.v1.VisionService/Predict".
+        request_id: What the request is called in the server's logs and traces; empty when the
+            server did not say.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
 
-    def __init__(self, message: str, *, details: ErrorDetails, address: str, method: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        details: ErrorDetails,
+        address: str,
+        method: str,
+        request_id: str = "",
+    ) -> None:
         super().__init__(message)
+        self.request_id = request_id
         self.message = message
         self.details = details
         self.address = address
@@ -250,6 +262,7 @@ def from_rpc_error(error: grpc.RpcError, *, address: str, method: str) -> Reques
         details=_details(error),
         address=address,
         method=method,
+        request_id=_request_id(error),
     )
 
 
@@ -288,6 +301,14 @@ def _details(error: grpc.RpcError) -> ErrorDetails:
             except protobuf_message.DecodeError:  # what failed is still known without them
                 return ErrorDetails()
     return ErrorDetails()
+
+
+def _request_id(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.Call | grpc.aio.AioRpcError):
+        for key, value in error.trailing_metadata() or ():
+            if key == _REQUEST_ID_KEY and isinstance(value, str):
+                return value
+    return ""
 
 
 def _error_info(status: status_pb2.Status) -> ErrorDetails:

@@ -128,7 +128,10 @@ def _message(error: Exception) -> str:
             )
         if name == "DEADLINE_EXCEEDED":
             return f"no answer from {error.address} in time; --timeout allows more"
-        return f"{error.message}{reason}{hint(error)}"
+        asked = ""
+        if error.request_id and name in _FOR_OPERATORS:
+            asked = f"\nThe server's log tells more, under request id {error.request_id}."
+        return f"{error.message}{reason}{hint(error)}{asked}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     package = _missing_package(error)
@@ -139,6 +142,9 @@ def _message(error: Exception) -> str:
         )
     return str(error) or type(error).__name__
 
+
+_FOR_OPERATORS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "UNAVAILABLE")
+"""Failures that whoever asked can do nothing about."""
 
 _WHO_NEEDS = {
     "onnxruntime": "pollard-runtime[cpu] or pollard-runtime[gpu], never both",
