@@ -31,6 +31,21 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def beside(path: str, name: str) -> Any:
+    """Import a file of the repository that lies on no import path, by its path from here."""
+    described = importlib.util.spec_from_file_location(name, Path(__file__).parent / path)
+    assert described is not None
+    assert described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    sys.modules[name] = module
+    described.loader.exec_module(module)
+    return module
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(beside("schedule.py", "pollard_tests_schedule"))
+
+
 def linear_model(*, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0) -> bytes:
     """An ONNX model: uint8 NHWC images, a flat linear layer, float32 scores.
 
@@ -193,13 +208,7 @@ def make_samples() -> Callable[[int], list[Sample]]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
     """A PostgreSQL server for all tests of the session; see `bench/postgres.py`."""
-    path = Path(__file__).parent.parent / "bench" / "postgres.py"
-    described = importlib.util.spec_from_file_location("pollard_tests_postgres", path)
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    sys.modules[described.name] = module
-    described.loader.exec_module(module)
+    module = beside("../bench/postgres.py", "pollard_tests_postgres")
     if module.binaries() is None:
         pytest.skip(module.MISSING)
     pytest.importorskip("psycopg", reason="pip install 'pollard-services[postgres]'")

@@ -119,6 +119,7 @@ async def test_requests_go_to_the_servers_that_can(
             samples=samples,
             references=references,
             clients=2,
+            pause=0.01,
             kinds=(IMAGE, TENSOR),
         )
         clients = asyncio.create_task(load.run())

@@ -92,6 +92,7 @@ async def test_a_swap_across_all_servers_drops_and_mixes_nothing(
                 samples=samples,
                 references=references,
                 clients=2,
+                pause=0.02,
                 kinds=kinds,
             )
             for vision, inference in (

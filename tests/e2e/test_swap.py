@@ -29,6 +29,7 @@ def _load(
         samples=samples,
         references=references,
         clients=4,
+        pause=0.02,
     )
 
 

@@ -171,6 +171,7 @@ async def test_rollouts_outlive_their_leader_and_a_crash_of_the_database(
             samples=samples,
             references=references,
             clients=2,
+            pause=0.01,
         )
         traffic = load.traffic
         clients = asyncio.create_task(load.run())

@@ -35,6 +35,7 @@ async def test_replicas_share_the_images_and_cover_for_each_other(
             samples=samples,
             references={n: Reference(bundle, samples) for n, bundle in enumerate(bundles, 1)},
             clients=3,
+            pause=0.02,
             kinds=(IMAGE,),
         )
         load.traffic.serving = 0
@@ -75,6 +76,7 @@ async def test_a_client_with_one_channel_uses_all_replicas_through_the_balancer(
         samples=samples,
         references={1: Reference(bundle, samples)},
         clients=clients,
+        pause=0.02,
         kinds=(TENSOR,),
     )
     load.traffic.serving = 1

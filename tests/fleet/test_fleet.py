@@ -62,6 +62,7 @@ async def load(
             samples=samples,
             references={n: Reference(bundle, samples) for n, bundle in enumerate(bundles, 1)},
             clients=clients,
+            pause=0.05,
             timeout=30,
             retry=RetryPolicy(),
         )

@@ -32,6 +32,7 @@ from pollard.runtime.archive import pack
 from pollard.runtime.bundle import Bundle, write_bundle
 from pollard.services.models.main import ModelsService, build_server
 from pollard.services.models.settings import ModelsSettings
+from pollard.services.models.store import DATABASE, Store
 
 TIMEOUT = 30.0
 
@@ -432,6 +433,25 @@ def postgres_stock(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> t
     return fill(tmp_path_factory.mktemp("postgres-stock"), postgres.url(name)), name
 
 
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The registry of a store that nothing was pushed to: migrated once, and then copied."""
+    store = Store(tmp_path_factory.mktemp("empty"))
+    store.open()
+    store.close()
+    return store.directory / DATABASE
+
+
+@pytest.fixture(scope="session")
+def postgres_empty(tmp_path_factory: pytest.TempPathFactory, postgres: Any) -> str:
+    """The name of such a database."""
+    name: str = postgres.new_database()
+    store = Store(tmp_path_factory.mktemp("postgres-empty"), postgres.url(name))
+    store.open()
+    store.close()
+    return name
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     """What holds the registry of the suites of the test."""
@@ -453,12 +473,16 @@ def suite_with(
         if backend == "sqlite":
             if stocked:
                 shutil.copytree(request.getfixturevalue("stock"), store)
+            elif not store.exists():
+                store.mkdir()
+                shutil.copy(request.getfixturevalue("empty_registry"), store)
             return {"store": store}
         postgres = request.getfixturevalue("postgres")
-        template = "template0"
         if stocked:
             source, template = request.getfixturevalue("postgres_stock")
             shutil.copytree(source, store)
+        else:
+            template = request.getfixturevalue("postgres_empty")
         databases.append(postgres.new_database(template))
         return {"store": store, "database_url": postgres.url(databases[-1])}
 

@@ -203,6 +203,7 @@ class Load:
         excused: Excuse = lambda kind, sent, error: False,
         again_seconds: float | None = None,
         retry: RetryPolicy | None = None,
+        pause: float = 0.0,
     ) -> None:
         """Prepare the clients; `run` or `run_at` starts them.
 
@@ -220,6 +221,8 @@ class Load:
             again_seconds: So long after it was due a request is sent again; None for `timeout`.
             retry: What the clients send again by themselves; nothing if None, since a failure that
                 a retry would hide is a failure of a swap.
+            pause: How long each client of `run` waits after an answer, in seconds. Clients that
+                never wait take all of a small machine.
         """
         self.traffic = Traffic()
         self.references = dict(references)
@@ -233,6 +236,7 @@ class Load:
         self._alias = alias
         self._timeout = timeout
         self._excused = excused
+        self._pause = pause
         self._retry = retry or RetryPolicy.none()
         self._again_seconds = timeout if again_seconds is None else again_seconds
         self._next = itertools.count()
@@ -279,6 +283,8 @@ class Load:
                 if self._done.is_set():
                     return
                 await ask(self._kinds[turn % len(self._kinds)], time.monotonic())
+                if self._pause:
+                    await asyncio.sleep(self._pause)
 
     async def _connected(
         self, stack: contextlib.AsyncExitStack

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,6 +26,9 @@ from pollard.client import DEFAULT_MODELS_ADDRESS, types
 from pollard.client._channel import checked_address
 from pollard.client._names import checked_alias, checked_model, request_id_of
 from pollard.client._quorum import quorum_of
+from pollard.client.cli._words import fail as fail
+from pollard.client.cli._words import printable as printable
+from pollard.client.cli._words import warn as warn
 
 T = TypeVar("T")
 
@@ -45,28 +47,6 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return a console on what is standard error now."""
     return Console(file=sys.stderr, highlight=False)
-
-
-def printable(text: str) -> str:
-    """Return a text with what would steer a terminal written out, such as `\\x1b`.
-
-    Notes, labels and messages come from others. Ends of lines and tabs stay; so do letters of every
-    script, but not the marks that turn the direction of what follows.
-    """
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def fail(message: str) -> None:
-    """Write an error to standard error as plain text, whatever it contains."""
-    print(f"error: {printable(message)}", file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    """Write a warning to standard error as plain text."""
-    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def say(message: str) -> None:

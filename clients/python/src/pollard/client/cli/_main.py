@@ -14,15 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pollard.client.cli import fleet, keys, models, predict, tokens, top
-from pollard.client.cli._common import fail
-from pollard.client.cli._hints import hint
+from pollard.client.cli._words import fail
 from pollard.client.errors import PollardError, RequestFailed
 
 # Where the commands come from that this distribution does not bring.
 _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "up": ("pollard-services[cpu]", "Start all services on this machine."),
     "serve": ("pollard-services[cpu]", "Start one service."),
+    "doctor": ("pollard-services[cpu]", "Look whether this machine can run Pollard."),
     "health": ("pollard-services[cpu]", "Ask a server whether it takes requests."),
     "drill": ("pollard-services[cpu]", "Prove on this machine what Pollard promises."),
     "store": ("pollard-services[cpu]", "Back up what a manager keeps, and restore it."),
@@ -35,8 +34,13 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def build_app() -> typer.Typer:
-    """Put the command together out of everything that is installed."""
+def build_app(command: str = "") -> typer.Typer:
+    """Put the command together out of everything that is installed.
+
+    Args:
+        command: The command that is going to run, where that is known. For one of another
+            distribution the client's own are left out, which would take most of its start.
+    """
     app = typer.Typer(
         name="pollard",
         help="Compress convolutional networks, serve them over gRPC, swap them under load.",
@@ -55,13 +59,8 @@ def build_app() -> typer.Typer:
     ) -> None:
         """Compress convolutional networks, serve them over gRPC, swap them under load."""
 
-    app.add_typer(models.app, name="models")
-    app.add_typer(keys.app, name="keys")
-    app.add_typer(tokens.app, name="tokens")
-    fleet.register(app)
-    top.register(app)
-    predict.register(app)
-
+    if command not in _DISTRIBUTIONS:
+        _add_own(app)
     broken: dict[str, str] = {}
     for entry in metadata.entry_points(group="pollard.commands"):
         try:
@@ -72,6 +71,17 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _add_own(app: typer.Typer) -> None:
+    from pollard.client.cli import fleet, keys, models, predict, tokens, top
+
+    app.add_typer(models.app, name="models")
+    app.add_typer(keys.app, name="keys")
+    app.add_typer(tokens.app, name="tokens")
+    fleet.register(app)
+    top.register(app)
+    predict.register(app)
+
+
 def main() -> None:
     """Run the command with the arguments of the process, and exit."""
     sys.exit(run(sys.argv[1:]))
@@ -80,7 +90,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     try:
-        result = build_app()(args=arguments, prog_name="pollard", standalone_mode=False)
+        app = build_app(arguments[0] if arguments else "")
+        result = app(args=arguments, prog_name="pollard", standalone_mode=False)
     except typer.Abort:
         fail("interrupted")
         return 130
@@ -128,6 +139,8 @@ def _message(error: Exception) -> str:
             )
         if name == "DEADLINE_EXCEEDED":
             return f"no answer from {error.address} in time; --timeout allows more"
+        from pollard.client.cli._hints import hint
+
         asked = ""
         if error.request_id and name in _FOR_OPERATORS:
             asked = f"\nThe server's log tells more, under request id {error.request_id}."
