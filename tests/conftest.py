@@ -7,6 +7,7 @@ import importlib.util
 import io
 import ipaddress
 import json
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Read when PyTorch's and onnxruntime's libraries are loaded, so before anything imports them. Tests
+# share the machine, and threads that spin while they wait starve each other; and nobody else is to
+# hear what is tested.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnx

@@ -24,9 +24,6 @@ from torch import nn
 from pollard.compress.export import export_core
 from pollard.compress.spec import InputSpec
 
-# As the commands do: tests share the machine, and spinning threads starve each other.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # Latency tables of tests stay with the tests: timings of a busy machine are worth nothing.
 os.environ["POLLARD_CACHE"] = tempfile.mkdtemp(prefix="pollard-tests-")
 atexit.register(shutil.rmtree, os.environ["POLLARD_CACHE"], ignore_errors=True)

@@ -6,7 +6,6 @@ they compete for the processor.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -138,7 +137,6 @@ def prepare(setting: Setting, folder: Path) -> None:
 
 
 def _prepare(setting: Setting, pixels: Pixels) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(1)
     recipe = setting.recipe
     source = resolve(recipe.model, recipe.spec)
