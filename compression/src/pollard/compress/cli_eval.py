@@ -91,7 +91,7 @@ def evaluate(
     says otherwise. A served model is sent the image files themselves; its figures
     are those of the bundle that it was pushed as.
     """
-    from pollard.compress.cli import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
 
     with errors(json_file) as console:
         from pollard.compress import evaluation, evaluation_page

@@ -64,7 +64,7 @@ def profile(
     ~/.cache/pollard (or POLLARD_CACHE) for the next run, and so are the
     sensitivities that --data gives: nothing is trained for them.
     """
-    from pollard.compress.cli import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
 
     with errors(json_file) as console:
         from pollard.compress.errors import UsageInvalid

@@ -140,7 +140,7 @@ def train(
     Under torchrun the processes share each batch:
     torchrun --nproc-per-node 2 --no-python pollard train ...
     """
-    from pollard.compress.cli import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
 
     def kept() -> str:
         from pollard.compress.checkpoint import checkpoint_beside

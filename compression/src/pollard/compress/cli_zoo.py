@@ -14,7 +14,7 @@ def zoo(
     ] = None,
 ) -> None:
     """List the networks of the zoo: parameters, MACs of an image, and what they take."""
-    from pollard.compress.cli import errors, write_json
+    from pollard.compress.cli_common import errors, write_json
 
     with errors(json_file) as console:
         from rich.table import Table
