@@ -51,6 +51,21 @@ def test_an_installation_that_is_not_there_is_told(invoke: Callable[..., Result]
     [
         (["--load", "closed"], "even rate"),
         (["--for", "ever"], "no duration"),
+        (["--only", "kill,lunch"], "'lunch' is no fault; there are kill, reset,"),
+        (["--only", ""], "'' is no fault"),
+    ],
+)
+def test_usage_errors_of_chaos_end_with_code_2(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["chaos", *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "closed"], "even rate"),
+        (["--for", "ever"], "no duration"),
         (["--swap-every", "often"], "no duration"),
     ],
 )

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -335,6 +336,25 @@ def fill(path: Path) -> Path:
                 while True:
                     file.write(b"x" * size)
     return filler
+
+
+async def test_a_limit_on_files_refuses_like_a_full_disk(
+    suite_with: Callable[..., Any], bundles: Any, helpers: Any
+) -> None:
+    """As `ulimit -f`, systemd's LimitFSIZE, and some network file systems give it."""
+    large = bundles.tar(2, **{"ballast.bin": random.Random(1).randbytes(3_000_000)})
+    async with suite_with() as suite:
+        await suite.client.push(bundles.tar(1))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+        try:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await suite.client.push(large)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.code() == CODE.RESOURCE_EXHAUSTED, caught.value.details()
+        assert helpers.info_of(caught.value).reason == "DISK_FULL"
+        await suite.client.push(large)
 
 
 async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(

@@ -29,6 +29,7 @@ from pollard.compress.errors import CacheUnusable, DiskFull
 from pollard.compress.progress import Reporter
 from pollard.runtime.bundle import sync_directory, write_durably
 from pollard.runtime.digests import sha256_file
+from pollard.runtime.disk import disk_full
 
 T = TypeVar("T")
 
@@ -36,8 +37,6 @@ SCHEMA_VERSION = 1
 
 # In a stage's folder: what it was made from, and what is thrown away when it is whole.
 _RECORD, _SCRATCH = "stage.json", "scratch"
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Stages that have not been used for longest go when all of them take more than this.
 LIMIT_BYTES = 20 * 1024**3
@@ -172,7 +171,7 @@ class Stages:
             sync_directory(self.folder)
         except OSError as error:
             _clear(half)
-            if error.errno not in _FULL:
+            if not disk_full(error):
                 raise
             raise DiskFull(
                 f"there is no space for the stage {name}: {error}. What was finished before it is "

@@ -17,7 +17,6 @@ disk. Nothing here knows gRPC.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -366,12 +365,6 @@ class Staging:
         where.parent.mkdir(parents=True, exist_ok=True)
         with where.open("ab") as out:
             out.write(data)
-
-
-def disk_full(error: BaseException) -> bool:
-    """Tell whether an error means that the disk, or the share of it allowed, is used up."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, OSError) and error.errno in full
 
 
 def _checked(digest: str) -> str:

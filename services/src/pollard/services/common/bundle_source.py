@@ -16,9 +16,10 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as models_pb
 from pollard.models.v1 import model_service_pb2_grpc as models_grpc
 from pollard.runtime.bundle import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, write_durably
+from pollard.runtime.disk import disk_full
 from pollard.runtime.errors import BundleError
 from pollard.services.common.auth.own import Pairs
-from pollard.services.common.bundle_cache import BundleCache, Staging, disk_full
+from pollard.services.common.bundle_cache import BundleCache, Staging
 from pollard.services.common.direct_fetch import (
     DirectFetch,
     DirectFetchFailed,

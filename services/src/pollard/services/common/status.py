@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
+from pollard.runtime.disk import disk_full
 from pollard.services.common import errors
 from pollard.services.common.handlers import WrappedHandlers, function_of, with_function
 from pollard.services.common.telemetry.record import CallRecord, current_call
@@ -56,8 +56,6 @@ _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 _MAX_MESSAGE_BYTES = 1024
 _MAX_VALUE_BYTES = 256
 """Statuses travel as headers, of which clients take 8 KiB; messages quote what requests name."""
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def describe(error: BaseException, call: CallRecord | None = None) -> Outcome:
                     {key: _cut(value, _MAX_VALUE_BYTES) for key, value in error.metadata.items()},
                     getattr(error, "retry_seconds", None),
                 )
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if disk_full(error):
         return Outcome(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "the disk is full; free some space and try again",

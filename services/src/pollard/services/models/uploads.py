@@ -24,6 +24,7 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from pollard.runtime.bundle import MANIFEST, SIGNATURE, Bundle
+from pollard.runtime.disk import disk_full
 from pollard.runtime.signing import Signature
 from pollard.services.common.errors import (
     Conflict,
@@ -435,9 +436,7 @@ def _is_final(error: BaseException) -> bool:
     """Tell whether trying the same upload again cannot succeed, or the disk is full."""
     if isinstance(error, InvalidRequest):
         return error.reason not in ("UPLOAD_INCOMPLETE", "CHECK_TIMEOUT")
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, (DataLoss, ResourceExhausted))
+    return disk_full(error) or isinstance(error, (DataLoss, ResourceExhausted))
 
 
 def _begin(session: Session, request: UploadRequest) -> Uploaded | None:
@@ -542,7 +541,7 @@ def _read_bundle(part: Part, signed: Signature | None) -> registry.NewBundle:
 
 def _disk_error(error: OSError) -> BaseException:
     """Return what a failure of the store's disk is to the client."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(error):
         return ResourceExhausted(
             "the disk of the store is full; nothing was stored. Free some space and try again",
             reason="DISK_FULL",
