@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import resource
 import socket
 import threading
 import time
@@ -333,6 +334,23 @@ async def test_a_place_that_is_not_there_is_not_tried_for_each_bundle(
         await fetching.source.discard(fetching.bundle.digest)
         await fetching.fetch()
         assert not fetching.log
+
+
+async def test_a_full_disk_is_the_servers_own_trouble_and_not_blamed_on_s3(
+    fetching: Fetching,
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, before[1]))
+    try:
+        with structlog.testing.capture_logs() as log, pytest.raises(ServiceError) as caught:
+            await fetching.source.fetch(fetching.bundle.digest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.reason == "DISK_FULL"
+    assert not [entry for entry in log if "cannot be fetched" in entry["event"]]
+    assert len(fetching.directly) == 1
+    assert not list((fetching.cache.root / "tmp").iterdir())
+    await fetching.fetch()
 
 
 async def test_a_name_that_nobody_knows_is_said() -> None:

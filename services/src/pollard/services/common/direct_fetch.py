@@ -84,6 +84,14 @@ class _Broken(Exception):
     """A connection ended early, or stalled; the message is for people."""
 
 
+class _NotTaken(Exception):
+    """Who gets the pieces has failed, which no other connection can help."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
 @dataclass(frozen=True)
 class FetchLimits:
     """How patient a fetch is."""
@@ -180,6 +188,8 @@ class _Fetch:
                 self._connection = connection
             try:
                 self._read(self._ask(connection))
+            except _NotTaken as failed:
+                raise failed.error from None
             except TimeoutError:
                 raise _Broken(f"sent nothing for {self._limits.piece_seconds:g} s") from None
             except (OSError, http.client.HTTPException):
@@ -265,7 +275,10 @@ class _Fetch:
             with self._lock:
                 if self._cancelled.is_set():
                     raise DirectFetchFailed("the fetch was cancelled")
-                self._take(file.received, piece)
+                try:
+                    self._take(file.received, piece)
+                except Exception as error:
+                    raise _NotTaken(error) from error
                 file.received += due
 
     def _piece(self, response: http.client.HTTPResponse, due: int) -> bytes:
