@@ -187,7 +187,10 @@ class _Fetch:
                     raise DirectFetchFailed("the fetch was cancelled")
                 self._connection = connection
             try:
-                self._read(self._ask(connection))
+                # Closed here: a response that ends its connection has the socket to itself.
+                with contextlib.closing(self._ask(connection)) as response:
+                    self._accept(response)
+                    self._read(response)
             except _NotTaken as failed:
                 raise failed.error from None
             except TimeoutError:
@@ -238,10 +241,13 @@ class _Fetch:
         if file.received:
             headers["Range"] = f"bytes={file.received}-"
         connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
-        response = connection.getresponse()
+        return connection.getresponse()
+
+    def _accept(self, response: http.client.HTTPResponse) -> None:
+        file = self._file
         if response.status == (206 if file.received else 200):
             self._check_length(response)
-            return response
+            return
         words = f"{file.place} answered {response.status}"
         if code := _CODE.search(response.read(_ERROR_BYTES)):
             words += f" ({code[1].decode()})"
