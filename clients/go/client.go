@@ -6,12 +6,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"regexp"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	_ "google.golang.org/grpc/health" // Connections are asked whether their servers are well.
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 )
 
 // Where the services listen unless they are told otherwise.
@@ -105,10 +111,14 @@ func dial(address string, options []Option) (*client, error) {
 		}),
 		// A proxy from the environment must not come between a client and its services.
 		grpc.WithNoProxy(),
+		// A machine that goes without a word is noticed while a call waits for it.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 	}
-	if s.maxAttempts > 1 {
-		dialOptions = append(dialOptions, grpc.WithDefaultServiceConfig(serviceConfig(s.maxAttempts)))
-	} else {
+	spread := isList(address) || strings.HasPrefix(address, "dns:")
+	if spread || s.maxAttempts > 1 {
+		dialOptions = append(dialOptions, grpc.WithDefaultServiceConfig(serviceConfig(s.maxAttempts, spread)))
+	}
+	if s.maxAttempts == 1 {
 		dialOptions = append(dialOptions, grpc.WithDisableRetry())
 	}
 	switch {
@@ -123,7 +133,11 @@ func dial(address string, options []Option) (*client, error) {
 	if s.token != "" {
 		dialOptions = append(dialOptions, grpc.WithPerRPCCredentials(bearer(s.token)))
 	}
-	conn, err := grpc.Dial(address, append(dialOptions, s.dial...)...)
+	target, err := targetOf(address, s.tls != nil, &dialOptions)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.Dial(target, append(dialOptions, s.dial...)...)
 	if err != nil {
 		return nil, fmt.Errorf("pollard: %w", err)
 	}
@@ -141,7 +155,36 @@ func (c *client) bounded(ctx context.Context) (context.Context, context.CancelFu
 	return context.WithTimeout(ctx, c.timeout)
 }
 
-func serviceConfig(maxAttempts int) string {
+func isList(address string) bool {
+	return strings.Contains(address, ",") && !strings.Contains(address, ":///")
+}
+
+// targetOf returns what gRPC dials; for a list of servers it adds the option that tells them.
+func targetOf(address string, encrypted bool, options *[]grpc.DialOption) (string, error) {
+	if !isList(address) {
+		return address, nil
+	}
+	if encrypted {
+		return "", fmt.Errorf("pollard: the addresses %q have no one name that a certificate could be for: with WithTLS give dns:///NAME:PORT", address)
+	}
+	var servers []resolver.Address
+	for _, part := range strings.Split(address, ",") {
+		host, _, err := net.SplitHostPort(part)
+		ip := net.ParseIP(host)
+		if err != nil || ip == nil || (host[0] == '[' || strings.Contains(host, ":")) != (address[0] == '[') {
+			return "", fmt.Errorf("pollard: %q of the addresses %q must be an IP address with a port, all of one kind; for names give one that resolves to all servers, as dns:///NAME:PORT", part, address)
+		}
+		servers = append(servers, resolver.Address{Addr: part})
+	}
+	list := manual.NewBuilderWithScheme("servers")
+	list.InitialState(resolver.State{Addresses: servers})
+	*options = append(*options, grpc.WithResolvers(list))
+	return "servers:///" + address, nil
+}
+
+// serviceConfig says what is sent again. With spread, requests also go in turn to the servers that are there and
+// say that they are well; one that cannot be asked counts as well.
+func serviceConfig(maxAttempts int, spread bool) string {
 	type name struct {
 		Service string `json:"service"`
 		Method  string `json:"method"`
@@ -152,17 +195,24 @@ func serviceConfig(maxAttempts int) string {
 			names = append(names, name{service, method})
 		}
 	}
-	config := map[string]any{"methodConfig": []any{map[string]any{
-		"name": names,
-		"retryPolicy": map[string]any{
-			"maxAttempts":       maxAttempts,
-			"initialBackoff":    "0.1s",
-			"maxBackoff":        "2s",
-			"backoffMultiplier": 2.0,
-			// gRPC's servers cancel what reaches them while they stop, before it has begun.
-			"retryableStatusCodes": []string{"UNAVAILABLE", "CANCELLED"},
-		},
-	}}}
+	config := map[string]any{}
+	if spread {
+		config["loadBalancingConfig"] = []any{map[string]any{"round_robin": map[string]any{}}}
+		config["healthCheckConfig"] = map[string]any{"serviceName": ""}
+	}
+	if maxAttempts > 1 {
+		config["methodConfig"] = []any{map[string]any{
+			"name": names,
+			"retryPolicy": map[string]any{
+				"maxAttempts":       maxAttempts,
+				"initialBackoff":    "0.1s",
+				"maxBackoff":        "2s",
+				"backoffMultiplier": 2.0,
+				// gRPC's servers cancel what reaches them while they stop, before it has begun.
+				"retryableStatusCodes": []string{"UNAVAILABLE", "CANCELLED"},
+			},
+		}}
+	}
 	text, err := json.Marshal(config)
 	if err != nil {
 		panic(err) // It holds nothing that JSON cannot say.

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import importlib.util
 import random
+import socket
 import sys
 import threading
 from collections import Counter
@@ -24,6 +25,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pool, json_format
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 
 from pollard.client import ModelsClient
 from pollard.runtime.bundle import write_bundle
@@ -132,7 +134,8 @@ class Front(grpc.GenericRpcHandler):
             method, as base64, what comes after the bytes of an answer: fields that nobody knows),
             `set` (by method, as JSON, what an answer says instead: values that nobody knows),
             `details_base64` (goes with the errors of `fail_first`),
-            `max_request_bytes` (the largest request that it takes).
+            `max_request_bytes` (the largest request that it takes), `away` (nothing listens at its
+            port), `unwell` (it says so when it is asked for its health).
         backend: Address of the live service.
         authority: Signs its certificate.
     """
@@ -145,9 +148,16 @@ class Front(grpc.GenericRpcHandler):
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._restarting: threading.Thread | None = None
+        self._kept: socket.socket | None = None
         self.port = 0
         self.reset()
         self._server = self._start()
+        if spec.get("away"):
+            # The port is kept, so that nobody else gets it, and nobody takes connections there.
+            self._server.stop(None).wait()
+            self._kept = socket.socket()
+            self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._kept.bind(("127.0.0.1", self.port))
 
     def _start(self) -> grpc.Server:
         largest = self._spec.get("max_request_bytes", -1)
@@ -181,6 +191,8 @@ class Front(grpc.GenericRpcHandler):
         if self._restarting is not None:
             self._restarting.join()
         self._server.stop(None).wait()
+        if self._kept is not None:
+            self._kept.close()
         self._backend.close()
 
     def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler | None:
@@ -230,8 +242,15 @@ class Front(grpc.GenericRpcHandler):
         passed = [
             (key, value) for key, value in shown.items() if key.startswith(("pollard-", "triton"))
         ]
+        if self._spec.get("unwell") and method == "/grpc.health.v1.Health/Watch":
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+            yield health_pb2.HealthCheckResponse(status=status).SerializeToString()
+            over.wait()
+            return
         call = self._backend.stream_stream(method)(
-            requests, metadata=passed, timeout=context.time_remaining()
+            requests,
+            metadata=passed,
+            timeout=left if (left := context.time_remaining()) < 1e6 else None,
         )
         context.add_callback(call.cancel)
         more = base64.b64decode(self._spec.get("append", {}).get(name, ""))

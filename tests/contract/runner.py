@@ -129,7 +129,8 @@ def run_sync(case: dict[str, Any]) -> dict[str, Any]:
         if "cancel_after_seconds" in case:
             # Closing a sync client is how its requests in flight are cancelled.
             threading.Timer(case["cancel_after_seconds"], made.close).start()
-        result = getattr(made, name)(*args, **kwargs)
+        for _ in range(case.get("requests", 1)):
+            result = getattr(made, name)(*args, **kwargs)
         if call.startswith("watch_"):
             # Every state of a rollout that ends, or so many events.
             result = list(itertools.islice(result, arguments.get("count")))
@@ -150,6 +151,8 @@ async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
                     if len(seen) == arguments.get("count"):
                         break
             return answer(call, seen)
+        for _ in range(case.get("requests", 1) - 1):
+            await getattr(made, name)(*args, **kwargs)
         task = asyncio.ensure_future(getattr(made, name)(*args, **kwargs))
         if "cancel_after_seconds" in case:
             await asyncio.sleep(case["cancel_after_seconds"])

@@ -1,8 +1,11 @@
 #include "pollard/client.h"
 
+#include <arpa/inet.h>
+
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <utility>
 
 #include "google/rpc/error_details.pb.h"
@@ -16,16 +19,57 @@ namespace {
 
 constexpr int kPageSize = 200;
 
+// With `spread`, requests go in turn to the servers that are there and say that they are well; one that
+// cannot be asked counts as well.
+constexpr const char* kSpread =
+    R"("loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""})";
+
 // Methods without side effects. gRPC's servers answer CANCELLED to what reaches them while they stop.
-std::string ServiceConfig(int max_attempts) {
-  return R"({"methodConfig": [{"name": [
+std::string Retries(int max_attempts) {
+  return R"("methodConfig": [{"name": [
       {"service": "inference.GRPCInferenceService", "method": "ServerReady"},
       {"service": "inference.GRPCInferenceService", "method": "ModelInfer"},
       {"service": "pollard.vision.v1.VisionService", "method": "Predict"},
       {"service": "pollard.models.v1.ModelService", "method": "ListModels"}],
     "retryPolicy": {"initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
       "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"], "maxAttempts": )" +
-         std::to_string(max_attempts) + "}}]}";
+         std::to_string(max_attempts) + "}}]";
+}
+
+std::string ServiceConfig(int max_attempts, bool spread) {
+  std::string config = "{";
+  if (spread) config += kSpread;
+  if (spread && max_attempts > 1) config += ", ";
+  if (max_attempts > 1) config += Retries(max_attempts);
+  return config + "}";
+}
+
+bool IsList(const std::string& address) {
+  return address.find(',') != std::string::npos && address.find(":///") == std::string::npos;
+}
+
+// Returns an address as gRPC's target; of several it takes IP addresses of one kind.
+std::string Target(const std::string& address, bool encrypted) {
+  if (!IsList(address)) return address;
+  if (encrypted) {
+    throw std::invalid_argument("the addresses \"" + address +
+                                "\" have no one name that a certificate could be for: with `tls` give "
+                                "dns:///NAME:PORT");
+  }
+  const bool v6 = address[0] == '[';
+  std::istringstream list(address);
+  for (std::string part; std::getline(list, part, ',');) {
+    const auto colon = part.rfind(':');
+    std::string host = colon == std::string::npos ? "" : part.substr(0, colon);
+    if (v6 && host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+    in6_addr parsed;
+    if (inet_pton(v6 ? AF_INET6 : AF_INET, host.c_str(), &parsed) != 1) {
+      throw std::invalid_argument("\"" + part + "\" of the addresses \"" + address +
+                                  "\" must be an IP address with a port, all of one kind; for names give one "
+                                  "that resolves to all servers, as dns:///NAME:PORT");
+    }
+  }
+  return (v6 ? "ipv6:" : "ipv4:") + address;
 }
 
 // gRPC's own credentials for tokens are meant for OAuth and say so in their errors; this is all there is to it.
@@ -191,12 +235,17 @@ Client::Client(std::string address, const Options& options)
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
   // A proxy from the environment must not come between a client and its services.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  if (options.max_attempts > 1) {
-    arguments.SetServiceConfigJSON(ServiceConfig(options.max_attempts));
-  } else {
-    arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
+  // A machine that goes without a word is noticed while a call waits for it.
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  const bool spread = IsList(address_) || address_.rfind("dns:", 0) == 0;
+  if (spread || options.max_attempts > 1) {
+    arguments.SetServiceConfigJSON(ServiceConfig(options.max_attempts, spread));
   }
-  channel_ = grpc::CreateCustomChannel(address_, Credentials(options), arguments);
+  if (options.max_attempts == 1) arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
+  const std::string target = Target(address_, options.tls.has_value());
+  channel_ = grpc::CreateCustomChannel(target, Credentials(options), arguments);
 }
 
 VisionClient::VisionClient(std::string address, const Options& options) : Client(std::move(address), options) {

@@ -17,10 +17,11 @@ import (
 )
 
 type testCase struct {
-	Case    string
-	Call    string
-	Address string
-	Client  struct {
+	Case     string
+	Call     string
+	Address  string
+	Requests int
+	Client   struct {
 		TimeoutSeconds  float64 `json:"timeout_seconds"`
 		MaxAttempts     int     `json:"max_attempts"`
 		MaxMessageBytes int     `json:"max_message_bytes"`
@@ -163,11 +164,14 @@ func infer(ctx context.Context, each testCase, options []pollard.Option) (object
 		check(err)
 		inputs = append(inputs, made)
 	}
-	result, err := client.Infer(ctx, each.Arguments.Model, inputs, &pollard.InferOptions{
-		Selection: pollard.Selection{Revision: each.Arguments.Version, Alias: each.Arguments.Alias}, ID: each.Arguments.ID,
-	})
-	if err != nil {
-		return nil, err
+	var result *pollard.InferResult
+	for made := 0; made == 0 || made < each.Requests; made++ {
+		result, err = client.Infer(ctx, each.Arguments.Model, inputs, &pollard.InferOptions{
+			Selection: pollard.Selection{Revision: each.Arguments.Version, Alias: each.Arguments.Alias}, ID: each.Arguments.ID,
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	outputs := []tensor{}
 	for _, output := range result.Outputs {

@@ -57,7 +57,7 @@ const CALLS = {
   },
 };
 
-for (const { case: name, call, address, client, arguments: given, cancel_after_seconds } of JSON.parse(
+for (const { case: name, call, address, client, arguments: given, requests, cancel_after_seconds } of JSON.parse(
   readFileSync(process.argv[2], "utf8"),
 ).cases) {
   let line;
@@ -65,6 +65,7 @@ for (const { case: name, call, address, client, arguments: given, cancel_after_s
   const timer = cancel_after_seconds && setTimeout(() => controller.abort(), cancel_after_seconds * 1000);
   const made = new CLIENTS[call](address, options(client));
   try {
+    for (let more = requests ?? 1; more > 1; more--) await CALLS[call](made, given, controller.signal);
     line = { case: name, answer: await CALLS[call](made, given, controller.signal) };
   } catch (error) {
     if (error.name === "AbortError") line = { case: name, error: { code: "CANCELLED" } };

@@ -11,7 +11,7 @@ import { fromServiceError } from "./errors.js";
 
 type Answer<T> = (error: ServiceError | null, response: T) => void;
 
-/** One channel to one server. Many requests may be in flight at once over one client. */
+/** One channel to one server, or to several. Many requests may be in flight at once over one client. */
 export abstract class BaseClient implements Disposable {
   readonly address: string;
   protected readonly channel: Channel;
@@ -19,9 +19,9 @@ export abstract class BaseClient implements Disposable {
   protected closed = false;
 
   constructor(address: string, options: ClientOptions = {}) {
-    this.address = checkedAddress(address);
+    this.address = checkedAddress(address, Boolean(options.tls));
     this.timeoutMs = checkedTimeout(options.timeoutMs ?? DEFAULT_TIMEOUT_MS);
-    this.channel = new Channel(this.address, channelCredentials(options), channelOptions(options));
+    this.channel = new Channel(this.address, channelCredentials(options), channelOptions(options, this.address));
   }
 
   /** Close the channel. Requests in flight go on to their end; abort them by their signals. */

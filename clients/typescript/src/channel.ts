@@ -1,5 +1,6 @@
 /** How channels are opened: limits, deadlines, retries, TLS, tokens. */
 import { readFileSync } from "node:fs";
+import { isIP } from "node:net";
 import { type ChannelOptions, type ChannelCredentials, credentials, Metadata } from "@grpc/grpc-js";
 
 /** An encrypted connection, and what the two sides show each other. */
@@ -48,7 +49,8 @@ const RETRIED = {
   ],
 };
 
-export function channelOptions(options: ClientOptions): ChannelOptions {
+/** Return the options of a channel to a checked address. */
+export function channelOptions(options: ClientOptions, address: string): ChannelOptions {
   const attempts = options.maxAttempts ?? 4;
   if (!Number.isInteger(attempts) || attempts < 1 || attempts > 5) {
     throw new RangeError(`maxAttempts must be 1 to 5, not ${attempts}`);
@@ -62,12 +64,16 @@ export function channelOptions(options: ClientOptions): ChannelOptions {
     "grpc.max_reconnect_backoff_ms": 2000,
     // A proxy from the environment must not come between a client and its services.
     "grpc.enable_http_proxy": 0,
+    // A machine that goes without a word is noticed while a call waits for it.
+    "grpc.keepalive_time_ms": 10_000,
+    "grpc.keepalive_timeout_ms": 5000,
     "grpc.enable_retries": attempts > 1 ? 1 : 0,
-    ...(attempts > 1 ? { "grpc.service_config": serviceConfig(attempts) } : {}),
+    "grpc.service_config": serviceConfig(attempts, address.includes(",") || address.startsWith("dns:")),
   };
 }
 
-function serviceConfig(maxAttempts: number): string {
+/** With `spread`, requests go in turn to the servers that are there. */
+function serviceConfig(maxAttempts: number, spread: boolean): string {
   const name = Object.entries(RETRIED).flatMap(([service, methods]) =>
     methods.map((method) => ({ service, method })),
   );
@@ -79,7 +85,12 @@ function serviceConfig(maxAttempts: number): string {
     // gRPC's servers cancel what reaches them while they stop, before it has begun.
     retryableStatusCodes: ["UNAVAILABLE", "CANCELLED"],
   };
-  return JSON.stringify({ loadBalancingConfig: [], methodConfig: [{ name, retryPolicy }] });
+  return JSON.stringify({
+    loadBalancingConfig: spread ? [{ round_robin: {} }] : [],
+    // Versions of grpc-js that know it leave out servers that are not well.
+    ...(spread && { healthCheckConfig: { serviceName: "" } }),
+    methodConfig: maxAttempts > 1 ? [{ name, retryPolicy }] : [],
+  });
 }
 
 export function channelCredentials(options: ClientOptions): ChannelCredentials {
@@ -111,9 +122,10 @@ function read(file: string | undefined): Buffer | null {
   return file === undefined ? null : readFileSync(file);
 }
 
-/** Return `address`, or throw TypeError when it is none that gRPC can dial. */
-export function checkedAddress(address: string): string {
+/** Return `address` as gRPC dials it, or throw TypeError when it cannot. */
+export function checkedAddress(address: string, encrypted = false): string {
   const text = address.trim();
+  if (text.includes(",") && !text.includes(":///")) return checkedList(text, encrypted);
   if (/^(https?|grpc):\/\//.test(text)) {
     throw new TypeError(`address "${address}" must be HOST:PORT, without a scheme`);
   }
@@ -123,6 +135,24 @@ export function checkedAddress(address: string): string {
     throw new TypeError(`address "${address}" must be HOST:PORT, such as 127.0.0.1:8001`);
   }
   return text;
+}
+
+/** Return several addresses as one target: gRPC itself takes IP addresses of one kind. */
+function checkedList(text: string, encrypted: boolean): string {
+  if (encrypted) {
+    throw new TypeError(
+      `the addresses "${text}" have no one name that a certificate could be for: with \`tls\` give dns:///NAME:PORT`,
+    );
+  }
+  const bare = text.replace(/^ipv[46]:/, "").split(",").map((part) => part.trim());
+  const kinds = new Set(bare.map((part) => isIP(/^\[?([^\]]*)\]?:\d+$/.exec(part)?.[1] ?? "")));
+  if (kinds.size !== 1 || kinds.has(0)) {
+    throw new TypeError(
+      `the addresses "${text}" must be IP addresses with ports, all of one kind; for names give one that resolves ` +
+        "to all servers, as dns:///NAME:PORT",
+    );
+  }
+  return `ipv${[...kinds][0]}:${bare.join(",")}`;
 }
 
 /** Return a deadline in milliseconds: there always is one. */

@@ -110,7 +110,7 @@ struct CallOptions {
   Cancellation* cancellation = nullptr;
 };
 
-// What all clients share: one channel to one server.
+// What all clients share: one channel to one server, or to several.
 class Client {
  public:
   const std::string& address() const { return address_; }

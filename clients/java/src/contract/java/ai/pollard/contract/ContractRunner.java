@@ -77,6 +77,9 @@ public final class ContractRunner {
         }
       case "infer":
         try (InferenceClient client = new InferenceClient(address, options)) {
+          for (int more = (int) number(each, "requests"); more > 1; more--) {
+            infer(client, arguments);
+          }
           return infer(client, arguments);
         }
       case "list_models":

@@ -15,6 +15,7 @@ import java.io.IOException;
 import java.io.UncheckedIOException;
 import java.time.Duration;
 import java.util.ArrayList;
+import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.Executor;
@@ -22,7 +23,7 @@ import java.util.concurrent.TimeUnit;
 import java.util.function.Supplier;
 
 /**
- * What all clients share: one channel to one server. A client may be used by many threads at once.
+ * What all clients share: one channel to one server, or to several. A client may be used by many threads at once.
  *
  * <p>A call ends early when its {@link io.grpc.Context} is cancelled or its thread is interrupted.
  */
@@ -42,12 +43,19 @@ public abstract class Client implements AutoCloseable {
     this.address = address;
     this.options = options;
     ManagedChannelBuilder<?> builder =
-        Grpc.newChannelBuilder(address, credentials(options))
+        Grpc.newChannelBuilder(ServerList.target(address, options.encrypted()), credentials(options))
             .maxInboundMessageSize(options.maxMessageBytes())
+            // A machine that goes without a word is noticed while a call waits for it.
+            .keepAliveTime(10, TimeUnit.SECONDS)
+            .keepAliveTimeout(5, TimeUnit.SECONDS)
             // A proxy from the environment must not come between a client and its services.
             .proxyDetector(target -> null);
+    boolean spread = ServerList.isSeveral(address);
+    if (spread || options.maxAttempts() > 1) {
+      builder.defaultServiceConfig(serviceConfig(options.maxAttempts(), spread));
+    }
     if (options.maxAttempts() > 1) {
-      builder.enableRetry().defaultServiceConfig(serviceConfig(options.maxAttempts()));
+      builder.enableRetry();
     } else {
       builder.disableRetry();
     }
@@ -99,7 +107,21 @@ public abstract class Client implements AutoCloseable {
         : CompositeChannelCredentials.create(made, new Bearer(options.token().get()));
   }
 
-  private static Map<String, Object> serviceConfig(int maxAttempts) {
+  // With `spread`, requests go in turn to the servers that are there and, where gRPC's services are on the
+  // class path, say that they are well.
+  private static Map<String, Object> serviceConfig(int maxAttempts, boolean spread) {
+    Map<String, Object> config = new HashMap<>();
+    if (spread) {
+      config.put("loadBalancingConfig", List.of(Map.of("round_robin", Map.of())));
+      config.put("healthCheckConfig", Map.of("serviceName", ""));
+    }
+    if (maxAttempts > 1) {
+      config.put("methodConfig", List.of(retries(maxAttempts)));
+    }
+    return config;
+  }
+
+  private static Map<String, Object> retries(int maxAttempts) {
     List<Map<String, Object>> names = new ArrayList<>();
     RETRIED.forEach(
         (service, methods) ->
@@ -112,7 +134,7 @@ public abstract class Client implements AutoCloseable {
             "backoffMultiplier", 2.0,
             // gRPC's servers cancel what reaches them while they stop, before it has begun.
             "retryableStatusCodes", List.of("UNAVAILABLE", "CANCELLED"));
-    return Map.of("methodConfig", List.of(Map.of("name", names, "retryPolicy", retryPolicy)));
+    return Map.of("name", names, "retryPolicy", retryPolicy);
   }
 
   /** A token as gRPC's credentials. */
