@@ -239,7 +239,7 @@ class Authority:
         whole = x509.BasicConstraints(ca=True, path_length=None)
         self._write(self.ca, self._sign(self._name, self._key, whole, critical=True))
 
-    def issue(self, name: str, host: str = "127.0.0.1", days: int = 30) -> tuple[Path, Path]:
+    def issue(self, name: str, host: str = "127.0.0.1", days: float = 30) -> tuple[Path, Path]:
         """Return the files of a certificate for an address and of its key."""
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
@@ -269,7 +269,7 @@ class Authority:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
     def _sign(
-        self, name: Any, key: Any, extension: Any, *, critical: bool = False, days: int = 30
+        self, name: Any, key: Any, extension: Any, *, critical: bool = False, days: float = 30
     ) -> Any:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes

@@ -68,6 +68,25 @@ async def test_a_renewed_certificate_is_shown(start: Start, make_authority) -> N
     await is_refused(server.address, TlsFiles(ca=first.ca))
 
 
+async def test_a_certificate_that_ends_while_it_is_shown(
+    start: Start, make_authority, capsys: Any
+) -> None:
+    ours = make_authority("ours")
+    # A few seconds, for a busy machine: the certificate is not asked for before it has ended.
+    certificate, key = ours.issue("server", days=4 / 86_400)
+    server = await start(tls_certificate=certificate, tls_key=key)
+    await asyncio.sleep(5)
+    for _ in range(3):
+        await is_refused(server.address, TlsFiles(ca=ours.ca))
+    said = capsys.readouterr().out
+    assert said.count("the certificate has expired") == 1
+    assert said.count("the certificate expires soon") == 1
+    for new, old in zip(ours.issue("new"), (certificate, key), strict=True):
+        os.replace(new, old)
+    assert await live(server.address, TlsFiles(ca=ours.ca))
+    assert "certificate renewed" in capsys.readouterr().out
+
+
 async def test_who_says_nothing_or_nonsense_holds_up_nobody(start: Start, make_authority) -> None:
     ours = make_authority("ours")
     certificate, key = ours.issue("server")

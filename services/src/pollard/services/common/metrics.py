@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+
+from pollard.services.common.tls_expiry import CertificateEnds
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -19,17 +22,20 @@ if TYPE_CHECKING:
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, service: str, *collectors: Collector) -> None:
+    def __init__(
+        self, service: str, *collectors: Collector, certificate: Path | None = None
+    ) -> None:
         """Make the registry, with what is known of every process.
 
         Args:
             service: "inference", "preprocess" or "models".
             collectors: What else is told; they are asked at each scrape, on the event loop.
+            certificate: The one that the service shows.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        for collector in (_Build(service), *collectors):
+        for collector in (_Build(service), CertificateEnds(certificate), *collectors):
             self.registry.register(collector)
         self._before: list[Callable[[], Awaitable[None]]] = []
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.tls_expiry import Expiry
 from pollard.services.common.tls_files import TlsFiles
 
 _log = structlog.get_logger("pollard.tls")
@@ -40,6 +41,8 @@ class Renewing(Generic[T]):
         self._seen = self._look()
         self.current = load()
         """What was made last."""
+        self._certificate = files.certificate
+        self._expiry = self._look_at_expiry()
 
     def renew(self) -> T | None:
         """Return what has been made anew, or None if there is nothing new that can be used."""
@@ -47,14 +50,20 @@ class Renewing(Generic[T]):
             try:
                 seen = self._look()
                 if seen == self._seen:
+                    if self._expiry is not None:
+                        self._expiry.tell()
                     return None
                 self._seen = seen
                 self.current = self._load()
+                self._expiry = self._look_at_expiry()
             except StartupError as error:
                 _log.error("the new certificate is not used", error=str(error))
                 return None
         _log.info("certificate renewed", file=str(self._files[0]))
         return self.current
+
+    def _look_at_expiry(self) -> Expiry | None:
+        return None if self._certificate is None else Expiry(self._certificate)
 
     def _look(self) -> tuple[tuple[int, int, int], ...]:
         try:

@@ -326,7 +326,9 @@ def _http(
     *collectors: Collector,
 ) -> HttpServer:
     http = HttpServer(settings.http, ready=lambda: front.serving, access=watch.access)
-    http.add(Metrics("inference", watch.metrics, *collectors).add_to)
+    certificate = settings.tls_certificate
+    metrics = Metrics("inference", watch.metrics, *collectors, certificate=certificate)
+    http.add(metrics.add_to)
     http.guard = http_guard(gate)
     return http
 

@@ -135,7 +135,9 @@ class ModelsService:
             TokenServicer(self.store, self.access), self.grpc.server
         )
         registry = ManagerMetrics(self.store, self.fleet, self.leadership)
-        self.metrics = Metrics("models", calls.metrics, registry)
+        self.metrics = Metrics(
+            "models", calls.metrics, registry, certificate=settings.tls_certificate
+        )
         self.metrics.before(registry.prepare)
         self.http = HttpServer(settings.http, ready=lambda: self.grpc.serving, access=calls.access)
         self.http.add(self.metrics.add_to)

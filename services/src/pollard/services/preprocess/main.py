@@ -178,7 +178,12 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
     )
     member.on_change = agent.report_soon
     http = HttpServer(settings.http, ready=lambda: grpc_server.serving, access=calls.access)
-    metrics = Metrics("preprocess", calls.metrics, PreprocessMetrics(pool, current, counts))
+    metrics = Metrics(
+        "preprocess",
+        calls.metrics,
+        PreprocessMetrics(pool, current, counts),
+        certificate=settings.tls_certificate,
+    )
     http.add(metrics.add_to)
     http.guard = http_guard(gate)
     return PreprocessServer(
