@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GEN_VENV := .venv-gen
 SBOM_VENV := .venv-sbom
+LOCK_VENV := .venv-lock
 # Tests of one file stay together, for they share servers.
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 
@@ -11,7 +12,7 @@ DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts gen reference clients sbom format clean
+.PHONY: help demo test check lint types contracts gen reference clients sbom lock format clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is
@@ -67,6 +68,16 @@ format: $(VENV)/.installed-dev ## Format the Python code and the contracts
 	$(BIN)/buf format -w
 
 # torch is named with its exact version: a range would bring another build of it.
+# For every platform, by versions of constraints.txt; our own distributions are built from source.
+lock: $(LOCK_VENV)/.installed ## Write deploy/locks: all that the services stand on, with hashes
+	for kind in cpu gpu; do \
+	  UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK_VENV)/bin/uv pip compile deploy/locks/$$kind.in \
+	    --quiet --universal --python-version 3.11 --constraint constraints.txt --generate-hashes --no-strip-extras \
+	    --no-annotate --no-emit-index-url --no-emit-find-links \
+	    $(patsubst %,--no-emit-package pollard-%,protos runtime client services) \
+	    --output-file deploy/locks/$$kind.txt || exit 1; \
+	done
+
 $(VENV)/.installed: constraints.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 $(INSTALL)
@@ -79,6 +90,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 $(GEN_VENV)/.installed: requirements-gen.txt
 	$(PYTHON) -m venv $(GEN_VENV)
 	$(GEN_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-gen.txt
+	@touch $@
+
+$(LOCK_VENV)/.installed: requirements-lock.txt
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements-lock.txt
 	@touch $@
 
 $(SBOM_VENV)/.installed: requirements-sbom.txt

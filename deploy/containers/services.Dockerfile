@@ -2,24 +2,26 @@
 #
 #   docker build -f deploy/containers/services.Dockerfile -t pollard-services:0.1.0 .
 #   docker build -f deploy/containers/services.Dockerfile -t pollard-services-gpu:0.1.0 \
-#       --build-arg EXTRAS=gpu,postgres,s3,uris --build-arg ALSO='onnxruntime-gpu[cuda,cudnn]' .
+#       --build-arg KIND=gpu .
+#
+# What comes from elsewhere is what was locked, by its hash (`make lock`).
 #
 # The second needs on its host an NVIDIA driver from 580 on and NVIDIA's container toolkit; CUDA's
 # and cuDNN's libraries come from pip.
 FROM python:3.11-slim-bookworm AS build
-ARG EXTRAS=cpu,postgres,s3,uris
-ARG ALSO=
+ARG KIND=cpu
 WORKDIR /source
-COPY VERSION constraints.txt ./
+COPY deploy/locks/${KIND}.txt locked.txt
+RUN python -m venv /opt/pollard \
+    && /opt/pollard/bin/pip install --no-cache-dir --require-hashes --requirement locked.txt
+COPY VERSION ./
 COPY protos/python protos/python
 COPY runtime runtime
 COPY clients/python clients/python
 COPY services services
-# ALSO is split into words on purpose: it may be none, or several packages.
-# hadolint ignore=SC2086
-RUN python -m venv /opt/pollard \
-    && /opt/pollard/bin/pip install --no-cache-dir --constraint constraints.txt \
-        ./protos/python ./runtime ./clients/python "./services[${EXTRAS}]" ${ALSO} \
+RUN /opt/pollard/bin/pip install --no-cache-dir --no-deps --no-build-isolation \
+        ./protos/python ./runtime ./clients/python ./services \
+    && /opt/pollard/bin/pip check \
     && /opt/pollard/bin/pollard --version
 
 FROM python:3.11-slim-bookworm
