@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import io
 import ipaddress
@@ -47,6 +48,17 @@ def beside(path: str, name: str) -> Any:
     sys.modules[name] = module
     described.loader.exec_module(module)
     return module
+
+
+COLLECT = "POLLARD_TESTS_COLLECT"
+"""Set, it has garbage collected after each test: what a test leaves open fails it, and not another
+one, by chance, later."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    if os.environ.get(COLLECT):
+        gc.collect()
 
 
 def pytest_configure(config: pytest.Config) -> None:
