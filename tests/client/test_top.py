@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pollard.client import Alias, Event, Model, Unavailable
+from pollard.client import Alias, Event, Model, Rollout, Unavailable
 from pollard.client.cli import top, top_view
 from pollard.client.cli._common import plain
 from pollard.client.cli.top_rates import Histogram, Meter
@@ -194,6 +194,9 @@ def test_it_looks_on_while_the_manager_is_away(monkeypatch: pytest.MonkeyPatch) 
             return [server("a", self.asked, 10 * self.asked)]
 
         def models(self) -> list[Model]:
+            return []
+
+        def rollouts(self, *, running_only: bool) -> list[Rollout]:
             return []
 
         def events(self, limit: int) -> list[Event]:

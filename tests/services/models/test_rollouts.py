@@ -256,6 +256,45 @@ async def test_promote_and_abort(loaded: Any, helpers: Any) -> None:
     assert [r.name for r in rest.rollouts] == [NAME]
 
 
+async def test_rollouts_of_all_models_are_listed_in_pages(
+    loaded: Any, bundles: Any, helpers: Any
+) -> None:
+    models = loaded.client.models
+    for model in ("a", "gone", "z"):
+        for seed in (1, 2):
+            await loaded.client.push(helpers.packed(bundles.make(seed)), model)
+        await loaded.client.set_alias(1, model)
+
+    async def begin(model: str) -> str:
+        made = pb.Rollout(revision=2, steps=[5, 100])
+        request = pb.CreateRolloutRequest(parent=f"models/{model}", rollout=made)
+        return str((await models.CreateRollout(request, timeout=30)).rollout.name)
+
+    async def listed(**more: Any) -> list[str]:
+        found, token = [], ""
+        while True:
+            request = pb.ListRolloutsRequest(parent="models/-", page_token=token, **more)
+            page = await models.ListRollouts(request, timeout=30)
+            assert len(page.rollouts) <= (request.page_size or 50)
+            found += [each.name for each in page.rollouts]
+            token = page.next_page_token
+            if not token:
+                return found
+
+    ended = await begin("a")
+    await models.AbortRollout(pb.AbortRolloutRequest(name=ended))
+    running = [await begin(model) for model in ("a", "m", "z")]
+    await models.AbortRollout(pb.AbortRolloutRequest(name=await begin("gone")))
+    await models.DeleteAlias(pb.DeleteAliasRequest(name="models/gone/aliases/production"))
+    await models.DeleteModel(pb.DeleteModelRequest(name="models/gone"))
+    assert await listed() == await listed(page_size=1) == [running[0], ended, *running[1:]]
+    assert await listed(running_only=True, page_size=2) == running
+    page = await models.ListRollouts(pb.ListRolloutsRequest(parent="models/-", page_size=1))
+    other = pb.ListRolloutsRequest(parent="models/m", page_token=page.next_page_token)
+    said = await refusal(models.ListRollouts(other), CODE.INVALID_ARGUMENT, helpers)
+    assert said == "PAGE_TOKEN_INVALID"
+
+
 async def test_a_server_that_cannot_load_it_ends_the_rollout(loaded: Any) -> None:
     good = await loaded.join("i1")
     await loaded.join("i2", refuses={("m", 2)})

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
@@ -28,7 +28,7 @@ from pollard.services.models.rollout_rows import (
     share_of,
 )
 from pollard.services.models.rollout_shadow import Comparison
-from pollard.services.models.schema import Rollout
+from pollard.services.models.schema import Model, Rollout
 from pollard.services.models.store import now_us
 
 DEFAULT_STEPS = (5.0, 25.0, 50.0, 100.0)
@@ -236,24 +236,47 @@ def find(session: Session, model: str, number: int) -> Rollout:
 
 
 def list_rollouts(
-    session: Session, model: str, *, page_size: int, page_token: str
+    session: Session,
+    model: str | None,
+    *,
+    running_only: bool = False,
+    page_size: int,
+    page_token: str,
 ) -> tuple[list[Rollout], str]:
-    """Return a page of a model's rollouts, newest first, and the token of the next page.
+    """Return a page of rollouts, the newest of each model first, and the token of the next page.
+
+    Args:
+        session: What is read by.
+        model: Whose; None for those of all models that are not deleted.
+        running_only: Leave out those that have ended.
+        page_size, page_token: Of the request.
 
     Raises:
         NotFound: there is no such model.
         InvalidRequest: page size or token is not valid.
     """
-    registry.find_model(session, model, deleted=True)
     limit = names.page_limit(page_size)
-    query = {"list": "rollouts", "model": model}
-    last = names.read_page_token(query, page_token, 1)
-    statement = select(Rollout).where(Rollout.model == model)
+    query = {"list": "rollouts", "model": model, "running": running_only}
+    last = names.read_page_token(query, page_token, 2)
+    statement = select(Rollout)
+    if model is None:
+        statement = statement.join(Model).where(Model.delete_time.is_(None))
+    else:
+        registry.find_model(session, model, deleted=True)
+        statement = statement.where(Rollout.model == model)
+    if running_only:
+        statement = statement.where(Rollout.end_time.is_(None))
     if last is not None:
-        statement = statement.where(Rollout.number < last[0])
-    found = list(session.scalars(statement.order_by(Rollout.number.desc()).limit(limit + 1)))
-    token = names.make_page_token(query, [found[limit - 1].number]) if len(found) > limit else ""
-    return found[:limit], token
+        after, number = str(last[0]), int(last[1])
+        statement = statement.where(
+            or_(Rollout.model > after, and_(Rollout.model == after, Rollout.number < number))
+        )
+    statement = statement.order_by(Rollout.model, Rollout.number.desc()).limit(limit + 1)
+    found = list(session.scalars(statement))
+    if len(found) <= limit:
+        return found, ""
+    end = found[limit - 1]
+    return found[:limit], names.make_page_token(query, [end.model, end.number])
 
 
 def pause(session: Session, model: str, number: int, *, etag: str, actor: str) -> Rollout:

@@ -94,12 +94,17 @@ class RolloutMethods(pb_grpc.ModelServiceServicer):
     async def ListRollouts(
         self, request: pb.ListRolloutsRequest, context: Context
     ) -> pb.ListRolloutsResponse:
-        """List the rollouts of a model, newest first."""
-        model = names.parse_model(request.parent, "parent")
+        """List the rollouts of a model, or of all, the newest of each first."""
+        everything = request.parent == "models/-"
+        model = None if everything else names.parse_model(request.parent, "parent")
 
         def work(session: Session) -> pb.ListRolloutsResponse:
             found, token = rollouts.list_rollouts(
-                session, model, page_size=request.page_size, page_token=request.page_token
+                session,
+                model,
+                running_only=request.running_only,
+                page_size=request.page_size,
+                page_token=request.page_token,
             )
             return pb.ListRolloutsResponse(
                 rollouts=[encode.rollout(row) for row in found], next_page_token=token

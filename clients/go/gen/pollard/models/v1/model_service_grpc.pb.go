@@ -93,7 +93,7 @@ type ModelServiceClient interface {
 	CreateRollout(ctx context.Context, in *CreateRolloutRequest, opts ...grpc.CallOption) (*CreateRolloutResponse, error)
 	// GetRollout gets one rollout.
 	GetRollout(ctx context.Context, in *GetRolloutRequest, opts ...grpc.CallOption) (*GetRolloutResponse, error)
-	// ListRollouts lists the rollouts of a model, newest first.
+	// ListRollouts lists the rollouts of a model, or of all, the newest of each first.
 	ListRollouts(ctx context.Context, in *ListRolloutsRequest, opts ...grpc.CallOption) (*ListRolloutsResponse, error)
 	// PauseRollout keeps a rollout at its step.
 	PauseRollout(ctx context.Context, in *PauseRolloutRequest, opts ...grpc.CallOption) (*PauseRolloutResponse, error)
@@ -550,7 +550,7 @@ type ModelServiceServer interface {
 	CreateRollout(context.Context, *CreateRolloutRequest) (*CreateRolloutResponse, error)
 	// GetRollout gets one rollout.
 	GetRollout(context.Context, *GetRolloutRequest) (*GetRolloutResponse, error)
-	// ListRollouts lists the rollouts of a model, newest first.
+	// ListRollouts lists the rollouts of a model, or of all, the newest of each first.
 	ListRollouts(context.Context, *ListRolloutsRequest) (*ListRolloutsResponse, error)
 	// PauseRollout keeps a rollout at its step.
 	PauseRollout(context.Context, *PauseRolloutRequest) (*PauseRolloutResponse, error)

@@ -94,16 +94,26 @@ class RolloutMethods(EventMethods):
         response = self._call(f"{SERVICE}/GetRollout", self._stub.GetRollout, request, None)
         return _convert.rollout(response.rollout)
 
-    def rollouts(self, model: str) -> list[Rollout]:
-        """List the rollouts of a model, newest first."""
+    def rollouts(self, model: str | None = None, *, running_only: bool = False) -> list[Rollout]:
+        """List the rollouts of a model, newest first.
+
+        Args:
+            model: Model name; None for all models, in the order of their names.
+            running_only: Leave out those that have ended.
+        """
         rollouts: list[Rollout] = []
         token = ""
         while True:
             request = model_service_pb2.ListRolloutsRequest(
-                parent=model_name(model), page_size=PAGE, page_token=token
+                parent="models/-" if model is None else model_name(model),
+                running_only=running_only,
+                page_size=PAGE,
+                page_token=token,
             )
             page = self._call(f"{SERVICE}/ListRollouts", self._stub.ListRollouts, request, None)
-            rollouts += [_convert.rollout(item) for item in page.rollouts]
+            found = [_convert.rollout(item) for item in page.rollouts]
+            # An older manager gives all of them.
+            rollouts += [each for each in found if not (running_only and each.end_time)]
             token = page.next_page_token
             if not token:
                 return rollouts

@@ -113,9 +113,8 @@ class _Eyes:
         events = client.events(limit=_CHANGES)
         newest = events[0].sequence if events else 0
         if newest != self._newest:
-            # Whatever a rollout does is an event, and there may be many models to ask about.
-            rollouts = [item for model in models for item in client.rollouts(model.name)]
-            self._rollouts = [item for item in rollouts if item.end_time is None]
+            # Whatever a rollout does is an event.
+            self._rollouts = client.rollouts(running_only=True)
             self._newest = newest
         return Standing(
             client.address,

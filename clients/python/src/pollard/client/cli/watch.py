@@ -171,9 +171,9 @@ class _Board:
                 self.models = [self._client.model(self._model)]
             else:
                 self.models = self._client.models()
-            self.rollouts = {
-                item.name: [each for each in self._client.rollouts(item.name) if not each.end_time]
-                for item in watch_view.shown_first(self.models)
-            }
+            self.rollouts = {item.name: [] for item in watch_view.shown_first(self.models)}
+            for each in self._client.rollouts(self._model, running_only=True):
+                if each.model in self.rollouts:
+                    self.rollouts[each.model].append(each)
         except (Unavailable, DeadlineExceeded):
             return

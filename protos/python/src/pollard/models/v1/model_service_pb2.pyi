@@ -2355,24 +2355,30 @@ class ListRolloutsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    RUNNING_ONLY_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """"models/{model}"."""
+    """"models/{model}", or "models/-" for all models that are not deleted, in the
+    order of their names.
+    """
     page_size: _builtins.int
     """Most rollouts in an answer; 0 means 50, more than 1000 means 1000,
     negative is refused with INVALID_ARGUMENT.
     """
     page_token: _builtins.str
     """From the answer before; empty for the first page."""
+    running_only: _builtins.bool
+    """Only rollouts that have not ended."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        running_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "running_only", b"running_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2390,7 +2396,7 @@ class ListRolloutsResponse(_message.Message):
     """For the next page; empty at the end."""
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rollout]:
-        """Rollouts, newest first."""
+        """Rollouts, the newest of each model first."""
 
     def __init__(
         self,

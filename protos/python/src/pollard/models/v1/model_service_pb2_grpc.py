@@ -387,7 +387,7 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRollouts(self, request, context):
-        """ListRollouts lists the rollouts of a model, newest first.
+        """ListRollouts lists the rollouts of a model, or of all, the newest of each first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

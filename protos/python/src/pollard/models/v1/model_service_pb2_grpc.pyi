@@ -133,7 +133,7 @@ class ModelServiceStub:
     GetRollout: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetRolloutRequest, _model_service_pb2.GetRolloutResponse]
     """GetRollout gets one rollout."""
     ListRollouts: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListRolloutsRequest, _model_service_pb2.ListRolloutsResponse]
-    """ListRollouts lists the rollouts of a model, newest first."""
+    """ListRollouts lists the rollouts of a model, or of all, the newest of each first."""
     PauseRollout: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PauseRolloutRequest, _model_service_pb2.PauseRolloutResponse]
     """PauseRollout keeps a rollout at its step."""
     ResumeRollout: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ResumeRolloutRequest, _model_service_pb2.ResumeRolloutResponse]
@@ -258,7 +258,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetRollout: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetRolloutRequest, _model_service_pb2.GetRolloutResponse]  # type: ignore[assignment]
     """GetRollout gets one rollout."""
     ListRollouts: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListRolloutsRequest, _model_service_pb2.ListRolloutsResponse]  # type: ignore[assignment]
-    """ListRollouts lists the rollouts of a model, newest first."""
+    """ListRollouts lists the rollouts of a model, or of all, the newest of each first."""
     PauseRollout: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PauseRolloutRequest, _model_service_pb2.PauseRolloutResponse]  # type: ignore[assignment]
     """PauseRollout keeps a rollout at its step."""
     ResumeRollout: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ResumeRolloutRequest, _model_service_pb2.ResumeRolloutResponse]  # type: ignore[assignment]
@@ -512,7 +512,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListRolloutsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListRolloutsResponse, _abc.Awaitable[_model_service_pb2.ListRolloutsResponse]]:
-        """ListRollouts lists the rollouts of a model, newest first."""
+        """ListRollouts lists the rollouts of a model, or of all, the newest of each first."""
 
     @_abc_1.abstractmethod
     def PauseRollout(

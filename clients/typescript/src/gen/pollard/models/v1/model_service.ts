@@ -969,7 +969,10 @@ export interface GetRolloutResponse {
 
 /** ListRolloutsRequest asks for rollouts. */
 export interface ListRolloutsRequest {
-  /** "models/{model}". */
+  /**
+   * "models/{model}", or "models/-" for all models that are not deleted, in the
+   * order of their names.
+   */
   parent: string;
   /**
    * Most rollouts in an answer; 0 means 50, more than 1000 means 1000,
@@ -978,11 +981,13 @@ export interface ListRolloutsRequest {
   pageSize: number;
   /** From the answer before; empty for the first page. */
   pageToken: string;
+  /** Only rollouts that have not ended. */
+  runningOnly: boolean;
 }
 
 /** ListRolloutsResponse is a page of rollouts. */
 export interface ListRolloutsResponse {
-  /** Rollouts, newest first. */
+  /** Rollouts, the newest of each model first. */
   rollouts: Rollout[];
   /** For the next page; empty at the end. */
   nextPageToken: string;
@@ -6531,7 +6536,7 @@ export const GetRolloutResponse: MessageFns<GetRolloutResponse> = {
 };
 
 function createBaseListRolloutsRequest(): ListRolloutsRequest {
-  return { parent: "", pageSize: 0, pageToken: "" };
+  return { parent: "", pageSize: 0, pageToken: "", runningOnly: false };
 }
 
 export const ListRolloutsRequest: MessageFns<ListRolloutsRequest> = {
@@ -6544,6 +6549,9 @@ export const ListRolloutsRequest: MessageFns<ListRolloutsRequest> = {
     }
     if (message.pageToken !== "") {
       writer.uint32(26).string(message.pageToken);
+    }
+    if (message.runningOnly !== false) {
+      writer.uint32(32).bool(message.runningOnly);
     }
     return writer;
   },
@@ -6585,6 +6593,14 @@ export const ListRolloutsRequest: MessageFns<ListRolloutsRequest> = {
             message.pageToken = reader.string();
             continue;
           }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.runningOnly = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -6605,6 +6621,7 @@ export const ListRolloutsRequest: MessageFns<ListRolloutsRequest> = {
     message.parent = object.parent ?? "";
     message.pageSize = object.pageSize ?? 0;
     message.pageToken = object.pageToken ?? "";
+    message.runningOnly = object.runningOnly ?? false;
     return message;
   },
 };
@@ -7905,7 +7922,7 @@ export const ModelServiceService = {
     responseSerialize: (value: GetRolloutResponse): Buffer => Buffer.from(GetRolloutResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetRolloutResponse => GetRolloutResponse.decode(value),
   },
-  /** ListRollouts lists the rollouts of a model, newest first. */
+  /** ListRollouts lists the rollouts of a model, or of all, the newest of each first. */
   listRollouts: {
     path: "/pollard.models.v1.ModelService/ListRollouts" as const,
     requestStream: false as const,
@@ -8085,7 +8102,7 @@ export interface ModelServiceServer extends UntypedServiceImplementation {
   createRollout: handleUnaryCall<CreateRolloutRequest, CreateRolloutResponse>;
   /** GetRollout gets one rollout. */
   getRollout: handleUnaryCall<GetRolloutRequest, GetRolloutResponse>;
-  /** ListRollouts lists the rollouts of a model, newest first. */
+  /** ListRollouts lists the rollouts of a model, or of all, the newest of each first. */
   listRollouts: handleUnaryCall<ListRolloutsRequest, ListRolloutsResponse>;
   /** PauseRollout keeps a rollout at its step. */
   pauseRollout: handleUnaryCall<PauseRolloutRequest, PauseRolloutResponse>;
@@ -8483,7 +8500,7 @@ export interface ModelServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetRolloutResponse) => void,
   ): ClientUnaryCall;
-  /** ListRollouts lists the rollouts of a model, newest first. */
+  /** ListRollouts lists the rollouts of a model, or of all, the newest of each first. */
   listRollouts(
     request: ListRolloutsRequest,
     callback: (error: ServiceError | null, response: ListRolloutsResponse) => void,
