@@ -138,6 +138,15 @@ def compress(
             "compress to the fastest that holds --max-drop.",
         ),
     ] = 0,
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run the trials of --search on the Ray cluster at HOST:PORT (its nodes need "
+            "pollard-compression[ray] and processors like this one's); local: on this machine.",
+        ),
+    ] = "",
     importance: Annotated[
         str, typer.Option("--importance", help="How channels are ranked: l1, l2, bn or taylor.")
     ] = "l2",
@@ -343,6 +352,7 @@ def compress(
             out,
             force=force,
             fresh=fresh,
+            ray=ray,
             sign=make_signature,
             reporter=make_reporter(console),
         )

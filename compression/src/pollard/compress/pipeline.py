@@ -86,6 +86,7 @@ def compress(
     fresh: bool = False,
     sign: Callable[[Path], str] | None = None,
     reporter: Reporter | None = None,
+    ray: str = "",
 ) -> CompressionResult:
     """Compress a trained parent and write the fastest bundle that holds the gate.
 
@@ -100,6 +101,8 @@ def compress(
         fresh: Make every stage anew, whatever is kept.
         sign: Signs the bundle before it appears, and returns the key's fingerprint.
         reporter: Told of progress.
+        ray: Address of a Ray cluster that runs the trials of a search, or "local"; here, without
+            one. What comes out depends on it as little as on the number of cores.
 
     Raises:
         UsageInvalid: something impossible is asked for.
@@ -110,6 +113,12 @@ def compress(
     out = Path(out)
     started = time.monotonic()
     bundling.check_output(out, force=force)
+    if ray:
+        if not recipe.search:
+            raise UsageInvalid("--ray runs the trials of a search: give --search N, too")
+        from pollard.compress.cluster import load_ray
+
+        load_ray()  # before any work
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
     if recipe.prunes:
@@ -127,7 +136,7 @@ def compress(
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
         stages = open_stages(recipe, parent, data, machine, cache, fresh=fresh, reporter=reporter)
-        run = Run(recipe, parent, data, machine, stages, reporter, device)
+        run = Run(recipe, parent, data, machine, stages, reporter, device, ray)
         found = None
         if recipe.search:
             from pollard.compress.search_trials import search_stage

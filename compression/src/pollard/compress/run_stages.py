@@ -55,6 +55,8 @@ class Run:
     reporter: Reporter
     device: Device
     """What the files are judged on."""
+    ray: str = ""
+    """Address of the Ray cluster that runs the trials of a search; here without one."""
 
     def prune_and_recover(self) -> tuple[Pruned | None, History | None]:
         """Return the smaller model and its training; nothing where nothing is cut."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pollard.compress.errors import CompressionError, PruneFailed
 from pollard.compress.progress import Reporter
 from pollard.compress.recipe import IMPORTANCES, Importance, Recipe
-from pollard.compress.trials import Trials
+from pollard.compress.trials import Trials, TrialsLost
 
 if TYPE_CHECKING:
     import optuna
@@ -151,6 +151,10 @@ def search(
                 for future in done:
                     book.keep(running.pop(future), future)
                     step.advance()
+        except TrialsLost as error:
+            raise CompressionError(
+                f"{error}; the same command goes on with the trials that are left"
+            ) from error
         except BrokenExecutor as error:
             raise CompressionError(
                 "a process of the search was ended from outside, perhaps for want of memory; the "

@@ -21,6 +21,7 @@ from pollard.compress import verify
 from pollard.compress.candidates import build
 from pollard.compress.codec import decode, encode
 from pollard.compress.data import Dataset, Part
+from pollard.compress.latency import LatencyTable
 from pollard.compress.models import LoadedModel, load_model, resolve
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
@@ -28,7 +29,7 @@ from pollard.compress.run_stages import Run, fit_config
 from pollard.compress.search import TRIAL_SHARE, Found, Outcome, Point, search
 from pollard.compress.shrink import measure_tables, shrink, shrink_config
 from pollard.compress.stages import read_json, scratch, write_json
-from pollard.compress.trials import Processes
+from pollard.compress.trials import Processes, Trials
 from pollard.compress.truth import TaskName, Truth
 
 # Images that trials are judged by.
@@ -76,14 +77,12 @@ def search_stage(run: Run) -> Found:
         measure_tables(run.parent.module, run.parent.spec, config, run.reporter)
         setting, pixels = _setting(run)
         with tempfile.TemporaryDirectory(prefix="pollard-search-") as images:
-            _save(pixels, Path(images))
-            workers = min(recipe.search, max(1, run.machine.cores))
             found = search(
                 recipe.search,
                 recipe.seed,
                 recipe.max_drop,
                 scratch(folder) / "trials.db",
-                Processes(evaluate, workers, partial(prepare, setting, Path(images))),
+                _runs(run, setting, pixels, Path(images)),
                 reporter=run.reporter,
             )
         write_json(folder / "found.json", encode(found))
@@ -96,6 +95,18 @@ def search_stage(run: Run) -> Found:
     return run.stages.run(
         "search", inputs, make, lambda folder: decode(Found, read_json(folder / "found.json"))
     ).value
+
+
+def _runs(run: Run, setting: Setting, pixels: Pixels, folder: Path) -> Trials:
+    """Return what runs the trials: processes here, or a Ray cluster."""
+    if run.ray:
+        from pollard.compress.cluster_trials import ClusterTrials, pack
+
+        tables = [LatencyTable(target).path for target in shrink_config(run.recipe).targets]
+        return ClusterTrials(run.ray, pack(setting, pixels, tables), run.recipe.search)
+    _save(pixels, folder)
+    workers = min(run.recipe.search, max(1, run.machine.cores))
+    return Processes(evaluate, workers, partial(prepare, setting, folder))
 
 
 def _middle(recipe: Recipe) -> Recipe:
@@ -133,10 +144,15 @@ def prepare(setting: Setting, folder: Path) -> None:
         )
         for name in setting.truths
     }
-    _prepare(setting, pixels)
+    prepare_here(setting, pixels)
 
 
-def _prepare(setting: Setting, pixels: Pixels) -> None:
+def prepare_here(setting: Setting, pixels: Pixels) -> None:
+    """Load what the trials of this process need.
+
+    Raises:
+        CompressionError: the model or its weights cannot be had.
+    """
     torch.set_num_threads(1)
     recipe = setting.recipe
     source = resolve(recipe.model, recipe.spec)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from pollard.compress.search import Outcome, Point
 
     Evaluate = Callable[[Point], Outcome]
+
+
+class TrialsLost(BrokenExecutor):
+    """Trials cannot be run any more; the message says why, to people."""
 
 
 class Trials(Protocol):
