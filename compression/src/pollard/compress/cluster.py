@@ -42,7 +42,8 @@ def load_ray() -> ModuleType:
         raise UsageInvalid(
             "--ray needs Ray: pip install 'pollard-compression[ray]', here and on every node"
         ) from None
-    return ray
+    module: ModuleType = ray
+    return module
 
 
 @contextmanager

@@ -165,7 +165,8 @@ def _meant(error: BaseException) -> BaseException:
 
     if isinstance(error, NodeUnfit):
         return CompressionError(str(error.args[0]))
-    if isinstance(error, ray.exceptions.RayTaskError):
+    task_failed: bool = isinstance(error, ray.exceptions.RayTaskError)
+    if task_failed:
         return error
     why = " ".join(str(error).split())[:300]
     return TrialsLost(f"the Ray cluster lost a trial {_BEGUN_AGAIN + 1} times ({why})")
