@@ -61,6 +61,16 @@ def resnet50() -> BuiltModel:
     return _torch_model("resnet50", "ResNet-50 224, int8", resnet50_module, (3, 224, 224), (1000,))
 
 
+def small_cnn_224() -> BuiltModel:
+    """Return the small CNN for 224×224 images, int8."""
+    return _torch_model("cnn224", "small CNN 224, int8", _small_cnn_224, (3, 224, 224), (1000,))
+
+
+def mobilenet_v2() -> BuiltModel:
+    """Return the MobileNetV2 for 224×224 images, int8."""
+    return _torch_model("mobilenet", "MobileNetV2 224, int8", _mobilenet_v2, (3, 224, 224), (1000,))
+
+
 MODELS: dict[str, Callable[[], BuiltModel]] = {
     "cnn28": small_cnn,
     "resnet56": resnet56,
@@ -187,6 +197,18 @@ def _resnet56() -> Any:
     from pollard.compress.zoo.cifar_resnet import resnet56
 
     return resnet56()
+
+
+def _small_cnn_224() -> Any:
+    from pollard.compress.zoo.small import SmallCnn224
+
+    return SmallCnn224(1000)
+
+
+def _mobilenet_v2() -> Any:
+    from pollard.compress.zoo import mobilenet
+
+    return mobilenet.mobilenet_v2()
 
 
 def resnet50_module() -> Any:

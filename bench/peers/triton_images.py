@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench.peers.fetch import BUILD, Tools, with_libraries
@@ -73,24 +74,26 @@ class TritonPythonModel:
         return responses
 """
 
-_CONFIGS = {
-    "preprocess": """\
+_PREPROCESS_CONFIG = """\
+name: "preprocess"
 backend: "python"
 max_batch_size: 8
 input [{ name: "file" data_type: TYPE_UINT8 dims: [-1] }]
 output [{ name: "image" data_type: TYPE_UINT8 dims: [224, 224, 3] }]
 dynamic_batching {}
 instance_group [{ count: 2 kind: KIND_CPU }]
-""",
-    "classify": """\
+"""
+
+_CLASSIFY_CONFIG = """\
 backend: "python"
 max_batch_size: 8
 input [{ name: "image" data_type: TYPE_UINT8 dims: [224, 224, 3] }]
 output [{ name: "logits" data_type: TYPE_FP32 dims: [1000] }]
 dynamic_batching {}
 instance_group [{ count: 2 kind: KIND_CPU }]
-""",
-    "photographs": """\
+"""
+
+_ENSEMBLE_CONFIG = """\
 platform: "ensemble"
 max_batch_size: 8
 input [{ name: "file" data_type: TYPE_UINT8 dims: [-1] }]
@@ -98,31 +101,32 @@ output [{ name: "logits" data_type: TYPE_FP32 dims: [1000] }]
 ensemble_scheduling { step [
   { model_name: "preprocess" model_version: -1
     input_map { key: "file" value: "file" } output_map { key: "image" value: "image" } },
-  { model_name: "classify" model_version: -1
+  { model_name: "NETWORK" model_version: -1
     input_map { key: "image" value: "image" } output_map { key: "logits" value: "logits" } }
 ] }
-""",
-}
+"""
 
 
-def start_ensemble(tools: Tools, model: Path) -> ServerProcess:
-    """Start Triton with the model "photographs" and wait until it is ready.
+def start_ensemble(tools: Tools, models: Mapping[str, Path]) -> ServerProcess:
+    """Start Triton with an ensemble for each model and wait until it is ready.
 
     Args:
         tools: Where Triton is.
-        model: The ONNX file; takes uint8 [batch, 224, 224, 3] as "image", gives "logits".
+        models: ONNX files by name; each takes uint8 [batch, 224, 224, 3] as "image", gives
+            "logits".
 
     Raises:
         RuntimeError: it ended or did not become ready; the message has the end of its log.
     """
     repository = BUILD / "triton-images"
     shutil.rmtree(repository, ignore_errors=True)
-    for name, config in _CONFIGS.items():
-        (repository / name / "1").mkdir(parents=True)
-        (repository / name / "config.pbtxt").write_text(f'name: "{name}"\n{config}')
-    (repository / "preprocess/1/model.py").write_text(_PREPROCESS)
-    (repository / "classify/1/model.py").write_text(_CLASSIFY)
-    os.link(model, repository / "classify/1/model.onnx")
+    _write(repository / "preprocess", _PREPROCESS_CONFIG, _PREPROCESS)
+    for name, model in models.items():
+        network = f"{name}-network"
+        _write(repository / network, f'name: "{network}"\n{_CLASSIFY_CONFIG}', _CLASSIFY)
+        os.link(model, repository / network / "1/model.onnx")
+        ensemble = _ENSEMBLE_CONFIG.replace("NETWORK", network)
+        _write(repository / name, f'name: "{name}"\n{ensemble}')
     surroundings = with_libraries(tools.python_library)
     surroundings["PATH"] = f"{Path(sys.executable).parent}:{surroundings.get('PATH', '')}"
     port = free_port()
@@ -139,3 +143,10 @@ def start_ensemble(tools: Tools, model: Path) -> ServerProcess:
     return ServerProcess.start(
         "Triton, Python backend", command, port, BUILD / "triton-images.log", surroundings
     )
+
+
+def _write(folder: Path, config: str, code: str = "") -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(config)
+    if code:
+        (folder / "1/model.py").write_text(code)
