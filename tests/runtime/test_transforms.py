@@ -433,6 +433,34 @@ def test_opencv_area_is_opencvs(jpeg, gray):
     assert np.array_equal(Pipeline(steps).apply(jpeg).array, expected)
 
 
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize(
+    "after",
+    [
+        [center_crop(20, 10)],
+        [five_crop(20, 10)],
+        [center_crop(20, 10), flip(horizontal=True), rotate(1)],
+        [pad(1, 2, 3, 4)],
+        [center_crop(20, 10), normalize([0.5], [0.25], layout="NCHW")],
+        [resize(10, 10), center_crop(5, 5)],
+    ],
+    ids=["crop", "five crops", "turns", "pad", "normalize", "resize again"],
+)
+def test_steps_after_opencvs_filter_give_what_they_give_for_its_pixels(jpeg, gray, after):
+    """Whether pixels are held as an array or as an image on the way makes no difference."""
+    pytest.importorskip("cv2", exc_type=ImportError)
+    if not gray and after[-1].HasField("normalize"):
+        after = [after[0], normalize([0.5] * 3, [0.25] * 3, layout="NCHW")]
+    first = [decode(gray=gray), resize(40, 30, interpolation=OPENCV_AREA)]
+    whole = Pipeline([*first, *after]).apply(jpeg)
+    drawn = Pipeline(first).apply(jpeg).array
+    expected = Pipeline([decode(gray=gray), *after]).apply_pixels(drawn)
+    assert np.array_equal(whole.array, expected.array)
+    assert whole.array.flags.c_contiguous
+    assert whole.array.flags.writeable
+    assert len(whole.geometries) == len(expected.geometries)
+
+
 def test_without_opencv_its_filter_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(StepsInvalid, match=r"pollard-runtime\[opencv\]"):

@@ -75,20 +75,62 @@ class Geometry:
         return (down, along) if self.transposed else (along, down)
 
 
-@dataclass
 class Work:
-    """One image on its way through the steps."""
+    """One image on its way through the steps.
 
-    image: Image.Image
-    geometry: Geometry
-    limits: ImageLimits
-    array: NDArray[np.generic] | None = None
-    full_size: tuple[int, int] | None = None
-    """Size before the decoder scaled down; what comes out must not depend on that."""
+    OpenCV leaves an array where Pillow leaves an image. The one becomes the other, which
+    copies every pixel, when a step asks for it and not before.
+    """
+
+    def __init__(
+        self,
+        image: Image.Image,
+        geometry: Geometry,
+        limits: ImageLimits,
+        full_size: tuple[int, int] | None = None,
+    ) -> None:
+        self._held: Image.Image | NDArray[np.uint8] = image
+        self.geometry = geometry
+        self.limits = limits
+        self.array: NDArray[np.generic] | None = None
+        """What the steps that give no image have made."""
+        self.full_size = full_size
+        """Size before the decoder scaled down; what comes out must not depend on that."""
+
+    @property
+    def image(self) -> Image.Image:
+        if isinstance(self._held, np.ndarray):
+            self._held = Image.fromarray(self._held)
+        return self._held
+
+    @image.setter
+    def image(self, image: Image.Image) -> None:
+        self._held = image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        if isinstance(self._held, np.ndarray):
+            return self._held.shape[1], self._held.shape[0]
+        return self._held.size
+
+    def draw(self, pixels: NDArray[np.uint8]) -> None:
+        """Go on with these pixels, height × width (× 3)."""
+        self._held = pixels
+
+    def cut(self, left: int, top: int, width: int, height: int) -> None:
+        """Go on with a part that lies within."""
+        if isinstance(self._held, np.ndarray):
+            self._held = self._held[top : top + height, left : left + width]
+        else:
+            self._held = self._held.crop((left, top, left + width, top + height))
 
     def pixels(self) -> NDArray[np.generic]:
         if self.array is None:
-            self.array = images.to_array(self.image)
+            if isinstance(self._held, np.ndarray):
+                self.array = np.ascontiguousarray(images.with_channels(self._held))
+            else:
+                self.array = images.to_array(self._held)
         return self.array
 
     def moved(
@@ -146,8 +188,8 @@ class FiveCrop:
     def parts(self, work: Work) -> list[Work]:
         """Return the five crops."""
         _check_fits(work, self.width, self.height)
-        right = work.image.width - self.width
-        bottom = work.image.height - self.height
+        right = work.size[0] - self.width
+        bottom = work.size[1] - self.height
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
         parts = []
         for left, top in [*corners, _center(work, self.width, self.height)]:
@@ -185,7 +227,7 @@ def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
             plan.width = plan.height = None
 
         def short_side(work: Work) -> None:
-            _resize(work, _short_side(*(work.full_size or work.image.size), height), resample)
+            _resize(work, _short_side(*(work.full_size or work.size), height), resample)
 
         return short_side
     _check_sides(where, width=width, height=height)
@@ -197,7 +239,7 @@ def _prepare_resize(message: bundle_pb2.Resize, plan: Plan, where: str) -> Run:
     fill = _color(f"{where}: fill", message.fill, plan.channels)
 
     def letterbox(work: Work) -> None:
-        inner = _within(work.full_size or work.image.size, width, height)
+        inner = _within(work.full_size or work.size, width, height)
         _resize(work, inner, resample)
         left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
         _paste(work, (width, height), (left, top), fill)
@@ -226,7 +268,7 @@ def _plan_crop(plan: Plan, width: int, height: int, where: str) -> None:
 
 
 def _check_fits(work: Work, width: int, height: int) -> None:
-    old_width, old_height = work.image.size
+    old_width, old_height = work.size
     if old_width < width or old_height < height:
         raise ImageTooSmall(
             f"the image is too small: {old_width} × {old_height} where a crop of "
@@ -240,11 +282,11 @@ def _check_fits(work: Work, width: int, height: int) -> None:
 
 def _center(work: Work, width: int, height: int) -> tuple[int, int]:
     # Python's rounding to even, as the reference pipelines do it.
-    return round((work.image.width - width) / 2), round((work.image.height - height) / 2)
+    return round((work.size[0] - width) / 2), round((work.size[1] - height) / 2)
 
 
 def _crop(work: Work, left: int, top: int, width: int, height: int) -> None:
-    work.image = work.image.crop((left, top, left + width, top + height))
+    work.cut(left, top, width, height)
     work.moved(offset=(-left, -top))
 
 
@@ -259,7 +301,7 @@ def _prepare_pad(message: bundle_pb2.Pad, plan: Plan, where: str) -> Run:
         plan.height += top + bottom
 
     def pad(work: Work) -> None:
-        width, height = work.image.size
+        width, height = work.size
         _paste(work, (width + left + right, height + top + bottom), (left, top), fill)
 
     return pad
@@ -388,7 +430,7 @@ def _within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
     )
 
 
-Resample = Callable[[Image.Image, tuple[int, int]], Image.Image]
+Resample = Callable[[Work, tuple[int, int]], None]
 
 
 def _resampler(interpolation: int, where: str) -> Resample:
@@ -397,7 +439,11 @@ def _resampler(interpolation: int, where: str) -> Resample:
     if interpolation not in _FILTERS:
         raise StepsInvalid(f"{where}: unknown interpolation {interpolation}")
     resample = _FILTERS[interpolation]
-    return lambda image, size: image.resize(size, resample)
+
+    def resized(work: Work, size: tuple[int, int]) -> None:
+        work.image = work.image.resize(size, resample)
+
+    return resized
 
 
 def _opencv_area(where: str) -> Resample:
@@ -409,23 +455,22 @@ def _opencv_area(where: str) -> Resample:
             "pip install 'pollard-runtime[opencv]'"
         ) from error
 
-    def area(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        pixels = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA)
-        return Image.fromarray(pixels)
+    def area(work: Work, size: tuple[int, int]) -> None:
+        work.draw(cv2.resize(np.asarray(work.image), size, interpolation=cv2.INTER_AREA))
 
     return area
 
 
 def _resize(work: Work, size: tuple[int, int], resample: Resample) -> None:
     _check_size(work, size)
-    old = work.image.size
-    work.image = resample(work.image, size)
+    old = work.size
+    resample(work, size)
     work.full_size = None
     work.moved(scale=(size[0] / old[0], size[1] / old[1]))
 
 
 def _paste(work: Work, size: tuple[int, int], at: tuple[int, int], fill: tuple[int, ...]) -> None:
-    if size == work.image.size:
+    if size == work.size:
         return
     _check_size(work, size)
     canvas = Image.new(work.image.mode, size, fill[0] if len(fill) == 1 else fill)

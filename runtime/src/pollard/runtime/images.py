@@ -296,8 +296,12 @@ def _reduce_16_bit(image: Image.Image) -> Image.Image:
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
     """Return the pixels of an "L" or "RGB" image as height × width × channels, writable."""
-    array = np.array(image, dtype=np.uint8)
-    return array[:, :, np.newaxis] if array.ndim == 2 else array
+    return with_channels(np.array(image, dtype=np.uint8))
+
+
+def with_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return pixels of height × width (× channels) as height × width × channels."""
+    return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
 
 
 def from_array(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -374,23 +374,21 @@ class Predictor:
     ) -> dict[str, NDArray[np.generic]]:
         # One by one, because a model may take no larger batch; the inference
         # server puts together what comes at the same time.
-        tasks = [
-            asyncio.ensure_future(
-                self._client.infer(
-                    Work(revision.model, revision.revision, revision.input.name, view, outputs),
-                    lambda: self._current.snapshot.endpoints_for(revision.model, revision.revision),
-                    deadline,
-                )
+        def infer(view: NDArray[np.generic]) -> Coroutine[Any, Any, dict[str, NDArray[np.generic]]]:
+            return self._client.infer(
+                Work(revision.model, revision.revision, revision.input.name, view, outputs),
+                lambda: self._current.snapshot.endpoints_for(revision.model, revision.revision),
+                deadline,
             )
-            for view in views[:, np.newaxis]
-        ]
+
+        if len(views) == 1:
+            return await infer(views)
+        tasks = [asyncio.create_task(infer(view)) for view in views[:, np.newaxis]]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        if len(answers) == 1:
-            return answers[0]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
 
