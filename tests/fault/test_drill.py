@@ -104,7 +104,7 @@ def test_it_ends_cleanly_when_it_is_interrupted(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_time_that_is_over_is_told_and_is_no_success(drill: Drill) -> None:
+def test_a_time_that_is_over_is_told_and_is_no_success(drill: Drill, tmp_path: Path) -> None:
     found, done = drill(
         *("--swaps", "1000", "--model-mb", "1", "--load", "closed"),
         *("--clients", "2", "--max-time", "8s"),
@@ -112,3 +112,7 @@ def test_a_time_that_is_over_is_told_and_is_no_success(drill: Drill) -> None:
     assert done.returncode == 1
     assert "Stopped by --max-time" in found["stopped"]
     assert not found["passed"]
+    # Of a drill that failed what the services wrote is kept.
+    log = tmp_path / "figures.services.log"
+    assert f"The services' log is kept in {log}" in done.stderr
+    assert "listening" in log.read_text()

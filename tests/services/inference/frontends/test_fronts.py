@@ -4,6 +4,7 @@ with POLLARD_INFERENCE_FRONTEND=core or =envoy."""
 import signal
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -195,7 +196,7 @@ def test_what_a_client_that_went_has_sent_is_not_run(channel, ask, runs_of, sent
     assert runs_of(stub, "steps") - before < 200
 
 
-def test_if_envoy_dies_so_does_the_server(tmp_path, serve, ask) -> None:
+def test_if_envoy_dies_so_does_the_server_and_no_shared_memory_stays(tmp_path, serve, ask) -> None:
     pytest.importorskip("pyvoy", reason="the extra [envoy] is not installed")
     with (
         serve(tmp_path, "envoy") as (process, address),
@@ -204,5 +205,7 @@ def test_if_envoy_dies_so_does_the_server(tmp_path, serve, ask) -> None:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         stub.ModelInfer(ask(), timeout=20)
         for envoy in psutil.Process(process.pid).children(recursive=True):
+            # Envoy never unlinks what it makes for a restart without a pause.
+            assert "envoy_shared_memory" not in Path(f"/proc/{envoy.pid}/maps").read_text()
             envoy.kill()
         assert process.wait(30) == 1

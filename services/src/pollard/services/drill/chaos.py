@@ -13,7 +13,6 @@ import json
 import math
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from pollard.services.drill.faults import FAULTS, FULL_DISK, KINDS, Stage
 from pollard.services.drill.figures import Record, memory_figures, spread
 from pollard.services.drill.guard import run_guarded
 from pollard.services.drill.options import DrillOptions
+from pollard.services.drill.room import working_room
 from pollard.services.drill.stage import left_out, staged
 from pollard.services.drill.swaps import asking, measure_capacity
 from pollard.services.drill.target import Target, own_target
@@ -118,19 +118,24 @@ def run_chaos(options: ChaosOptions) -> int:
         0 when everything was done and nothing went wrong, 130 when it was interrupted, else 1.
     """
     chaos = Chaos(options)
-    code = run_guarded(lambda: _chaos(chaos), chaos.record, options.seconds + _SPARE_SECONDS)
-    found = chaos_figures(chaos)
-    if chaos.record.traffic.total:
-        show_chaos(found)
-    elif chaos.record.stopped:
-        print(chaos.record.stopped, file=sys.stderr)
-    if options.json_file is not None:
-        options.json_file.parent.mkdir(parents=True, exist_ok=True)
-        options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return code or (0 if found["passed"] else 1)
+    with working_room(options.json_file) as room:
+        code = run_guarded(
+            lambda: _chaos(chaos, room.directory), chaos.record, options.seconds + _SPARE_SECONDS
+        )
+        found = chaos_figures(chaos)
+        if chaos.record.traffic.total:
+            show_chaos(found)
+        elif chaos.record.stopped:
+            print(chaos.record.stopped, file=sys.stderr)
+        if options.json_file is not None:
+            options.json_file.parent.mkdir(parents=True, exist_ok=True)
+            options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        code = code or (0 if found["passed"] else 1)
+        room.failed = code == 1 or bool(found["problems"])
+    return code
 
 
-async def _chaos(chaos: Chaos) -> None:
+async def _chaos(chaos: Chaos, directory: Path) -> None:
     options, record = chaos.options, chaos.record
     chaos.left_out = left_out(options.kinds)
     kinds = [kind for kind in options.kinds if kind not in chaos.left_out]
@@ -139,8 +144,7 @@ async def _chaos(chaos: Chaos) -> None:
     made = DrillOptions(
         model_mb=options.model_mb, drain_seconds=options.drain_seconds, seed=options.seed
     )
-    with tempfile.TemporaryDirectory(prefix="pollard-drill-") as name, View(record) as view:
-        directory = Path(name)
+    with View(record) as view:
         for kind, why in chaos.left_out.items():
             view.say(f"Left out: {kind}. {why}")
         view.say(f"Seed {options.seed}: {', '.join(kinds)}.")

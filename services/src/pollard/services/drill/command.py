@@ -8,7 +8,6 @@ import gc
 import json
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -26,6 +25,7 @@ from pollard.services.drill.figures import Record, figures
 from pollard.services.drill.kills import KillDrill
 from pollard.services.drill.options import DrillOptions, Installation
 from pollard.services.drill.processes import Services, running_services
+from pollard.services.drill.room import working_room
 from pollard.services.drill.swaps import asking, measure_capacity, swap, swap_under_load
 from pollard.services.drill.target import Target, given_target, own_target
 from pollard.services.drill.view import View, show
@@ -44,23 +44,26 @@ def run_drill(options: DrillOptions) -> int:
         0 when everything was done and nothing went wrong, 130 when it was interrupted, else 1.
     """
     record = Record()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_guarded(options, record))
-    found = figures(record)
-    if record.traffic.total:
-        show(found)
-    elif record.stopped:
-        print(record.stopped, file=sys.stderr)
-    if options.json_file is not None:
-        options.json_file.parent.mkdir(parents=True, exist_ok=True)
-        options.json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return code or (0 if record.passed else 1)
+    with working_room(options.json_file) as room:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            code = runner.run(_guarded(options, record, room.directory))
+        found = figures(record)
+        if record.traffic.total:
+            show(found)
+        elif record.stopped:
+            print(record.stopped, file=sys.stderr)
+        if options.json_file is not None:
+            options.json_file.parent.mkdir(parents=True, exist_ok=True)
+            options.json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        code = code or (0 if record.passed else 1)
+        room.failed = code == 1 or bool(found["problems"])
+    return code
 
 
-async def _guarded(options: DrillOptions, record: Record) -> int:
+async def _guarded(options: DrillOptions, record: Record, directory: Path) -> int:
     """Run the drill within its time; Ctrl-C and SIGTERM end it cleanly."""
     interrupted = False
-    task = asyncio.ensure_future(_drill(options, record))
+    task = asyncio.ensure_future(_drill(options, record, directory))
 
     def interrupt() -> None:
         nonlocal interrupted
@@ -92,9 +95,8 @@ async def _guarded(options: DrillOptions, record: Record) -> int:
     return 0
 
 
-async def _drill(options: DrillOptions, record: Record) -> None:
-    with tempfile.TemporaryDirectory(prefix="pollard-drill-") as name, View(record) as view:
-        directory = Path(name)
+async def _drill(options: DrillOptions, record: Record, directory: Path) -> None:
+    with View(record) as view:
         async with (
             _services(options, directory, view) as (installation, services),
             AsyncModelsClient(installation.models) as models,

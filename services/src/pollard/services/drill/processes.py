@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pollard.services.common.lifecycle import cancel
 from pollard.services.drill.errors import DrillFailed
 from pollard.services.drill.options import Installation
+from pollard.services.drill.room import LOG_NAME
 from pollard.services.up.plan import (
     INFERENCE,
     MODELS,
@@ -95,7 +96,7 @@ class Services:
             "POLLARD_MODELS_DRAIN_SECONDS": str(drain_seconds),
             **(environment or {}),
         }
-        self.log = directory / "services.log"
+        self.log = directory / LOG_NAME
         self.outages: list[Outage] = []
         self.deaths: list[str] = []
         """Services that ended without having been killed by the drill, in words."""

@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from pollard.services.drill.figures import Record
 from pollard.services.drill.guard import run_guarded
 from pollard.services.drill.options import DrillOptions
 from pollard.services.drill.processes import Services, Usage, running_services
+from pollard.services.drill.room import working_room
 from pollard.services.drill.swaps import asking, measure_capacity, swap
 from pollard.services.drill.target import Target, own_target
 from pollard.services.drill.trends import theil_sen
@@ -132,23 +132,27 @@ def run_soak(options: SoakOptions) -> int:
         else 1.
     """
     soak = Soak(options)
-    code = run_guarded(lambda: _soak(soak), soak.record, options.seconds + _SPARE_SECONDS)
-    found = soak_figures(soak)
-    if soak.record.traffic.total:
-        _show(found)
-    elif soak.record.stopped:
-        print(soak.record.stopped, file=sys.stderr)
-    if options.json_file is not None:
-        options.json_file.parent.mkdir(parents=True, exist_ok=True)
-        options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return code or (0 if found["passed"] else 1)
+    with working_room(options.json_file) as room:
+        code = run_guarded(
+            lambda: _soak(soak, room.directory), soak.record, options.seconds + _SPARE_SECONDS
+        )
+        found = soak_figures(soak)
+        if soak.record.traffic.total:
+            _show(found)
+        elif soak.record.stopped:
+            print(soak.record.stopped, file=sys.stderr)
+        if options.json_file is not None:
+            options.json_file.parent.mkdir(parents=True, exist_ok=True)
+            options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        code = code or (0 if found["passed"] else 1)
+        room.failed = code == 1 or bool(found["problems"])
+    return code
 
 
-async def _soak(soak: Soak) -> None:
+async def _soak(soak: Soak, directory: Path) -> None:
     options, record = soak.options, soak.record
     made = DrillOptions(model_mb=options.model_mb, drain_seconds=options.drain_seconds)
-    with tempfile.TemporaryDirectory(prefix="pollard-drill-") as name, View(record) as view:
-        directory = Path(name)
+    with View(record) as view:
         async with (
             running_services(
                 directory, drain_seconds=options.drain_seconds, said=view.say

@@ -132,9 +132,13 @@ async def _supervise(settings: InferenceSettings) -> int:
             address=settings.host,
             port=given["port"],
             lifespan=True,
-            # One thread for the connections: the models need the cores, and handing calls from
-            # several threads to Python's one costs more than it brings.
-            additional_envoy_args=["--concurrency", "1"],
+            additional_envoy_args=[
+                # One thread for the connections: the models need the cores, and handing calls from
+                # several threads to Python's one costs more than it brings.
+                *("--concurrency", "1"),
+                # Otherwise a piece of shared memory stays behind in /dev/shm after each start.
+                "--disable-hot-restart",
+            ],
             env={_SETTINGS: json.dumps(given), _CONTROL: control},
             stdout=None,
             stderr=None,
