@@ -115,4 +115,4 @@ def test_a_time_that_is_over_is_told_and_is_no_success(drill: Drill, tmp_path: P
     # Of a drill that failed what the services wrote is kept.
     log = tmp_path / "figures.services.log"
     assert f"The services' log is kept in {log}" in done.stderr
-    assert "listening" in log.read_text()
+    assert log.is_file()
