@@ -55,6 +55,21 @@ def test_a_mask_shines_through_and_leaves_out_what_was_not_seen() -> None:
     assert tuple(painted[90, 150]) == GRAY
 
 
+def test_a_background_is_not_painted_over() -> None:
+    mask = np.zeros((100, 200), np.uint8)
+    mask[:, 100:] = 1
+    areas = (ScoredLabel(0, "background", 0.5), ScoredLabel(1, "cat", 0.5))
+    painted = np.asarray(draw(photograph(), prediction(mask=mask, areas=areas, size=(200, 100))))
+    assert tuple(painted[90, 90]) == GRAY
+    assert tuple(painted[90, 150]) != GRAY
+
+
+def test_a_small_picture_is_not_hidden_by_its_words() -> None:
+    labels = tuple(ScoredLabel(index, "background", 0.2) for index in range(5))
+    told = np.asarray(draw(photograph(120, 100), prediction(labels=labels)))
+    assert (told == GRAY).all(axis=2).mean() > 0.5
+
+
 def test_the_picture_is_upright() -> None:
     assert draw(photograph(orientation=6), prediction()).size == (100, 200)
     with pytest.raises(ValueError, match="200 × 100 pixels, this one has 100 × 200"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,17 @@ _GOLDEN = 0.61803398875
 
 _LINES = 5
 _GRAY = (32, 32, 32)
+_BACKGROUND = "background"
+
+_LARGE_FONT, _SMALL_FONT = 13, 8
+"""Sizes of letters for a picture of 240 pixels, and the smallest that can be read."""
 
 
 def draw(image: ImageLike, prediction: Prediction) -> Image.Image:
     """Return the upright image with what was answered painted over it.
 
     Boxes get their label and score, masks a colour for each class with a legend, classifications
-    a caption.
+    a caption. A class that is labelled "background" gets no colour: what it covers stays as it is.
 
     Args:
         image: The image that was sent, as `VisionClient.predict` takes it.
@@ -48,22 +53,32 @@ def draw(image: ImageLike, prediction: Prediction) -> Image.Image:
             f"this one has {canvas.width} × {canvas.height}"
         )
     if prediction.mask is not None:
-        canvas = _with_mask(canvas, prediction.mask)
+        background = [each.index for each in prediction.areas if _is_background(each)]
+        canvas = _with_mask(canvas, prediction.mask, [UNSEEN, *background])
     scale = max(1, round(min(canvas.size) / 240))
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=10 + 3 * scale)
+    size = _LARGE_FONT + 3 * (scale - 1)
+    # Of a small picture something is to be seen beside its words.
+    font = ImageFont.load_default(size=max(_SMALL_FONT, min(size, min(canvas.size) // 14)))
     # The best box is painted last, on top of the others.
     for found in reversed(prediction.objects or ()):
         color = color_of(found.label.index)
         pen.rectangle((found.x1, found.y1, found.x2, found.y2), outline=color, width=1 + scale)
+        # A rim, that a box is seen on an object of its colour.
+        pen.rectangle((found.x1 - 1, found.y1 - 1, found.x2 + 1, found.y2 + 1), outline=_GRAY)
         text = f"{_name(found.label)} {found.label.score:.2f}"
         _tag(pen, font, text, (found.x1, found.y1), color, canvas.size)
     if prediction.mask is not None:
         _legend(
-            pen, font, [(f"{_name(a)} {a.score:.0%}", color_of(a.index)) for a in prediction.areas]
+            pen,
+            font,
+            [
+                (f"{_name(a)} {a.score:.0%}", _GRAY if _is_background(a) else color_of(a.index))
+                for a in prediction.areas
+            ],
         )
     elif prediction.labels:
-        _legend(pen, font, [(f"{_name(a)} {a.score:.2f}", (32, 32, 32)) for a in prediction.labels])
+        _legend(pen, font, [(f"{_name(a)} {a.score:.2f}", _GRAY) for a in prediction.labels])
     return canvas
 
 
@@ -74,10 +89,16 @@ def color_of(class_index: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _with_mask(canvas: Image.Image, mask: NDArray[np.uint8]) -> Image.Image:
+def _is_background(label: ScoredLabel) -> bool:
+    return label.label.lower() == _BACKGROUND
+
+
+def _with_mask(
+    canvas: Image.Image, mask: NDArray[np.uint8], unpainted: Sequence[int]
+) -> Image.Image:
     palette = np.array([color_of(index) for index in range(256)], np.uint8)
     painted = Image.fromarray(palette[mask])
-    opacity = np.where(mask == UNSEEN, 0, round(255 * _OPACITY)).astype(np.uint8)
+    opacity = np.where(np.isin(mask, unpainted), 0, round(255 * _OPACITY)).astype(np.uint8)
     canvas.paste(painted, mask=Image.fromarray(opacity))
     return canvas
 
@@ -107,7 +128,9 @@ def _tag(
     below: bool = False,
 ) -> float:
     """Write on a patch of colour, above a point where there is room; return the lower edge."""
-    left, top, right, bottom = font.getbbox(text)
+    left, _, right, _ = font.getbbox(text)
+    # The same for every word, that lines are evenly far apart.
+    _, top, _, bottom = font.getbbox("Ág")
     width, height = right - left + 6, bottom - top + 6
     x = max(0.0, min(at[0], size[0] - width))
     y = at[1] if below or at[1] < height else at[1] - height
