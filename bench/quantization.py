@@ -45,6 +45,7 @@ from pollard.compress.models import load_state, read_state
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.shortcuts import rewrite_shortcuts
 from pollard.compress.spec import InputSpec
+from pollard.compress.tasks import task_of
 from pollard.compress.training import FitConfig, fit
 from pollard.compress.zoo import find
 from pollard.runtime.machine import Machine
@@ -140,12 +141,14 @@ def compare(net: nn.Module, spec: InputSpec, data: Dataset, arguments: Any) -> d
     vnni = Machine.detect().has_vnni
     count = arguments.calibration_images
     config = QuantizeConfig(count, reduce_range=not vnni)
-    right = right_answers(predict_part(torch_predictor(net, spec), data.choose), data.choose)
+    classes = len(data.classes)
+    answers = predict_part(torch_predictor(net, spec), data.choose)
+    verdict = task_of(data.task).judge(answers, data.choose, classes)
     fit_config = FitConfig(
         arguments.qat_epochs, 64, arguments.qat_rate, seed=arguments.seed, distill_weight=0.7
     )
     train = trainer(net, data, spec, fit_config) if arguments.qat_epochs else None
-    tuning = Tuning(data.choose, right, arguments.max_drop, train)
+    tuning = Tuning(data.choose, verdict, classes, arguments.max_drop, train)
     with tempfile.TemporaryDirectory() as folder:
         files = build("parent", net, spec, Path(folder), data.train, config, tuning)
         raw = {file.target: file.path.read_bytes() for file in files}

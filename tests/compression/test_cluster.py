@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pollard.compress import cluster_trials
 from pollard.compress.cluster_trials import ClusterTrials, Kit, pack
@@ -210,3 +212,48 @@ sys.exit(_main.run(sys.argv[1:]))
     )
     assert done.returncode == 2
     assert "pip install 'pollard-compression[ray]'" in done.stderr
+
+
+QUICK = ["zoo:small-cnn-28", "--data", "digits", "--epochs", "2", "--train-images", "400"]
+
+
+def train(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from pollard.client.cli import _main; sys.exit(_main.run(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, "train", *QUICK, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_a_cluster_learns_what_one_process_learns(address: str, tmp_path: Path) -> None:
+    history = []
+    for name, more in (("one", ["--threads", 1]), ("cluster", ["--ray", address])):
+        told = tmp_path / f"{name}.json"
+        out = tmp_path / f"{name}.safetensors"
+        done = train("--out", out, "--json", told, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Accuracy") == 1
+        assert out.exists()
+        history.append(json.loads(told.read_text())["history"])
+    assert history[1]["loss"] == pytest.approx(history[0]["loss"], rel=1e-3)
+
+
+def test_a_node_without_the_data_is_named_before_anything_is_trained(
+    address: str, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 28, 28), np.uint8)
+    for name, some in zip("ab", images, strict=True):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number, image in enumerate(some):
+            Image.fromarray(image).save(tmp_path / "images" / name / f"{number}.png")
+    # A node's working directory is another one.
+    where = ("--data", "images", "--out", "out.safetensors", "--ray", address)
+    done = train(*where, folder=tmp_path)
+    assert done.returncode == 1
+    assert f"node {os.uname().nodename}: there is no data at images" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

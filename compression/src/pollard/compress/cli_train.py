@@ -122,6 +122,15 @@ def train(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
     ] = None,
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Share each batch with the cores of the Ray cluster at HOST:PORT; its nodes need "
+            "pollard-compression[ray] and the data under the same path; local: of this machine.",
+        ),
+    ] = "",
     input_size: Annotated[
         str | None,
         typer.Option("--input-size", help="HEIGHTxWIDTHxCHANNELS; needed for a factory's model."),
@@ -173,25 +182,31 @@ def train(
             freeze=cast(Any, freeze),
             unfreeze_every=unfreeze_every,
         )
-        result = training.train(
-            model,
-            data,
-            out,
-            options=options,
-            max_train_images=train_images,
-            validation=validation,
-            seed=seed,
-            threads=threads,
-            spec=make_spec(input_size, mean, std),
-            classes=classes,
-            force=force,
-            resume=resume,
-            checkpoint_seconds=checkpoint_seconds,
-            max_seconds=math.inf if max_time is None else 60 * max_time,
-            curves=curves,
-            tensorboard=tensorboard,
-            reporter=make_reporter(console),
-        )
+        how: dict[str, Any] = {
+            "max_train_images": train_images,
+            "validation": validation,
+            "seed": seed,
+            "spec": make_spec(input_size, mean, std),
+            "classes": classes,
+            "max_seconds": math.inf if max_time is None else 60 * max_time,
+        }
+        here: dict[str, Any] = {
+            "force": force,
+            "checkpoint_seconds": checkpoint_seconds,
+            "curves": curves,
+            "tensorboard": tensorboard,
+            "reporter": make_reporter(console),
+        }
+        if ray:
+            from pollard.compress.cluster_training import train_on_cluster
+
+            result = train_on_cluster(
+                ray, model, data, out, options=options, resume=resume, here=here, **how
+            )
+        else:
+            result = training.train(
+                model, data, out, options=options, resume=resume, threads=threads, **here, **how
+            )
         if not training.leads():
             return
         write_json(json_file, result.to_json())

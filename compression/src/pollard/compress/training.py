@@ -181,8 +181,12 @@ def fit(
                     diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
                     break
                 run.learn(weight * loss, value)
-                if (fit_in := pace.fitting(run.total - run.done)) < run.total - run.done:
-                    run.shorten(run.done + fit_in, config)
+                if math.isfinite(seconds):
+                    left = run.total - run.done
+                    # By one clock: processes that disagree would wait for each other for ever.
+                    fit_in = round(team.sum(pace.fitting(left) if team.leads else 0))
+                    if fit_in < left:
+                        run.shorten(run.done + fit_in, config)
                 step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
                 if observer is not None:
                     observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
