@@ -284,6 +284,9 @@ class Java(Language):
     )
     files = tuple(Path(f"/usr/share/java/{jar}.jar") for jar in jars)
     native = "lib/*/jni/libnetty-tcnative.so"
+    # A program that runs for seconds is not worth a second compiler and several collectors: with
+    # them, javac takes twice as much of the processors.
+    short = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 
     def missing(self) -> str:
         if next(Path("/usr").glob(self.native), None) is None:
@@ -307,6 +310,11 @@ class Java(Language):
         for package in ("inference", "pollard"):
             paths = sorted((PROTOS / package).rglob("*.proto"))
             names += [path.relative_to(PROTOS).with_suffix("").as_posix() for path in paths]
+        javac = [
+            *("javac", *(f"-J{option}" for option in self.short)),
+            # No library on the path is to be searched for processors of annotations.
+            *("--release", "17", "-proc:none", "-d", classes, "-cp", self.path()),
+        ]
         self.once(
             classes,
             [source, PROTOS / "inference", PROTOS / "pollard", PROTOS / "third_party"],
@@ -318,14 +326,8 @@ class Java(Language):
             ],
             ["sh", "-c", f'find "{generated}" -name "*.java" > "{folder}/generated.txt"'],
             ["sh", "-c", f'find "{source}" -name "*.java" > "{folder}/sources.txt"'],
-            [
-                *("javac", "--release", "17", "-nowarn", "-d", classes),
-                *("-cp", self.path(), f"@{folder / 'generated.txt'}"),
-            ],
-            [
-                *("javac", "--release", "17", "-Xlint:all,-processing,-classfile", "-Werror"),
-                *("-d", classes, "-cp", self.path(), f"@{folder / 'sources.txt'}"),
-            ],
+            [*javac, "-nowarn", f"@{folder / 'generated.txt'}"],
+            [*javac, "-Xlint:all,-classfile", "-Werror", f"@{folder / 'sources.txt'}"],
         )
 
     def path(self) -> str:
@@ -336,8 +338,7 @@ class Java(Language):
         """Return the command that runs a class."""
         return [
             "java",
-            # A program that runs for seconds is not worth a second compiler and several collectors.
-            *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),
+            *self.short,
             f"-Djava.library.path={BUILD / 'java' / 'lib'}",
             f"-Djava.util.logging.config.file={BUILD / 'java' / 'logging.properties'}",
             *("-cp", self.path(), name),
