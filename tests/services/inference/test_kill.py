@@ -15,10 +15,12 @@ from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 
 PROGRAM = """
 import sys
-from pollard.services.inference.main import run
 from pollard.services.inference.settings import InferenceSettings
-settings = {"port": 0, "manager": sys.argv[1], "cache_dir": sys.argv[2]}
-sys.exit(run(InferenceSettings.load({**settings, "memory_headroom_bytes": 0})))
+told = {"port": 0, "manager": sys.argv[1], "cache_dir": sys.argv[2]}
+settings = InferenceSettings.load({**told, "memory_headroom_bytes": 0})
+settings.prepare_process()
+from pollard.services.inference.main import run
+sys.exit(run(settings))
 """
 
 

@@ -23,9 +23,11 @@ from tritonclient.utils import InferenceServerException
 
 PROGRAM = """
 import json, sys
-from pollard.services.inference.main import run
 from pollard.services.inference.settings import InferenceSettings
-sys.exit(run(InferenceSettings.load({"port": 0, **json.loads(sys.argv[1])})))
+settings = InferenceSettings.load({"port": 0, **json.loads(sys.argv[1])})
+settings.prepare_process()
+from pollard.services.inference.main import run
+sys.exit(run(settings))
 """
 
 

@@ -36,13 +36,15 @@ FRONTS = [
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from pollard.services.inference.main import run
 from pollard.services.inference.settings import InferenceSettings
-sys.exit(run(InferenceSettings.load({
+settings = InferenceSettings.load({
     "port": 0, "repository": Path(sys.argv[1]), "frontend": sys.argv[2],
     "max_message_bytes": 1 << 20, "memory_headroom_bytes": 0, "measure": False,
     **json.loads(sys.argv[3]),
-})))
+})
+settings.prepare_process()
+from pollard.services.inference.main import run
+sys.exit(run(settings))
 """
 
 
