@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import fcntl
 import importlib.util
 import io
 import os
@@ -87,11 +88,18 @@ def zip_folder() -> Callable[[Path, Path, str], Path]:
 
 @pytest.fixture(scope="session")
 def digits_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of small-cnn-28, trained on digits for a few epochs."""
+    """Weights of small-cnn-28, trained on digits for a few epochs: once for all workers."""
     from pollard.compress.train import TrainOptions, train
 
-    out = tmp_path_factory.mktemp("parent") / "parent.safetensors"
-    train("small-cnn-28", "digits", out, options=TrainOptions(epochs=5, batch_size=64), threads=2)
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    out = root / "parent" / "parent.safetensors"
+    with (root / "parent.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            out.parent.mkdir(exist_ok=True)
+            options = TrainOptions(epochs=5, batch_size=64)
+            train("small-cnn-28", "digits", out, options=options, threads=2)
     return out
 
 

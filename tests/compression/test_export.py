@@ -91,13 +91,14 @@ def test_a_file_that_computes_something_else_is_refused() -> None:
         export.check_parity(raw, net, UNEVEN)
 
 
-def test_a_model_that_cannot_be_exported_is_refused() -> None:
-    class Undecided(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x[:, 0, 0, :4] if float(x.sum()) > 0 else x[:, 1, 0, :4]
+class _Undecided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0, 0, :4] if float(x.sum()) > 0 else x[:, 1, 0, :4]
 
+
+def test_a_model_that_cannot_be_exported_is_refused() -> None:
     with pytest.raises(ExportFailed, match="cannot be exported"):
-        export.export_core(Undecided(), UNEVEN)
+        export.export_core(_Undecided(), UNEVEN)
 
 
 class _FixedBatch(nn.Module):
@@ -116,3 +117,15 @@ def test_a_model_that_fixes_its_batch_is_refused() -> None:
     raw = export.serialize(export.attach_pixels(export.export_core(net, UNEVEN), UNEVEN))
     with pytest.raises(ExportFailed, match="8 image"):
         export.check_parity(raw, net, UNEVEN)
+
+
+def test_others_get_the_exporter_as_it_is() -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    before = vars(ONNXRegistry)["from_torchlib"]
+    _export(_net())
+    with pytest.raises(ExportFailed):
+        export.export_core(_Undecided(), UNEVEN)
+    assert vars(ONNXRegistry)["from_torchlib"] is before
+    # Whoever adds operators to theirs does not add them to ours.
+    assert ONNXRegistry.from_torchlib(18) is not ONNXRegistry.from_torchlib(18)

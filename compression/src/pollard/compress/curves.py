@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorboardX import SummaryWriter  # type: ignore[import-untyped]  # it brings no types
-
 from pollard.compress.evaluate import Accuracy
 from pollard.compress.progress import Reporter
 from pollard.compress.report_parts import card, page, panel
@@ -62,6 +60,9 @@ class TensorBoard:
     """Writes files that TensorBoard shows."""
 
     def __init__(self, directory: Path) -> None:
+        # Only where it is wanted: it brings a client of S3, which takes a third of a second.
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]  # it has no types
+
         self._writer = SummaryWriter(str(directory))
         self._step = 0
 

@@ -8,10 +8,12 @@ What a quantized graph does is in :mod:`pollard.compress.quantize`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,7 +63,7 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     names = _output_names(module, spec)
     try:
-        with _quiet():
+        with _quiet(), _operators_made_once():
             program = torch.onnx.export(
                 module.eval(),
                 (example_input(spec, 2),),
@@ -154,6 +156,40 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@functools.cache
+def _exporters_operators() -> tuple[Any, Callable[..., object]] | None:
+    """Return the class of what the exporter knows of operators, and what makes one only once.
+
+    None where this version of PyTorch does it in another way.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        return ONNXRegistry, functools.cache(ONNXRegistry.from_torchlib)
+    except (ImportError, AttributeError):
+        return None
+
+
+@contextmanager
+def _operators_made_once() -> Iterator[None]:
+    """Have the exporter read the sources of its thousand operators once, and not for each export.
+
+    That takes a second, more than exporting a small network.
+    """
+    found = _exporters_operators()
+    if found is None:
+        yield
+        return
+    registry, once = found
+    usual = vars(registry)["from_torchlib"]
+    # Only while it is at work here: others may add operators of their own to what they get.
+    registry.from_torchlib = staticmethod(once)
+    try:
+        yield
+    finally:
+        registry.from_torchlib = usual
 
 
 def attach_pixels(core: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
