@@ -30,8 +30,9 @@ from pollard.services.up.plan import (
     UpOptions,
     make_plan,
 )
+from pollard.services.up.priority import make_way
 
-# Where a machine has much else to do, the manager takes a minute: its priority is low.
+# Starting takes each some two seconds of processor time, and a machine may have much else to do.
 _START_SECONDS = 150.0
 _STOP_SECONDS = 20.0
 _HEALTH_POLL_SECONDS = 0.05
@@ -303,6 +304,8 @@ class Services:
                 with contextlib.suppress(grpc.RpcError):
                     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        if service.plan.name == MODELS and process is not None:
+                            make_way(process.pid)
                         service.healthy.set()
                         return
                 await asyncio.sleep(_HEALTH_POLL_SECONDS)

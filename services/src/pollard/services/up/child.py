@@ -13,13 +13,6 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 
-NICENESS = 10
-"""Of the models service where it shares a machine with those that answer requests.
-
-It is at work for an instant of each swap, while they load the revision and answer; on two cores at
-70 % load it then stood in their way: the 99th percentile of their latency fell by a third.
-"""
-
 
 def signal_when_parent_ends(parent: int, number: signal.Signals) -> None:
     """Have the kernel send this process a signal when its parent ends, where it can (Linux)."""
@@ -42,9 +35,6 @@ def main() -> None:
 
         # The kernel's promise outlasts the change of the program.
         become_envoy(arguments)
-    if service == "models":
-        # Before any thread is started, for they inherit it; so do the checks of bundles.
-        os.nice(NICENESS)
     # Services start child processes by fork and exec; gRPC's own handlers, meant for forks without
     # exec, would only write warnings about them. It reads this when it is imported.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

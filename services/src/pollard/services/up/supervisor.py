@@ -19,7 +19,8 @@ from pollard.services.common.errors import StartupError
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN, TlsFiles
-from pollard.services.up.plan import STOP_ORDER, ServicePlan
+from pollard.services.up.plan import MODELS, STOP_ORDER, ServicePlan
+from pollard.services.up.priority import make_way
 
 _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 10.0
@@ -325,6 +326,8 @@ class Supervisor:
                     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     child.last_answer = time.monotonic()
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        if child.plan.service == MODELS and child.pid is not None:
+                            make_way(child.pid)
                         return
                 except grpc.RpcError:
                     pass
