@@ -564,6 +564,7 @@ class S3:
         return [f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()]
 
     def stop(self) -> None:
+        self.client.close()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -586,21 +587,20 @@ def s3_server() -> Iterator[S3]:
 @pytest.fixture
 def s3(s3_server: S3) -> Iterator[S3]:
     """The server, in good health, with an empty bucket."""
-    import boto3
-
     client = s3_server.client
     client.create_bucket(Bucket="bucket")
     s3_server.requests.clear()
     yield s3_server
     s3_server.fault = lambda method, path: None
-    found = boto3.resource("s3", endpoint_url=s3_server.url).Bucket("bucket")
-    if found.creation_date:
+    if "bucket" in [found["Name"] for found in client.list_buckets()["Buckets"]]:
         for upload in client.list_multipart_uploads(Bucket="bucket").get("Uploads", ()):
             client.abort_multipart_upload(
                 Bucket="bucket", Key=upload["Key"], UploadId=upload["UploadId"]
             )
-        found.objects.delete()
-        found.delete()
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket="bucket"):
+            if objects := [{"Key": found["Key"]} for found in page.get("Contents", ())]:
+                client.delete_objects(Bucket="bucket", Delete={"Objects": objects})
+        client.delete_bucket(Bucket="bucket")
 
 
 @pytest.fixture
