@@ -11,9 +11,10 @@
 FROM python:3.11-slim-bookworm AS build
 ARG KIND=cpu
 WORKDIR /source
-COPY deploy/locks/${KIND}.txt locked.txt
+COPY deploy/locks deploy/locks
 RUN python -m venv /opt/pollard \
-    && /opt/pollard/bin/pip install --no-cache-dir --require-hashes --requirement locked.txt
+    && /opt/pollard/bin/pip install --no-cache-dir --require-hashes \
+        --requirement deploy/locks/${KIND}.txt
 COPY VERSION ./
 COPY protos/python protos/python
 COPY runtime runtime

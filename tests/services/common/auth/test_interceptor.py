@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -28,6 +29,7 @@ class Vision(pb_grpc.VisionServiceServicer):
     def __init__(self) -> None:
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
+        self.before_answer: Callable[[], None] = lambda: None
 
     async def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:
         if request.model.model == "slow":
@@ -39,6 +41,7 @@ class Vision(pb_grpc.VisionServiceServicer):
         async for request in request_iterator:
             answer = pb.PredictStreamResponse(id=request.id)
             answer.result.response.model = current_caller().name
+            self.before_answer()
             yield answer
 
 
@@ -254,6 +257,37 @@ async def test_an_open_stream_ends_with_its_callers_token(serve, tokens) -> None
         gate.know(tokens.table)
         silent.set()
         assert await asyncio.wait_for(others.read(), 20) is grpc.aio.EOF
+
+
+async def test_a_stream_ends_whose_token_is_revoked_while_its_first_answer_is_on_its_way(
+    serve, tokens
+) -> None:
+    gate = Gate(GateRules(tokens=True))
+    token = tokens.make(Role.PREDICTOR, "lost")
+    gate.know(tokens.table)
+    server = await serve(gate)
+
+    def revoke() -> None:
+        tokens.change(token, revoked=True)
+        gate.know(tokens.table)
+
+    server.vision.before_answer = revoke
+
+    async def requests() -> Any:
+        yield pb.PredictStreamRequest(id="first")
+        await asyncio.Event().wait()
+
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = pb_grpc.VisionServiceStub(channel).PredictStream(
+            requests(), metadata=(("authorization", f"Bearer {token}"),)
+        )
+
+        async def until_refused() -> None:
+            while True:
+                assert await call.read() is not grpc.aio.EOF
+
+        code, reason, _ = await asyncio.wait_for(refused(until_refused()), 20)
+    assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_REVOKED")
 
 
 async def test_an_open_stream_ends_when_its_callers_token_expires(serve, tokens) -> None:

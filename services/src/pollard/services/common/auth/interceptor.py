@@ -141,6 +141,10 @@ def _lasting(gate: Gate, enter: Any, incoming: Any, body: Any) -> Any:
         with lease:
             try:
                 request = incoming(request, lease)
+                if generates:
+                    # Before anything can end the call: where headers are on their way with the
+                    # first answer, gRPC takes no status, and the client would wait for ever.
+                    await context.send_initial_metadata(())
                 async with gate.open_calls.lasting(caller):
                     if not generates:
                         return await body(request, context)
