@@ -256,7 +256,9 @@ def main() -> None:
         rows[name] = compare(*_net(name, arguments), arguments)
         print(json.dumps({name: {k: v for k, v in rows[name].items() if k != "how"}}, indent=1))
     if arguments.out is not None:
+        # Where the data lie here is nobody's business.
         told = {key: str(value) for key, value in vars(arguments).items()}
+        told["data"] = Path(arguments.data).name
         content = {"environment": before, "arguments": told, "nets": rows}
         raw = json.dumps(content, indent=1) + "\n"
         (arguments.out / "quantization.json").write_text(raw, encoding="utf-8")
