@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -293,6 +295,12 @@ async def test_rollouts_of_all_models_are_listed_in_pages(
     other = pb.ListRolloutsRequest(parent="models/m", page_token=page.next_page_token)
     said = await refusal(models.ListRollouts(other), CODE.INVALID_ARGUMENT, helpers)
     assert said == "PAGE_TOKEN_INVALID"
+    digest, _ = json.loads(base64.urlsafe_b64decode(page.next_page_token))
+    for made_up in (["a", "x"], ["a", 2**70], ["a\0", 1], [1, 1]):
+        token = base64.urlsafe_b64encode(json.dumps([digest, made_up]).encode()).decode()
+        forged = pb.ListRolloutsRequest(parent="models/-", page_size=1, page_token=token)
+        said = await refusal(models.ListRollouts(forged), CODE.INVALID_ARGUMENT, helpers)
+        assert said == "PAGE_TOKEN_INVALID"
 
 
 async def test_a_server_that_cannot_load_it_ends_the_rollout(loaded: Any) -> None:

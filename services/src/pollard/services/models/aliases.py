@@ -56,7 +56,7 @@ def list_aliases(
     registry.find_model(session, model)
     limit = names.page_limit(page_size)
     query = {"list": "aliases", "model": model}
-    last = names.read_page_token(query, page_token, 1)
+    last = names.read_page_token(query, page_token, str)
     statement = select(Alias).where(Alias.model == model).order_by(Alias.name).limit(limit + 1)
     if last is not None:
         statement = statement.where(Alias.name > last[0])

@@ -50,7 +50,7 @@ def list_events(
     """
     limit = names.page_limit(page_size)
     query = {"list": "events", "model": model}
-    last = names.read_page_token(query, page_token, 1)
+    last = names.read_page_token(query, page_token, int)
     statement = select(Event).order_by(Event.sequence.desc()).limit(limit + 1)
     if model:
         statement = statement.where(Event.model == model)

@@ -433,8 +433,8 @@ class Fleet:
         """
         limit = names.page_limit(page_size, default=100)
         query = {"list": "servers"}
-        last = names.read_page_token(query, page_token, 1)
-        after = str(last[0]) if last else ""
+        last = names.read_page_token(query, page_token, str)
+        after = last[0] if last else ""
         ids = sorted(server_id for server_id in self._servers if server_id > after)
         page = ids[:limit]
         token = names.make_page_token(query, [page[-1]]) if len(ids) > limit else ""

@@ -242,14 +242,15 @@ def make_page_token(query: Mapping[str, Any], last: list[Any]) -> str:
     return base64.urlsafe_b64encode(raw.encode()).decode()
 
 
-def read_page_token(query: Mapping[str, Any], token: str, keys: int) -> list[Any] | None:
+def read_page_token(query: Mapping[str, Any], token: str, *keys: type) -> list[Any] | None:
     """Return the sort key that a token holds; None for the first page.
 
     Args:
         query: The other fields of the request, which must be those that the
             token was made for.
         token: As it came.
-        keys: Number of values in the sort key.
+        keys: Types of the values in the sort key, str or int. Whoever makes a token up must not
+            get others as far as the database.
 
     Raises:
         InvalidRequest: the token is not one of ours, or of another query.
@@ -258,9 +259,9 @@ def read_page_token(query: Mapping[str, Any], token: str, keys: int) -> list[Any
         return None
     try:
         digest, last = json.loads(base64.urlsafe_b64decode(token.encode("ascii")))
-        if not isinstance(last, list) or len(last) != keys:
+        if not isinstance(last, list) or len(last) != len(keys):
             raise ValueError
-        if not all(isinstance(value, (int, str)) for value in last):
+        if not all(_is_key(value, kind) for value, kind in zip(last, keys, strict=True)):
             raise ValueError
     except (ValueError, TypeError, UnicodeError, binascii.Error):
         raise InvalidRequest(
@@ -273,6 +274,13 @@ def read_page_token(query: Mapping[str, Any], token: str, keys: int) -> list[Any
             reason="PAGE_TOKEN_INVALID",
         )
     return last
+
+
+def _is_key(value: object, kind: type) -> bool:
+    """Tell whether a value may go to the database: a name, or an integer of 64 bits."""
+    if isinstance(value, str):
+        return kind is str and value.isascii() and value.isprintable()
+    return kind is int and type(value) is int and -(2**63) <= value < 2**63
 
 
 def _query_digest(query: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def list_models(
         "order": [field, down],
         "filter": filter_text,
     }
-    last = names.read_page_token(query, page_token, 2)
+    last = names.read_page_token(query, page_token, str if field == "name" else int, str)
     statement = select(Model).where(*filters.model_conditions(filter_text)).limit(limit + 1)
     statement = statement.order_by(
         column.desc() if down else column, Model.name.desc() if down else Model.name
@@ -307,7 +307,7 @@ def list_revisions(
         "order": [field, down],
         "filter": filter_text,
     }
-    last = names.read_page_token(query, page_token, 2)
+    last = names.read_page_token(query, page_token, int, int)
     statement = (
         select(Revision)
         .where(Revision.model == model, *filters.revision_conditions(filter_text))

@@ -257,7 +257,7 @@ def list_rollouts(
     """
     limit = names.page_limit(page_size)
     query = {"list": "rollouts", "model": model, "running": running_only}
-    last = names.read_page_token(query, page_token, 2)
+    last = names.read_page_token(query, page_token, str, int)
     statement = select(Rollout)
     if model is None:
         statement = statement.join(Model).where(Model.delete_time.is_(None))
@@ -267,7 +267,7 @@ def list_rollouts(
     if running_only:
         statement = statement.where(Rollout.end_time.is_(None))
     if last is not None:
-        after, number = str(last[0]), int(last[1])
+        after, number = last
         statement = statement.where(
             or_(Rollout.model > after, and_(Rollout.model == after, Rollout.number < number))
         )

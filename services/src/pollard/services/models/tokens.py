@@ -119,7 +119,7 @@ def list_tokens(
     """
     limit = names.page_limit(page_size, default=100)
     query = {"list": "tokens", "ended": show_ended}
-    last = names.read_page_token(query, page_token, 2)
+    last = names.read_page_token(query, page_token, int, str)
     statement = select(Token).order_by(Token.create_time.desc(), Token.token_id).limit(limit + 1)
     if not show_ended:
         statement = statement.where(_alive())
