@@ -11,6 +11,8 @@ import pytest
 from pollard.services.common.errors import StartupError
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.tls_expiry import Expiry, ends
+from pollard.services.common.tls_files import TlsFiles
+from pollard.services.common.tls_renewal import Renewing, read_pair
 
 
 def value(certificate: Path | None) -> float | None:
@@ -41,6 +43,22 @@ def test_it_is_said_once(make_authority: Any, capsys: Any, days: float, words: s
     said = capsys.readouterr().out
     assert said.count("the certificate") == (1 if words else 0)
     assert words in said
+
+
+def test_one_whose_end_cannot_be_read_is_no_reason_not_to_show_it(
+    make_authority: Any, capsys: Any
+) -> None:
+    # OpenSSL takes this kind of PEM, too.
+    certificate, key = make_authority("ours").issue("server", days=10)
+    renewing = Renewing(TlsFiles(certificate, key), lambda: read_pair(certificate, key))
+    trusted = certificate.read_text().replace(" CERTIFICATE", " TRUSTED CERTIFICATE")
+    certificate.write_text(trusted)
+    assert renewing.renew() == (key.read_bytes(), trusted.encode())
+    assert renewing.renew() is None
+    said = capsys.readouterr().out
+    assert said.count("when the certificate ends is not known") == 1
+    assert "certificate renewed" in said
+    assert value(certificate) is None
 
 
 def test_what_is_no_certificate_is_told_and_has_no_metric(tmp_path: Path) -> None:

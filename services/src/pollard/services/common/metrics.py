@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from pollard.services.common.tls_expiry import CertificateEnds
+from pollard.services.common.errors import StartupError
+from pollard.services.common.tls_expiry import ends
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -35,7 +37,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        for collector in (_Build(service), CertificateEnds(certificate), *collectors):
+        for collector in (_Build(service), _CertificateEnds(certificate), *collectors):
             self.registry.register(collector)
         self._before: list[Callable[[], Awaitable[None]]] = []
 
@@ -82,6 +84,25 @@ class _Build(Collector):
             labels=["service", "version"],
         )
         family.add_metric([self._service, software_version()], 1)
+        yield family
+
+
+class _CertificateEnds(Collector):
+    """The end of the certificate that is in the file now."""
+
+    def __init__(self, certificate: Path | None) -> None:
+        self._certificate = certificate
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "pollard_certificate_ends_timestamp_seconds",
+            "When this service's certificate ends, in seconds since 1970; without TLS, nothing.",
+            labels=[],
+        )
+        if self._certificate is not None:
+            # Whoever reads it to show it has said so.
+            with contextlib.suppress(StartupError):
+                family.add_metric([], ends(self._certificate))
         yield family
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import math
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from pollard.services.common.errors import StartupError
 
@@ -50,11 +47,14 @@ class Expiry:
     def __init__(self, certificate: Path) -> None:
         """Look at the certificate, and tell of it if its end is near.
 
-        Raises:
-            StartupError: as :func:`ends`.
+        One whose end cannot be read is shown all the same, if it can be: it is told once.
         """
         self._certificate = certificate
-        self._ends = ends(certificate)
+        try:
+            self._ends = ends(certificate)
+        except StartupError as error:
+            self._ends = math.inf
+            _log.warning("when the certificate ends is not known", error=str(error))
         self.tell()
 
     def tell(self) -> None:
@@ -75,22 +75,3 @@ class Expiry:
             _log.error("the certificate has expired: clients refuse it", file=file, ended=when)
         else:
             _log.warning("the certificate expires soon", file=file, ends=when)
-
-
-class CertificateEnds(Collector):
-    """The end of the certificate that is in the file now."""
-
-    def __init__(self, certificate: Path | None) -> None:
-        self._certificate = certificate
-
-    def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(
-            "pollard_certificate_ends_timestamp_seconds",
-            "When this service's certificate ends, in seconds since 1970; without TLS, nothing.",
-            labels=[],
-        )
-        if self._certificate is not None:
-            # Whoever reads it to show it has said so.
-            with contextlib.suppress(StartupError):
-                family.add_metric([], ends(self._certificate))
-        yield family
