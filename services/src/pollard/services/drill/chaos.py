@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import math
 import random
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -38,9 +36,8 @@ from pollard.services.drill.chaos_view import show_chaos
 from pollard.services.drill.errors import DrillFailed
 from pollard.services.drill.faults import FAULTS, FULL_DISK, KINDS, Stage
 from pollard.services.drill.figures import Record, memory_figures, spread
-from pollard.services.drill.guard import run_guarded
+from pollard.services.drill.guard import run_drill_guarded
 from pollard.services.drill.options import DrillOptions
-from pollard.services.drill.room import working_room
 from pollard.services.drill.stage import left_out, staged
 from pollard.services.drill.swaps import asking, measure_capacity
 from pollard.services.drill.target import Target, own_target
@@ -118,21 +115,14 @@ def run_chaos(options: ChaosOptions) -> int:
         0 when everything was done and nothing went wrong, 130 when it was interrupted, else 1.
     """
     chaos = Chaos(options)
-    with working_room(options.json_file) as room:
-        code = run_guarded(
-            lambda: _chaos(chaos, room.directory), chaos.record, options.seconds + _SPARE_SECONDS
-        )
-        found = chaos_figures(chaos)
-        if chaos.record.traffic.total:
-            show_chaos(found)
-        elif chaos.record.stopped:
-            print(chaos.record.stopped, file=sys.stderr)
-        if options.json_file is not None:
-            options.json_file.parent.mkdir(parents=True, exist_ok=True)
-            options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        code = code or (0 if found["passed"] else 1)
-        room.failed = code == 1 or bool(found["problems"])
-    return code
+    return run_drill_guarded(
+        lambda directory: _chaos(chaos, directory),
+        chaos.record,
+        options.seconds + _SPARE_SECONDS,
+        options.json_file,
+        figures=lambda: chaos_figures(chaos),
+        show=show_chaos,
+    )
 
 
 async def _chaos(chaos: Chaos, directory: Path) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
-import json
-import signal
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -15,23 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from pollard.client import AsyncModelsClient, PollardError, Unavailable
 from pollard.client.load import TENSOR, Load
 from pollard.services.common.routing import PRODUCTION
 from pollard.services.drill.errors import DrillFailed
 from pollard.services.drill.figures import Record, figures
+from pollard.services.drill.guard import run_drill_guarded
 from pollard.services.drill.kills import KillDrill
 from pollard.services.drill.options import DrillOptions, Installation
 from pollard.services.drill.processes import Services, running_services
-from pollard.services.drill.room import working_room
 from pollard.services.drill.swaps import asking, measure_capacity, swap, swap_under_load
 from pollard.services.drill.target import Target, given_target, own_target
 from pollard.services.drill.view import View, show
 from pollard.services.up.plan import INFERENCE, PREPROCESS
 
-_INTERRUPTED = 130
 _YOUNG_OBJECTS = 50_000
 # Longer than a killed service takes to come back.
 _KILL_TIMEOUT_SECONDS = 30.0
@@ -44,55 +37,22 @@ def run_drill(options: DrillOptions) -> int:
         0 when everything was done and nothing went wrong, 130 when it was interrupted, else 1.
     """
     record = Record()
-    with working_room(options.json_file) as room:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(_guarded(options, record, room.directory))
-        found = figures(record)
-        if record.traffic.total:
-            show(found)
-        elif record.stopped:
-            print(record.stopped, file=sys.stderr)
-        if options.json_file is not None:
-            options.json_file.parent.mkdir(parents=True, exist_ok=True)
-            options.json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        code = code or (0 if record.passed else 1)
-        room.failed = code == 1 or bool(found["problems"])
-    return code
 
-
-async def _guarded(options: DrillOptions, record: Record, directory: Path) -> int:
-    """Run the drill within its time; Ctrl-C and SIGTERM end it cleanly."""
-    interrupted = False
-    task = asyncio.ensure_future(_drill(options, record, directory))
-
-    def interrupt() -> None:
-        nonlocal interrupted
-        interrupted = True
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    done, _ = await asyncio.wait({task}, timeout=options.max_seconds)
-    if not done:
-        record.stopped = (
-            f"Stopped by --max-time after {len(record.swaps)} of {options.swaps} swaps and "
-            f"{len(record.kills)} of {options.kills} kills."
+    def so_far() -> str:
+        return (
+            f" after {len(record.swaps)} of {options.swaps} swaps and {len(record.kills)} of "
+            f"{options.kills} kills"
         )
-        task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        if interrupted:
-            record.stopped = (
-                f"Interrupted after {len(record.swaps)} of {options.swaps} swaps and "
-                f"{len(record.kills)} of {options.kills} kills; all processes have been stopped."
-            )
-            return _INTERRUPTED
-    except (DrillFailed, PollardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        record.stopped = "It could not go on."
-        return 1
-    return 0
+
+    return run_drill_guarded(
+        lambda directory: _drill(options, record, directory),
+        record,
+        options.max_seconds,
+        options.json_file,
+        figures=lambda: figures(record),
+        show=show,
+        so_far=so_far,
+    )
 
 
 async def _drill(options: DrillOptions, record: Record, directory: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import math
 import sys
 import time
@@ -28,10 +27,9 @@ from pollard.client.load import Load
 from pollard.services.common.lifecycle import cancel
 from pollard.services.drill.errors import DrillFailed
 from pollard.services.drill.figures import Record
-from pollard.services.drill.guard import run_guarded
+from pollard.services.drill.guard import run_drill_guarded
 from pollard.services.drill.options import DrillOptions
 from pollard.services.drill.processes import Services, Usage, running_services
-from pollard.services.drill.room import working_room
 from pollard.services.drill.swaps import asking, measure_capacity, swap
 from pollard.services.drill.target import Target, own_target
 from pollard.services.drill.trends import theil_sen
@@ -132,21 +130,14 @@ def run_soak(options: SoakOptions) -> int:
         else 1.
     """
     soak = Soak(options)
-    with working_room(options.json_file) as room:
-        code = run_guarded(
-            lambda: _soak(soak, room.directory), soak.record, options.seconds + _SPARE_SECONDS
-        )
-        found = soak_figures(soak)
-        if soak.record.traffic.total:
-            _show(found)
-        elif soak.record.stopped:
-            print(soak.record.stopped, file=sys.stderr)
-        if options.json_file is not None:
-            options.json_file.parent.mkdir(parents=True, exist_ok=True)
-            options.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        code = code or (0 if found["passed"] else 1)
-        room.failed = code == 1 or bool(found["problems"])
-    return code
+    return run_drill_guarded(
+        lambda directory: _soak(soak, directory),
+        soak.record,
+        options.seconds + _SPARE_SECONDS,
+        options.json_file,
+        figures=lambda: soak_figures(soak),
+        show=_show,
+    )
 
 
 async def _soak(soak: Soak, directory: Path) -> None:
