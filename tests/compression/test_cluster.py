@@ -25,6 +25,8 @@ from pollard.compress.recipe import Recipe
 from pollard.compress.search import Found, Outcome, Point, search
 from pollard.compress.search_trials import Setting
 
+pytestmark = pytest.mark.timeout(600)
+
 MEMORY = 100 << 20
 """Of each node's object store, in bytes."""
 
@@ -178,12 +180,16 @@ def test_a_cluster_that_is_not_there_is_said(digits_parent: Path, tmp_path: Path
         search(2, 0, 1.0, tmp_path / "trials.db", trials)
 
 
-def test_kits_of_different_searches_are_known_apart(digits_parent: Path) -> None:
-    kit = kit_of(digits_parent)
-    assert kit.key == kit_of(digits_parent).key
-    table = digits_parent.with_name("table.json")
+def test_kits_of_different_searches_are_known_apart(digits_parent: Path, tmp_path: Path) -> None:
+    weights, table = tmp_path / "parent.safetensors", tmp_path / "table.json"
+    weights.write_bytes(digits_parent.read_bytes())
     table.write_text("{}")
+    kit = kit_of(weights)
+    assert kit.key == kit_of(weights).key
     assert pack(kit.setting, kit.pixels, [table]).key != kit.key
+    # The same file, trained anew.
+    weights.write_bytes(digits_parent.read_bytes() + b" ")
+    assert kit_of(weights).key != kit.key
     assert cluster_trials.software() == kit.software
 
 
@@ -230,6 +236,12 @@ def train(*arguments: object, folder: Path | None = None) -> subprocess.Complete
     )
 
 
+def test_a_process_of_a_cluster_has_one_core(tmp_path: Path) -> None:
+    done = train("--out", tmp_path / "out.safetensors", "--threads", 2, "--ray", "auto")
+    assert done.returncode == 2
+    assert "--threads and --ray exclude each other" in " ".join(done.stderr.split())
+
+
 def test_a_cluster_learns_what_one_process_learns(address: str, tmp_path: Path) -> None:
     history = []
     for name, more in (("one", ["--threads", 1]), ("cluster", ["--ray", address])):
@@ -241,6 +253,33 @@ def test_a_cluster_learns_what_one_process_learns(address: str, tmp_path: Path) 
         assert out.exists()
         history.append(json.loads(told.read_text())["history"])
     assert history[1]["loss"] == pytest.approx(history[0]["loss"], rel=1e-3)
+
+
+def test_a_training_that_lost_a_node_goes_on_from_its_checkpoint(
+    make_cluster: Callable[[], Any], tmp_path: Path
+) -> None:
+    cluster = make_cluster()
+    [victim] = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+    out = tmp_path / "out.safetensors"
+    how = ("--epochs", 30, "--out", out, "--checkpoint-seconds", 0, "--ray", cluster.address)
+
+    def kill() -> None:
+        while not any(path.name.endswith(".checkpoint.pt") for path in tmp_path.iterdir()):
+            time.sleep(0.02)
+        cluster.remove_node(victim, allow_graceful=False)
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    done = train(*how)
+    killing.join()
+    assert done.returncode == 1
+    assert "the training lost a process" in done.stderr
+    assert "the same command with --resume goes on" in done.stderr
+    assert not out.exists()
+    # With what is left of the cluster: one core, which is this process's.
+    done = train(*how, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
 
 
 def test_a_node_without_the_data_is_named_before_anything_is_trained(

@@ -162,6 +162,7 @@ def train(
     with errors(json_file, kept) as console:
         from pollard.compress import augmentation
         from pollard.compress import train as training
+        from pollard.compress.errors import UsageInvalid
 
         options = training.TrainOptions(
             epochs=epochs,
@@ -197,6 +198,8 @@ def train(
             "tensorboard": tensorboard,
             "reporter": make_reporter(console),
         }
+        if ray and threads is not None:
+            raise UsageInvalid("--threads and --ray exclude each other: a process has one core")
         if ray:
             from pollard.compress.cluster_training import train_on_cluster
 

@@ -9,7 +9,6 @@ given; weights and a checkpoint to begin from are sent to them.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -27,8 +26,11 @@ from pollard.compress.errors import CompressionError
 from pollard.compress.models import resolve
 from pollard.compress.train import TrainOptions, TrainResult, train
 
-_LIBRARY_TIMEOUT_SECONDS = 300.0
+_LOADING_SECONDS = 300.0
 """How long nodes may take to load what they need before the training begins."""
+
+_ENDING_SECONDS = 10.0
+"""How long they may take to put away what they have, when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ def train_on_cluster(
                         model, data, out, options=options, resume=resume, threads=1, **here, **how
                     )
                 except RuntimeError as error:
+                    # What carries gradients between processes has no errors of its own kind.
+                    if "gloo" not in str(error).lower():
+                        raise
                     raise CompressionError(
                         f"the training lost a process ({others.why() or error}); what it has "
                         "learnt is kept: the same command with --resume goes on"
@@ -111,27 +116,26 @@ class _Others:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray = ray
-        self.size = max(2, cores(ray))
+        self.size = cores(ray)
         self.meeting = (ray.util.get_node_ip_address(), _free_port())
+        self._members: list[Any] = []
+        self._running: list[Any] = []
+        self._kept: Any = None
+        if self.size == 1:
+            return  # this process's
         # This process works on a core, too, which Ray does not know of.
         mine = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._kept = ray.remote(num_cpus=1, scheduling_strategy=mine)(_Place).remote()
         actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_Member)
-        self._members = [actor.remote(job) for _ in range(1, self.size)]
-        self._running: list[Any] = []
+        self._members += [actor.remote(job) for _ in range(1, self.size)]
         try:
-            ray.get([self._kept.ready.remote()], timeout=_LIBRARY_TIMEOUT_SECONDS)
+            ray.get([self._kept.ready.remote()], timeout=_LOADING_SECONDS)
             loading = [member.look.remote() for member in self._members]
-            found = ray.get(loading, timeout=_LIBRARY_TIMEOUT_SECONDS)
+            found = ray.get(loading, timeout=_LOADING_SECONDS)
         except Exception as error:
             why = " ".join(str(error).split())[:300]
             raise CompressionError(f"the nodes of the Ray cluster did not begin ({why})") from error
-        source = resolve(job.model, job.how.get("spec"))
-        digest = load_data(
-            job.data, source.spec, task=source.task,
-            max_train_images=job.how.get("max_train_images"),
-            validation=job.how.get("validation"),
-        ).digest  # fmt: skip
+        digest = _digest_of(job)
         for node, problem, theirs in found:
             if problem:
                 raise CompressionError(f"node {node}: {problem}")
@@ -156,8 +160,11 @@ class _Others:
         return ""
 
     def end(self) -> None:
-        """End them, whatever they do."""
-        for actor in (*self._members, self._kept):
+        """Let them put away what they have, and end them."""
+        if self._running:
+            count = len(self._running)
+            self._ray.wait(self._running, num_returns=count, timeout=_ENDING_SECONDS)
+        for actor in filter(None, (*self._members, self._kept)):
             self._ray.kill(actor)
 
 
@@ -173,7 +180,6 @@ class _Member:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._folder = Path(tempfile.mkdtemp(prefix="pollard-node-"))
 
     def look(self) -> tuple[str, str, str]:
         """Load the data, and return the node's name, what is wrong, and the data's digest."""
@@ -181,30 +187,35 @@ class _Member:
         if software() != job.software:
             return node, f"it has pollard-compression {software()}, not {job.software}", ""
         try:
-            source = resolve(job.model, job.how.get("spec"))
-            data = load_data(
-                job.data, source.spec, task=source.task,
-                max_train_images=job.how.get("max_train_images"),
-                validation=job.how.get("validation"),
-            )  # fmt: skip
+            return node, "", _digest_of(job)
         except CompressionError as error:
             return node, str(error), ""
-        return node, "", data.digest
 
     def run(self, rank: int, size: int, meeting: tuple[str, int]) -> None:
         """Take part until the training has ended."""
-        job, out = self._job, self._folder / "weights.safetensors"
-        options = job.options
-        if job.start:
-            options = replace(options, start=self._folder / "start.safetensors")
-            (self._folder / "start.safetensors").write_bytes(job.start)
-        if job.checkpoint:
-            checkpoint_beside(out).write_bytes(job.checkpoint)
-        try:
+        job, options = self._job, self._job.options
+        with tempfile.TemporaryDirectory(prefix="pollard-node-") as folder:
+            out = Path(folder) / "weights.safetensors"
+            if job.start:
+                options = replace(options, start=Path(folder) / "start.safetensors")
+                (Path(folder) / "start.safetensors").write_bytes(job.start)
+            if job.checkpoint:
+                checkpoint_beside(out).write_bytes(job.checkpoint)
             with _rank(rank, size, meeting):
                 train(job.model, job.data, out, options=options, threads=1, **job.how)
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _digest_of(job: Job) -> str:
+    """Load the data as the training does, and return what they are known by.
+
+    Raises:
+        CompressionError: they cannot be used.
+    """
+    source = resolve(job.model, job.how.get("spec"))
+    return load_data(
+        job.data, source.spec, task=source.task,
+        max_train_images=job.how.get("max_train_images"), validation=job.how.get("validation"),
+    ).digest  # fmt: skip
 
 
 @contextmanager

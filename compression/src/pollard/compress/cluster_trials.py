@@ -60,17 +60,19 @@ def pack(
         pixels: Their images.
         tables: Files of the tables of latencies.
     """
-    weights = Path(setting.recipe.weights)
-    content = {path.name: path.read_bytes() for path in tables}
+    path = Path(setting.recipe.weights)
+    weights = path.read_bytes()
+    content = {table.name: table.read_bytes() for table in tables}
     digest = hashlib.sha256(repr((setting.recipe, setting.digest)).encode())
-    for each in content.values():
-        digest.update(each)
+    # A process of a node may be met again: by a parent trained anew into the same file, too.
+    for each in (weights, *content.values()):
+        digest.update(hashlib.sha256(each).digest())
     return Kit(
         digest.hexdigest(),
         setting,
         pixels,
-        weights.read_bytes(),
-        weights.suffix,
+        weights,
+        path.suffix,
         content,
         measures_as(Machine.detect()),
         software(),
@@ -210,6 +212,8 @@ def _make_ready(kit: Kit) -> None:
             f"{kit.software}: install the same version on every node"
         )
     folder = tempfile.TemporaryDirectory(prefix="pollard-node-")
+    for before in _kept:
+        before.cleanup()
     _kept[:] = [folder]
     tables = Path(folder.name) / "latency"
     tables.mkdir()
