@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -165,7 +166,13 @@ def _measure(
             # The old revision is drained before the next one comes.
             time.sleep(4)
         found["bytes"] = manager.memory_full_info().pss
-        found["broken_streams"] = sum(each["broken"] for each in drivers.figures())
+        figures = drivers.figures()
+        found["broken_streams"] = sum(each["broken"] for each in figures)
+        reasons: Counter[str] = Counter()
+        for each in figures:
+            reasons.update(each["reasons"])
+        found["broken_because"] = dict(reasons)
+        print(found["broken_because"], flush=True)
     return found
 
 

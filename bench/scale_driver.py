@@ -26,6 +26,8 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # gRPC waits a minute for the answer to a ping unless it is told this, too.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
 ]
@@ -39,6 +41,8 @@ class Figures:
         self.connected = 0
         self.states = 0
         self.broken = 0
+        self.reasons: dict[str, int] = {}
+        """Why, by code and what was said."""
         self.switches: dict[int, tuple[int, float, float]] = {}
         """For the n-th change of the routes: servers that have acknowledged it, and when the first
         and the last did, by the clock that all processes of a machine share."""
@@ -70,8 +74,10 @@ class Simulated:
             async with grpc.aio.insecure_channel(self._manager, options=_OPTIONS) as channel:
                 try:
                     await self._stream(channel)
-                except grpc.aio.AioRpcError:
+                except grpc.aio.AioRpcError as error:
                     self._figures.broken += 1
+                    why = f"{error.code().name}: {(error.details() or '')[:80]}"
+                    self._figures.reasons[why] = self._figures.reasons.get(why, 0) + 1
             await asyncio.sleep(random.uniform(0.5, 1.5))
 
     async def _stream(self, channel: grpc.aio.Channel) -> None:

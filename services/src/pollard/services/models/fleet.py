@@ -15,10 +15,8 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 
 import structlog
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -28,7 +26,8 @@ from pollard.services.common.lifecycle import cancel
 from pollard.services.common.telemetry.traces import Noted, tracer
 from pollard.services.models import names
 from pollard.services.models.events import DAY_US
-from pollard.services.models.fleet_view import FleetView, Key, RevisionReport, ServerView
+from pollard.services.models.fleet_view import FleetView, RevisionReport
+from pollard.services.models.known_server import KnownServer, Row, save
 from pollard.services.models.schema import Server as ServerRow
 from pollard.services.models.store import Store, now_us
 from pollard.services.models.switch import StepResult, Switch
@@ -46,79 +45,24 @@ is gone is noticed by its servers only after a while."""
 WATCHING_REPORT_SECONDS = 1.0
 """Longest time between two reports while a rollout is judged by them."""
 
+REPORTS_PER_SECOND = 200
+"""Of all servers together: more of them report less often, so that one core has time for others."""
 
-@dataclass(eq=False)
-class _Server:
-    """What is known of one server."""
-
-    hello: pb.Hello
-    present: bool = True
-    serving: bool = False
-    last_seen_us: int = 0
-    acked_version: int = 0
-    last_nack: pb.Nack | None = None
-    lease_ends: float = 0.0
-    connection: Connection | None = None
-    report: pb.Report | None = None
-    revisions: dict[Key, RevisionReport] = field(default_factory=dict)
-    # Of the present stream only:
-    acked: int = 0
-    nacked: int = 0
-    answered_before_report: int = 0
-
-    def disconnected(self) -> None:
-        self.connection = None
-        self.acked = self.nacked = self.answered_before_report = 0
-        self.revisions = {}
-
-    def view(self) -> ServerView:
-        nack = self.last_nack.status if self.last_nack and self.nacked else None
-        return ServerView(
-            server_id=self.hello.server_id,
-            kind=self.hello.kind,
-            address=self.hello.address,
-            connected=self.connection is not None,
-            serving=self.serving,
-            applied_version=self.hello.applied_version,
-            acked=self.acked,
-            nacked=self.nacked,
-            nack=nack,
-            answered_before_report=self.answered_before_report,
-            revisions=dict(self.revisions),
-        )
-
-    def to_proto(self) -> pb.Server:
-        last_seen = Timestamp()
-        last_seen.FromMicroseconds(self.last_seen_us)
-        return pb.Server(
-            name=f"servers/{self.hello.server_id}",
-            hello=self.hello,
-            connected=self.connection is not None,
-            last_seen_time=last_seen,
-            acked_version=self.acked_version,
-            last_nack=self.last_nack,
-            report=self.report,
-        )
-
-    def row(self) -> ServerRow:
-        return ServerRow(
-            server_id=self.hello.server_id,
-            hello=self.hello.SerializeToString(),
-            present=self.present,
-            serving=self.serving,
-            last_seen_time=self.last_seen_us,
-            acked_version=self.acked_version,
-            last_nack=self.last_nack.SerializeToString() if self.last_nack else b"",
-        )
+UNPACED_SECONDS = 0.02
+"""After a step that took longer, the next one is taken no sooner than as much later."""
 
 
 class Connection:
     """One open stream of a server."""
 
-    def __init__(self, fleet: Fleet, server: _Server) -> None:
+    def __init__(self, fleet: Fleet, server: KnownServer) -> None:
         self._fleet = fleet
         self.server = server
+        self.heard = time.monotonic()
+        """When something was heard last."""
         self._changed = asyncio.Event()
+        self._told_seconds = fleet.report_interval_seconds
+        self._secret = secrets.token_hex(8)
         self._nonces: dict[int, str] = {}
         self._ended = False
         self._error: ServiceError | None = None
@@ -155,7 +99,7 @@ class Connection:
                 told = access.version
                 yield pb.SyncResponse(access=access)
                 continue
-            state = self._fleet.state
+            state = self._fleet.state_for(self.server.hello.kind)
             if state.version > sent:
                 sent = state.version
                 yield pb.SyncResponse(desired_state=self._address(state))
@@ -165,16 +109,24 @@ class Connection:
     def _address(self, state: pb.DesiredState) -> pb.DesiredState:
         message = pb.DesiredState()
         message.CopyFrom(state)
-        message.nonce = self._nonces[state.version] = secrets.token_hex(8)
+        message.nonce = self._nonces[state.version] = f"{self._secret}-{state.version}"
         for old in list(self._nonces)[:-64]:
             del self._nonces[old]
-        if self.server.hello.kind != pb.SERVER_KIND_PREPROCESS:
-            del message.inference_endpoints[:]
-        seconds = self._fleet.report_interval_seconds
-        if self._fleet.watching:
-            seconds = min(seconds, WATCHING_REPORT_SECONDS)
-        message.report_interval.FromNanoseconds(int(seconds * 1e9))
+        self._told_seconds = self._fleet.report_seconds()
+        message.report_interval.FromNanoseconds(int(self._told_seconds * 1e9))
         return message
+
+    def end_if_silent(self) -> None:
+        """End the stream if nothing was heard for too long."""
+        limit = self._fleet.silence_of(self._told_seconds)
+        if time.monotonic() - self.heard > limit:
+            self.end(
+                Unavailable(
+                    f"nothing was heard for {limit:g} s; servers report at least every "
+                    f"{self._told_seconds:g} s",
+                    reason="SERVER_SILENT",
+                )
+            )
 
     def received(self, message: pb.SyncRequest) -> None:
         """Take in one message after the Hello.
@@ -186,6 +138,8 @@ class Connection:
         if server.connection is not self:
             return
         server.last_seen_us = now_us()
+        server.changed()
+        self.heard = time.monotonic()
         kind = message.WhichOneof("message")
         if kind == "ack":
             self._acked(message.ack)
@@ -285,8 +239,6 @@ class Fleet:
         check: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.report_interval_seconds = report_interval_seconds
-        self.silence_seconds = max(6 * report_interval_seconds, lease_seconds)
-        """A stream on which nothing was heard for so long is ended."""
         self.state = pb.DesiredState()
         """The desired state in force; version 0 before :meth:`start`."""
         self.access: pb.AccessList | None = None
@@ -298,10 +250,15 @@ class Fleet:
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._check = check
-        self._servers: dict[str, _Server] = {}
-        self._dirty: set[_Server] = set()
+        self._servers: dict[str, KnownServer] = {}
+        self._dirty: set[KnownServer] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._arrivals: list[asyncio.Future[None]] = []
+        """Of streams that wait until their servers are on disk."""
+        self._states: dict[bool, pb.DesiredState] = {}
+        self._connected = 0
         self._closed: ServiceError | None = _stopping()
         self._next_step: float | None = None
 
@@ -325,19 +282,12 @@ class Fleet:
         if after_another:
             lease_ends += MOVE_SECONDS
         for row in rows:
-            self._servers[row.server_id] = _Server(
-                hello=pb.Hello.FromString(row.hello),
-                present=row.present,
-                serving=row.serving,
-                last_seen_us=row.last_seen_time,
-                acked_version=row.acked_version,
-                last_nack=pb.Nack.FromString(row.last_nack) if row.last_nack else None,
-                # Whoever was here when the last manager died gets time to come back.
-                lease_ends=lease_ends,
-            )
+            # Whoever was here when the last manager died gets time to come back.
+            self._servers[row.server_id] = KnownServer.of_row(row, lease_ends)
         self._apply(await self._step())
         self._closed = None
         self._task = asyncio.create_task(self._run(), name="fleet")
+        self._watch = asyncio.create_task(self._end_silent_streams(), name="fleet silence")
 
     async def stop(self, why: ServiceError | None = None) -> None:
         """End every stream, with ``why``, and stop moving."""
@@ -348,7 +298,10 @@ class Fleet:
                 self._dirty.add(server)
                 server.connection.end(self._closed)
         task, self._task = self._task, None
+        watch, self._watch = self._watch, None
+        await cancel(watch)
         await cancel(task)
+        self._arrived(self._take_arrivals(), self._closed)
         dirty = self._take_dirty()
         for server in self._servers.values():
             server.disconnected()
@@ -367,10 +320,38 @@ class Fleet:
         """Something changed: look whether a step is possible."""
         self._wake.set()
 
-    def server_changed(self, server: _Server) -> None:
+    def server_changed(self, server: KnownServer) -> None:
         """Write the server down with the next step, and take one."""
         self._dirty.add(server)
         self.poke()
+
+    def report_seconds(self) -> float:
+        """Return the longest time between two reports that servers are to keep to."""
+        seconds = self.report_interval_seconds
+        if self.watching:
+            seconds = min(seconds, WATCHING_REPORT_SECONDS)
+        return max(seconds, self._connected / REPORTS_PER_SECOND)
+
+    @property
+    def silence_seconds(self) -> float:
+        """A stream on which nothing was heard for so long is ended."""
+        return self.silence_of(self.report_seconds())
+
+    def silence_of(self, report_seconds: float) -> float:
+        """Return it for a server that was told to report so often."""
+        return max(6 * report_seconds, 6 * self.report_interval_seconds, self._lease_seconds)
+
+    def state_for(self, kind: pb.ServerKind.ValueType) -> pb.DesiredState:
+        """Return the state in force as servers of a kind are told, without nonce and interval."""
+        whole = kind == pb.SERVER_KIND_PREPROCESS
+        found = self._states.get(whole)
+        if found is None:
+            found = self.state
+            if not whole:
+                # Made once, not for each of thousands.
+                found = pb.DesiredState(version=found.version, models=found.models)
+            self._states[whole] = found
+        return found
 
     async def connect(self, hello: pb.Hello) -> Connection:
         """Take in a server that has opened a stream; an older stream of its is ended.
@@ -384,7 +365,7 @@ class Fleet:
             raise self._closed
         server = self._servers.get(hello.server_id)
         if server is None:
-            server = self._servers[hello.server_id] = _Server(hello=hello)
+            server = self._servers[hello.server_id] = KnownServer(hello=hello)
         older = server.connection
         server.disconnected()
         if older is not None:
@@ -403,15 +384,16 @@ class Fleet:
         server.last_seen_us = now_us()
         connection = server.connection = Connection(self, server)
         # On disk before it gets a state: a manager that dies now must know
-        # afterwards that there is a server to wait for.
-        row = server.row()
+        # afterwards that there is a server to wait for. The next step writes it.
+        written = asyncio.get_running_loop().create_future()
+        self._arrivals.append(written)
+        self.server_changed(server)
         try:
-            await self._store.write(lambda session: self._save(session, [row]))
+            await written
         except BaseException:
             self.disconnect(connection)
             raise
         _log.info("server connected", server=hello.server_id, address=hello.address)
-        self.poke()
         return connection
 
     def disconnect(self, connection: Connection) -> None:
@@ -451,6 +433,7 @@ class Fleet:
                 async with asyncio.timeout(RETRY_SECONDS if retry else self._until_deadline()):
                     await self._wake.wait()
             self._wake.clear()
+            began = self._clock()
             try:
                 self._apply(await self._step())
                 retry = False
@@ -462,11 +445,22 @@ class Fleet:
                 # A full disk, for example: everything stays as it is, and is tried again.
                 _log.exception("the fleet cannot move on")
                 retry = True
+            # Of thousands of servers each step takes in what many have said, rather than one.
+            await asyncio.sleep(min(max(0.0, self._clock() - began - UNPACED_SECONDS), 1.0))
+
+    async def _end_silent_streams(self) -> None:
+        """End streams on which nothing is heard any more: a timer for each message costs more."""
+        while True:
+            await asyncio.sleep(self.silence_seconds / 8)
+            for server in list(self._servers.values()):
+                if server.connection is not None:
+                    server.connection.end_if_silent()
 
     async def _step(self) -> StepResult:
         self._expire_leases()
         view = self._view()
         dirty = self._take_dirty()
+        arrivals = self._take_arrivals()
 
         began, noted = time.perf_counter_ns(), Noted()
 
@@ -477,11 +471,15 @@ class Fleet:
 
         try:
             result = await self._store.write(work)
-        except BaseException:
+        except BaseException as error:
             self._dirty.update(
-                self._servers[row.server_id] for row in dirty if row.server_id in self._servers
+                self._servers[row["server_id"]]
+                for row in dirty
+                if row["server_id"] in self._servers
             )
+            self._arrived(arrivals, error)
             raise
+        self._arrived(arrivals, None)
         self._next_step = result.next_deadline
         maker = tracer()
         if noted.things and maker is not None:
@@ -499,9 +497,11 @@ class Fleet:
 
     def _apply(self, result: StepResult) -> None:
         self.watching = result.watching
+        self._connected = sum(server.connection is not None for server in self._servers.values())
         if result.version == self.state.version:
             return
         self.state = result.state
+        self._states = {}
         for server in self._servers.values():
             if server.connection is not None:
                 server.connection.notify()
@@ -537,15 +537,31 @@ class Fleet:
         present = [server.view() for server in self._servers.values() if server.present]
         return FleetView(present, fallback)
 
-    def _save(self, session: Session, rows: list[ServerRow]) -> None:
+    def _save(self, session: Session, rows: list[Row]) -> None:
         self._check(session)
-        for row in rows:
-            session.merge(row)
+        save(session, rows)
 
-    def _take_dirty(self) -> list[ServerRow]:
+    def _take_dirty(self) -> list[Row]:
         rows = [server.row() for server in self._dirty]
         self._dirty.clear()
         return rows
+
+    def _take_arrivals(self) -> list[asyncio.Future[None]]:
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    @staticmethod
+    def _arrived(arrivals: list[asyncio.Future[None]], error: BaseException | None) -> None:
+        """Let streams go on whose servers are on disk, or end them with what was in the way."""
+        for written in arrivals:
+            if written.done():
+                continue
+            if error is None:
+                written.set_result(None)
+            elif isinstance(error, Exception):
+                written.set_exception(error)
+            else:
+                written.set_exception(_stopping())
 
 
 def _stopping() -> Unavailable:

@@ -35,7 +35,7 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
     ) -> AsyncIterator[pb.SyncResponse]:
         """Keep one server in step."""
         incoming = aiter(request_iterator)
-        first = await self._next(incoming)
+        first = await self._first(incoming)
         if first is None or first.WhichOneof("message") != "hello":
             raise InvalidRequest(
                 "the first message of a Sync stream is a Hello", reason="HELLO_MISSING"
@@ -60,14 +60,13 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
             self._fleet.disconnect(connection)
             await cancel(listening)
 
-    async def _next(self, incoming: AsyncIterator[pb.SyncRequest]) -> pb.SyncRequest | None:
+    async def _first(self, incoming: AsyncIterator[pb.SyncRequest]) -> pb.SyncRequest | None:
         try:
             async with asyncio.timeout(self._fleet.silence_seconds):
                 return await anext(incoming, None)
         except TimeoutError:
             raise Unavailable(
-                f"nothing was heard for {self._fleet.silence_seconds:g} s; servers report at "
-                f"least every {self._fleet.report_interval_seconds:g} s",
+                f"no Hello was heard for {self._fleet.silence_seconds:g} s",
                 reason="SERVER_SILENT",
             ) from None
 
@@ -75,7 +74,7 @@ class FleetServicer(pb_grpc.FleetServiceServicer):
         self, connection: Connection, incoming: AsyncIterator[pb.SyncRequest]
     ) -> None:
         try:
-            while (message := await self._next(incoming)) is not None:
+            async for message in incoming:
                 connection.received(message)
             connection.end(None)
         except ServiceError as error:

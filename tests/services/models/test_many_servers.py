@@ -1,0 +1,74 @@
+"""Thousands of servers on one manager: what is done for all of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
+from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.models import fleet
+
+COUNT = 40
+
+
+async def joined(suite: Any, **how: Any) -> list[Any]:
+    return await asyncio.gather(
+        *(suite.join(f"server-{number:02}", **how) for number in range(COUNT))
+    )
+
+
+async def test_all_that_come_at_once_are_known_after_a_restart_by_few_transactions(
+    suite: Any,
+) -> None:
+    written = []
+    suite.service.store.after_write.append(lambda: written.append(1))
+    await joined(suite, automatic=False)
+    # One each would be forty; an own step follows what came while the one before was taken.
+    assert len(written) < COUNT / 2
+    await suite.restart()
+    listed = await suite.client.fleet.ListServers(fleet_pb.ListServersRequest())
+    assert [server.name for server in listed.servers] == [
+        f"servers/server-{number:02}" for number in range(COUNT)
+    ]
+
+
+async def test_a_switch_reaches_each_of_many(suite_with: Callable[..., Any], helpers: Any) -> None:
+    async with suite_with(stocked=True) as suite:
+        servers = await joined(suite)
+        await suite.client.set_alias(2)
+        await suite.client.alias_when(
+            lambda alias: alias.state == pb.Alias.STATE_ACTIVE and alias.revision == 2
+        )
+        for server in servers:
+            assert any(helpers.route_of(state) == 2 for state in server.states)
+            nonces = [state.nonce for state in server.states]
+            assert len(set(nonces)) == len(nonces)
+
+
+async def test_many_servers_report_less_often_each(
+    suite_with: Callable[..., Any], helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "REPORTS_PER_SECOND", 10)
+    async with suite_with(stocked=True, report_interval_seconds=0.5) as suite:
+        servers = await joined(suite)
+        await suite.client.set_alias(2)
+        for server in servers:
+            state = await server.state_when(lambda state: helpers.route_of(state) == 2)
+            assert state.report_interval.ToMilliseconds() == 1000 * COUNT / 10
+
+
+async def test_one_that_was_told_to_report_rarely_may_be_silent_for_longer(
+    suite_with: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "REPORTS_PER_SECOND", 2)
+    async with suite_with(report_interval_seconds=0.05, server_lease_seconds=0.2) as suite:
+        patient = await suite.join("one", automatic=False)
+        assert patient.states[0].report_interval.ToMilliseconds() in (50, 500)
+        await suite.join("two", automatic=False)
+        # With two the interval is a second at most: six of them pass before anybody is ended.
+        await asyncio.sleep(1.0)
+        assert patient.status is None or patient.states[-1].report_interval.ToMilliseconds() == 50
