@@ -30,6 +30,8 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.models.v1 import model_service_pb2_grpc as pb_grpc
 from pollard.runtime.archive import pack
 from pollard.runtime.bundle import Bundle, write_bundle
+from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.fleet_agent import Applied
 from pollard.services.models.main import ModelsService, build_server
 from pollard.services.models.settings import ModelsSettings
 from pollard.services.models.store import DATABASE, Store
@@ -352,6 +354,31 @@ class FollowingServer:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
+class Member:
+    """A server that runs whatever it is told, and writes down every state."""
+
+    def __init__(self) -> None:
+        self.states: list[fleet_pb.DesiredState] = []
+
+    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+        await asyncio.sleep(0.02)
+        kept = fleet_pb.DesiredState()
+        kept.CopyFrom(state)
+        self.states.append(kept)
+        return Applied(running=kept)
+
+    def statuses(self) -> list[fleet_pb.RevisionStatus]:
+        return [
+            fleet_pb.RevisionStatus(
+                model=model.model,
+                revision=revision.revision,
+                state=fleet_pb.REVISION_STATE_READY,
+            )
+            for model in (self.states[-1].models if self.states else ())
+            for revision in model.revisions
+        ]
+
+
 def revisions_of(state: fleet_pb.DesiredState, model: str = "m") -> list[int]:
     return [r.revision for m in state.models if m.model == model for r in m.revisions]
 
@@ -610,6 +637,7 @@ def helpers() -> Any:
     class Helpers:
         Client = Client
         FollowingServer = FollowingServer
+        Member = Member
         Reply = Reply
         S3_KEYS = S3_KEYS
         TIMEOUT = TIMEOUT

@@ -10,8 +10,7 @@ from typing import Any
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.bundle_source import BundleSource
-from pollard.services.common.fleet_agent import AgentOptions, Applied, FleetAgent
+from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 
 
 class Line:
@@ -72,30 +71,6 @@ class Line:
             sink.close()
 
 
-class Member:
-    """A server that runs whatever it is told."""
-
-    def __init__(self) -> None:
-        self.states: list[fleet_pb.DesiredState] = []
-
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
-        kept = fleet_pb.DesiredState()
-        kept.CopyFrom(state)
-        self.states.append(kept)
-        return Applied(running=kept)
-
-    def statuses(self) -> list[fleet_pb.RevisionStatus]:
-        return [
-            fleet_pb.RevisionStatus(
-                model=model.model,
-                revision=revision.revision,
-                state=fleet_pb.REVISION_STATE_READY,
-            )
-            for model in (self.states[-1].models if self.states else ())
-            for revision in model.revisions
-        ]
-
-
 async def test_both_sides_notice_and_the_server_comes_back_to_what_is_wanted_now(
     suite_with: Any, helpers: Any, tmp_path: Path
 ) -> None:
@@ -103,7 +78,7 @@ async def test_both_sides_notice_and_the_server_comes_back_to_what_is_wanted_now
         suite_with(stocked=True, server_lease_seconds=2.0) as suite,
         Line().open(int(suite.client.address.rpartition(":")[2])) as line,
     ):
-        member = Member()
+        member = helpers.Member()
         agent = FleetAgent(
             member,
             AgentOptions(

@@ -17,8 +17,7 @@ import pytest
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.bundle_source import BundleSource
-from pollard.services.common.fleet_agent import AgentOptions, Applied, FleetAgent
+from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
 
 PROGRAM = """
 import json, sys, time
@@ -109,35 +108,10 @@ async def managers(
     postgres.drop_database(name)
 
 
-class Member:
-    """A server that runs whatever it is told, and writes down every state."""
-
-    def __init__(self) -> None:
-        self.states: list[fleet_pb.DesiredState] = []
-
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
-        await asyncio.sleep(0.02)
-        kept = fleet_pb.DesiredState()
-        kept.CopyFrom(state)
-        self.states.append(kept)
-        return Applied(running=kept)
-
-    def statuses(self) -> list[fleet_pb.RevisionStatus]:
-        return [
-            fleet_pb.RevisionStatus(
-                model=model.model,
-                revision=revision.revision,
-                state=fleet_pb.REVISION_STATE_READY,
-            )
-            for model in (self.states[-1].models if self.states else ())
-            for revision in model.revisions
-        ]
-
-
 @contextlib.asynccontextmanager
-async def following(cache: Path, addresses: list[str]) -> AsyncIterator[Member]:
+async def following(helpers: Any, cache: Path, addresses: list[str]) -> AsyncIterator[Any]:
     """A server's own agent, with the addresses of several managers."""
-    member = Member()
+    member = helpers.Member()
     options = AgentOptions(
         kind=fleet_pb.SERVER_KIND_INFERENCE,
         manager=",".join(addresses),
@@ -160,8 +134,8 @@ async def test_the_other_goes_on_when_the_leader_is_killed_in_the_middle_of_a_sw
     first, second = managers
     forward = [first.address, second.address]
     async with (
-        following(tmp_path / "one", forward) as one,
-        following(tmp_path / "two", forward[::-1]) as two,
+        following(helpers, tmp_path / "one", forward) as one,
+        following(helpers, tmp_path / "two", forward[::-1]) as two,
     ):
         # Both managers see both servers, whichever they are connected to.
         for manager in managers:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import FailedPrecondition, NotFound
-from pollard.services.models import names, registry
+from pollard.services.models import bundle_rows, names, registry
 from pollard.services.models.events import check_etag, record
 from pollard.services.models.quorum import Quorum
 from pollard.services.models.refusals import encoded
@@ -163,7 +163,7 @@ def check_signature(session: Session, row: Alias, number: int) -> None:
     """
     current = registry.find_revision(session, row.model, row.revision, deleted=True)
     wanted = registry.find_revision(session, row.model, number)
-    bundles = registry.bundles_of(session, [current, wanted])
+    bundles = bundle_rows.bundles_of(session, [current, wanted])
     before = bundles[current.bundle_sha256].signature
     after = bundles[wanted.bundle_sha256].signature
     if before != after:

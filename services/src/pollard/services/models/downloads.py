@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from pollard.runtime.bundle import MANIFEST
 from pollard.services.common.errors import DataLoss, NotFound
-from pollard.services.models import registry
+from pollard.services.models import bundle_rows, registry
 from pollard.services.models.blobs import PIECE_BYTES, Blobs, BlobUrl, missing
 from pollard.services.models.schema import BundleFile
 from pollard.services.models.store import Store
@@ -128,9 +128,9 @@ async def find_files(
 
     def find(session: Session) -> list[BundleFile]:
         if isinstance(source, str):
-            return registry.bundle_files(session, source)
+            return bundle_rows.files_of(session, source)
         revision = registry.resolve(session, *source)
-        return registry.bundle_files(session, revision.bundle_sha256)
+        return bundle_rows.files_of(session, revision.bundle_sha256)
 
     files = await store.read(find)
     if not paths:

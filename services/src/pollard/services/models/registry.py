@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import delete, select, tuple_
 from sqlalchemy.orm import Session
 
-from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.runtime.signing import Signature
-from pollard.runtime.tensors import protocol_name
 from pollard.services.common.errors import FailedPrecondition, NotFound
-from pollard.services.models import filters, names
+from pollard.services.models import bundle_rows, filters, names
 from pollard.services.models.events import DAY_US, MANAGER, check_etag, record
 from pollard.services.models.rollout_rows import rollout_name, running
-from pollard.services.models.schema import Alias, Bundle, BundleFile, Draining, Model, Revision
+from pollard.services.models.schema import Alias, Bundle, Draining, Model, Revision
 from pollard.services.models.store import now_us
 
 KEEP_DELETED_US = 30 * DAY_US
 """How long what was deleted can be brought back."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a bundle whose content is a blob."""
-
-    path: str
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class NewBundle:
-    """A bundle that was checked and whose blobs are on disk."""
-
-    sha256: str
-    size_bytes: int
-    signature: str
-    files: tuple[StoredFile, ...]
-    """The manifest first."""
-    signed: Signature | None = None
-    """Who has signed it; the file is then among ``files``."""
-
-
-def input_signature(manifest: bundle_pb2.Manifest) -> str:
-    """Return the inputs in a form that is equal for equal signatures."""
-    return json.dumps(
-        sorted([spec.name, protocol_name(spec.data_type), *spec.shape] for spec in manifest.inputs)
-    )
 
 
 def model_name(model: str) -> str:
@@ -334,7 +300,7 @@ def list_revisions(
 def add_revision(
     session: Session,
     model: str,
-    bundle: NewBundle,
+    bundle: bundle_rows.NewBundle,
     *,
     notes: str,
     labels: dict[str, str],
@@ -377,7 +343,7 @@ def add_revision(
                 session, actor, "REVISION_UNDELETED", name, "pushed again", model=model
             )
         return existing, True
-    _add_bundle(session, bundle, actor)
+    bundle_rows.add(session, bundle, actor)
     owner.latest_revision += 1
     owner.update_time = now
     name = revision_name(model, owner.latest_revision)
@@ -386,7 +352,8 @@ def add_revision(
         actor,
         "REVISION_UPLOADED",
         name,
-        f"bundle {bundle.sha256}, {bundle.size_bytes} bytes, {_signed_by(bundle.signed)}",
+        f"bundle {bundle.sha256}, {bundle.size_bytes} bytes, "
+        f"{bundle_rows.signed_by(bundle.signed)}",
         model=model,
     )
     owner.etag = sequence
@@ -407,35 +374,6 @@ def add_revision(
     session.add(row)
     session.flush()
     return row, False
-
-
-def _signed_by(signature: Signature | None) -> str:
-    if signature is None:
-        return "not signed"
-    unknown = "" if signature.trusted else "unknown "
-    return f"signed with the {unknown}key {signature.fingerprint}"
-
-
-def _add_bundle(session: Session, bundle: NewBundle, actor: str) -> None:
-    if session.get(Bundle, bundle.sha256) is not None:
-        return
-    row = Bundle(sha256=bundle.sha256, size_bytes=bundle.size_bytes, signature=bundle.signature)
-    if bundle.signed is not None:
-        row.signer_key = bundle.signed.fingerprint
-        row.signer_trusted = bundle.signed.trusted
-        row.signed_by, row.signed_time = actor, now_us()
-    session.add(row)
-    session.flush()
-    for position, file in enumerate(bundle.files):
-        session.add(
-            BundleFile(
-                bundle_sha256=bundle.sha256,
-                path=file.path,
-                position=position,
-                sha256=file.sha256,
-                size_bytes=file.size_bytes,
-            )
-        )
 
 
 def update_revision(
@@ -536,39 +474,6 @@ def undelete_revision(session: Session, model: str, number: int, *, actor: str) 
     row.delete_time = None
     row.etag = record(session, actor, "REVISION_UNDELETED", name, "brought back", model=model)
     return row
-
-
-def bundle_files(session: Session, bundle_sha256: str) -> list[BundleFile]:
-    """Return the files of a bundle in the order of sending; the manifest is the first.
-
-    Raises:
-        NotFound: no revision has such a bundle.
-    """
-    alive = session.scalar(
-        select(func.count()).where(
-            Revision.bundle_sha256 == bundle_sha256, Revision.delete_time.is_(None)
-        )
-    )
-    if not alive:
-        raise NotFound(
-            f"no revision has the bundle {bundle_sha256}",
-            reason="BUNDLE_NOT_FOUND",
-            bundle_sha256=bundle_sha256,
-        )
-    return list(
-        session.scalars(
-            select(BundleFile)
-            .where(BundleFile.bundle_sha256 == bundle_sha256)
-            .order_by(BundleFile.position)
-        )
-    )
-
-
-def bundles_of(session: Session, revisions: Sequence[Revision]) -> dict[str, Bundle]:
-    """Return the bundles of the revisions, by digest."""
-    digests = {revision.bundle_sha256 for revision in revisions}
-    statement = select(Bundle).where(Bundle.sha256.in_(digests))
-    return {bundle.sha256: bundle for bundle in session.scalars(statement)}
 
 
 def aliases_of(session: Session, models: Sequence[str]) -> dict[str, list[Alias]]:

@@ -13,7 +13,16 @@ from pollard.models.v1 import model_service_pb2 as pb
 from pollard.runtime.bundle import parse_manifest
 from pollard.services.common.auth import current_caller
 from pollard.services.common.errors import InvalidRequest
-from pollard.services.models import aliases, downloads, encode, events, names, registry, verify
+from pollard.services.models import (
+    aliases,
+    bundle_rows,
+    downloads,
+    encode,
+    events,
+    names,
+    registry,
+    verify,
+)
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.fleet import Fleet
 from pollard.services.models.quorum import Quorum
@@ -483,5 +492,5 @@ def _model(session: Session, row: Model) -> pb.Model:
 
 def _encode_revisions(session: Session, model: str, rows: Sequence[Revision]) -> list[pb.Revision]:
     of_model = registry.aliases_of(session, [model])[model]
-    bundles = registry.bundles_of(session, rows)
+    bundles = bundle_rows.bundles_of(session, rows)
     return [encode.revision(row, bundles[row.bundle_sha256], of_model) for row in rows]

@@ -29,7 +29,7 @@ from pollard.services.common.errors import (
     InvalidRequest,
     StartupError,
 )
-from pollard.services.models import registry
+from pollard.services.models import bundle_rows, registry
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.events import MANAGER, record
 from pollard.services.models.schema import Bundle, BundleFile, Revision
@@ -116,7 +116,7 @@ class SignaturePolicy:
             )
 
 
-def attach(session: Session, bundle: registry.NewBundle, actor: str) -> bool:
+def attach(session: Session, bundle: bundle_rows.NewBundle, actor: str) -> bool:
     """Give a stored bundle the signature that came with it, unless what it has is better.
 
     A signature of a trusted key is never replaced by one of an unknown key, and

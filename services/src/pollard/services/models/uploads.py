@@ -37,7 +37,7 @@ from pollard.services.common.errors import (
     ServiceError,
 )
 from pollard.services.common.telemetry.traces import within
-from pollard.services.models import aliases, registry, signatures
+from pollard.services.models import aliases, bundle_rows, registry, signatures
 from pollard.services.models.blobs import Blobs
 from pollard.services.models.checks import Check, CheckLimits
 from pollard.services.models.collector import Collector, release, release_dead
@@ -351,7 +351,7 @@ class Uploads:
         return uploaded
 
     async def _store_bundle(
-        self, request: UploadRequest, bundle: registry.NewBundle, part: Part, actor: str
+        self, request: UploadRequest, bundle: bundle_rows.NewBundle, part: Part, actor: str
     ) -> Uploaded:
         digests = {file.sha256 for file in bundle.files}
         holder = await self._collector.hold(digests)
@@ -364,7 +364,7 @@ class Uploads:
             await self._let_go(holder, digests)
             raise
 
-    async def _adopt(self, bundle: registry.NewBundle, part: Part) -> None:
+    async def _adopt(self, bundle: bundle_rows.NewBundle, part: Part) -> None:
         def adopt() -> None:
             done: set[str] = set()
             for file in bundle.files:
@@ -482,7 +482,7 @@ def _new_row(request: UploadRequest) -> Upload:
 def _commit(
     session: Session,
     request: UploadRequest,
-    bundle: registry.NewBundle,
+    bundle: bundle_rows.NewBundle,
     actor: str,
     policy: SignaturePolicy,
     holder: str,
@@ -518,22 +518,22 @@ def _commit(
     return Uploaded(request.model, revision.number, existed)
 
 
-def _read_bundle(part: Part, signed: Signature | None) -> registry.NewBundle:
+def _read_bundle(part: Part, signed: Signature | None) -> bundle_rows.NewBundle:
     """Return what the registry keeps of a bundle that the child found good."""
     bundle = Bundle.open(part.bundle, verify=False)
     files = [
-        registry.StoredFile(name, part.digests[name], (part.bundle / name).stat().st_size)
+        bundle_rows.StoredFile(name, part.digests[name], (part.bundle / name).stat().st_size)
         for name in (MANIFEST, SIGNATURE)
         if name == MANIFEST or signed is not None
     ]
     files += [
-        registry.StoredFile(file.path, file.sha256, file.size_bytes)
+        bundle_rows.StoredFile(file.path, file.sha256, file.size_bytes)
         for file in bundle.manifest.files
     ]
-    return registry.NewBundle(
+    return bundle_rows.NewBundle(
         sha256=bundle.digest,
         size_bytes=bundle.size_bytes,
-        signature=registry.input_signature(bundle.manifest),
+        signature=bundle_rows.input_signature(bundle.manifest),
         files=tuple(files),
         signed=signed,
     )

@@ -6,15 +6,14 @@ import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pollard.client import Alias, InvalidBundle, Model, ModelsClient, NotFound, Revision, types
+from pollard.client import InvalidBundle, ModelsClient, NotFound, types
 from pollard.client._names import checked_alias, checked_model
-from pollard.client.cli import copy, edit, event_view, rollout, watch
+from pollard.client.cli import copy, edit, event_view, models_view, rollout, watch
 from pollard.client.cli._common import (
     MODELS_SERVER,
     AliasOption,
@@ -30,7 +29,6 @@ from pollard.client.cli._common import (
     TransferBar,
     WaitOption,
     WaitTimeoutOption,
-    ago,
     checked_by,
     fail,
     plain,
@@ -138,7 +136,7 @@ def push(
             print_json(types.Pushed(pushed.revision, pushed.existed, moved_alias, pushed.warnings))
             return
         if moved_alias is not None:
-            _say_alias(moved_alias)
+            models_view.say_alias(moved_alias)
         elif chosen:
             say(f"{chosen} is moving to revision {number}; see `pollard models show {model}`.")
         else:
@@ -212,8 +210,8 @@ def list_models(
             [
                 model.name,
                 str(model.latest_revision),
-                ", ".join(_alias_text(item) for item in model.aliases) or "–",
-                _when(model.update_time, model.delete_time),
+                ", ".join(models_view.alias_text(item) for item in model.aliases) or "–",
+                models_view.when(model.update_time, model.delete_time),
             ]
             for model in found
         ],
@@ -255,7 +253,7 @@ def show(
                 runs = runs_of(servers, model, revision)
                 print_json({**plain(found), "servers": plain(runs)})
                 return
-            _show_revision(found)
+            models_view.show_revision(found)
             show_runs(servers, model, revision)
             return
         parent = client.model(model)
@@ -265,7 +263,7 @@ def show(
         runs = runs_of(servers, model)
         print_json({"model": parent, "revisions": revisions, "servers": runs})
         return
-    _show_model(parent, revisions)
+    models_view.show_model(parent, revisions)
     show_runs(servers, model)
 
 
@@ -310,7 +308,7 @@ def alias(
             wait=wait,
             wait_timeout=wait_timeout,
         )
-    _say_alias(found)
+    models_view.say_alias(found)
 
 
 @app.command()
@@ -339,7 +337,7 @@ def rollback(
             wait=wait,
             wait_timeout=wait_timeout,
         )
-    _say_alias(found)
+    models_view.say_alias(found)
 
 
 rollout.register(app)
@@ -506,96 +504,3 @@ def _is_first(client: ModelsClient, model: str) -> bool:
         return client.model(model).latest_revision == 0
     except NotFound:
         return True
-
-
-def _when(changed: datetime | None, deleted: datetime | None) -> str:
-    return ago(changed) if deleted is None else f"deleted {ago(deleted)}"
-
-
-def _alias_text(alias: Alias) -> str:
-    if alias.state == "ACTIVE":
-        return f"{alias.name} → {alias.revision}"
-    if alias.pending_revision:
-        return f"{alias.name} → {alias.revision or '–'} ({alias.state.lower()} {alias.pending_revision})"  # noqa: E501 - reads best in one piece
-    return f"{alias.name} → {alias.revision or '–'} ({alias.state.lower()})"
-
-
-def _say_alias(alias: Alias) -> None:
-    if alias.state == "ACTIVE":
-        say(f"{alias.model}: {alias.name} now serves revision {alias.revision}.")
-        for failure in alias.failures:
-            say(f"  not on {failure.server_id}, which refused it: {failure.message}")
-    else:
-        say(f"{alias.model}: {_alias_text(alias)}")
-
-
-def _show_model(model: Model, revisions: list[Revision]) -> None:
-    say(f"{model.name}  {model.description}".rstrip())
-    if model.delete_time is not None:
-        say(f"  deleted {ago(model.delete_time)}; to bring it back: pollard models undelete")
-    if model.labels:
-        say(f"  labels {edit.label_text(model.labels)}")
-    for alias in model.aliases:
-        before = f", before it {alias.previous_revision}" if alias.previous_revision else ""
-        say(f"  {_alias_text(alias)}{before}")
-        for failure in alias.failures:
-            say(f"    {failure.server_id} refused: {failure.message}")
-    show_table(
-        ["REVISION", "STATE", "SIZE", "ALIASES", "STORED", "BUNDLE", "SIGNED", "NOTES"],
-        [
-            [
-                str(revision.revision),
-                revision.state,
-                size(revision.size_bytes),
-                ", ".join(revision.aliases) or "–",
-                _when(revision.create_time, revision.delete_time),
-                revision.bundle_sha256[:12],
-                _signed(revision, short=True),
-                revision.notes or revision.error,
-            ]
-            for revision in revisions
-        ],
-    )
-
-
-def _show_revision(revision: Revision) -> None:
-    say(f"{revision.model} revision {revision.revision}")
-    say(f"  state    {revision.state} {revision.error}")
-    say(f"  aliases  {', '.join(revision.aliases) or '–'}")
-    say(f"  bundle   {revision.bundle_sha256}, {size(revision.size_bytes)}")
-    say(f"  signed   {_signed(revision)}")
-    by = f" by {revision.creator}" if revision.creator else ""
-    say(f"  stored   {ago(revision.create_time)}{by}")
-    for line in copy.origin_lines(revision.origin):
-        say(f"  origin   {line}")
-    if revision.delete_time is not None:
-        say(f"  deleted  {ago(revision.delete_time)}")
-    if revision.labels:
-        say(f"  labels   {edit.label_text(revision.labels)}")
-    if revision.notes:
-        say(f"  notes    {revision.notes}")
-    show_table(
-        ["VARIANT", "TARGET", "SIZE", "ACCURACY", "LATENCY"],
-        [_variant_row(variant) for variant in revision.variants],
-    )
-
-
-def _signed(revision: Revision, *, short: bool = False) -> str:
-    signature = revision.signature
-    if signature is None:
-        return "no"
-    key = signature.key_sha256[:12] if short else f"with the key {signature.key_sha256}"
-    if signature.state == "TRUSTED":
-        return key
-    return f"{key} (unknown)" if short else f"{key}, which the manager does not know"
-
-
-def _variant_row(variant: types.Variant) -> list[str]:
-    accuracy = "–"
-    if (found := variant.accuracy) is not None:
-        accuracy = (
-            f"{found.name} {found.value:.2%} ({found.lower:.2%}–{found.upper:.2%}, "
-            f"n={found.samples})"
-        )
-    latency = "–" if variant.latency_p50_us is None else f"{variant.latency_p50_us:.0f} µs"
-    return [variant.name, variant.target, size(variant.size_bytes), accuracy, latency]
