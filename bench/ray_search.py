@@ -82,7 +82,8 @@ def seconds_of(nodes: int, kit: Kit, count: int, folder: Path) -> float:
             started = time.monotonic()
             found = search(count, 0, 100.0, folder / "trials.db", Entered())
             taken = time.monotonic() - started
-        assert all(trial.outcome is not None for trial in found.trials), found
+        # A budget that cannot be met is found out, too: on any number of nodes the same ones.
+        assert all(trial.outcome or "budget" in trial.problem for trial in found.trials), found
         return taken
     finally:
         cluster.shutdown()

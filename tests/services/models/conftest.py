@@ -169,7 +169,14 @@ class Client:
             for start in range(header.write_offset, len(tar), chunk):
                 yield pb.UploadBundleRequest(data=tar[start : start + chunk])
 
-        return await self.models.UploadBundle(messages(), timeout=TIMEOUT)
+        while True:
+            try:
+                return await self.models.UploadBundle(messages(), timeout=TIMEOUT)
+            except grpc.aio.AioRpcError as error:
+                # What grpc's asyncio client says where it has lost the status that the call was
+                # ended with while it was sending (grpc/grpc#36066).
+                if error.details() != "Internal error from Core":
+                    raise
 
     async def push(self, tar: bytes, model: str = "m", **more: Any) -> pb.UploadBundleResponse:
         return await self.send(self.header(tar, model, **more), tar)
