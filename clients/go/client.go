@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -169,9 +170,10 @@ func targetOf(address string, encrypted bool, options *[]grpc.DialOption) (strin
 	}
 	var servers []resolver.Address
 	for _, part := range strings.Split(address, ",") {
-		host, _, err := net.SplitHostPort(part)
+		host, port, err := net.SplitHostPort(part)
 		ip := net.ParseIP(host)
-		if err != nil || ip == nil || (host[0] == '[' || strings.Contains(host, ":")) != (address[0] == '[') {
+		number, portErr := strconv.ParseUint(port, 10, 16)
+		if err != nil || portErr != nil || number == 0 || ip == nil || (host[0] == '[' || strings.Contains(host, ":")) != (address[0] == '[') {
 			return "", fmt.Errorf("pollard: %q of the addresses %q must be an IP address with a port, all of one kind; for names give one that resolves to all servers, as dns:///NAME:PORT", part, address)
 		}
 		servers = append(servers, resolver.Address{Addr: part})

@@ -122,10 +122,22 @@ def failure(error: pollard.RequestFailed) -> dict[str, Any]:
     }
 
 
+class RefusedError(Exception):
+    """No client could be made."""
+
+
+def client_of(case: dict[str, Any], prefix: str = "") -> Any:
+    kind = getattr(pollard, prefix + KINDS[case["call"]])
+    try:
+        return kind(case["address"], **options(case["client"]))
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+
+
 def run_sync(case: dict[str, Any]) -> dict[str, Any]:
     call, arguments = case["call"], case["arguments"]
     name, args, kwargs = method(call, arguments)
-    with getattr(pollard, KINDS[call])(case["address"], **options(case["client"])) as made:
+    with client_of(case) as made:
         if "cancel_after_seconds" in case:
             # Closing a sync client is how its requests in flight are cancelled.
             threading.Timer(case["cancel_after_seconds"], made.close).start()
@@ -140,9 +152,7 @@ def run_sync(case: dict[str, Any]) -> dict[str, Any]:
 async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
     call, arguments = case["call"], case["arguments"]
     name, args, kwargs = method(call, arguments)
-    async with getattr(pollard, f"Async{KINDS[call]}")(
-        case["address"], **options(case["client"])
-    ) as made:
+    async with client_of(case, "Async") as made:
         if call.startswith("watch_"):
             seen = []
             async with contextlib.aclosing(getattr(made, name)(*args, **kwargs)) as watch:
@@ -163,6 +173,8 @@ async def run_asyncio(case: dict[str, Any]) -> dict[str, Any]:
 def line_of(case: dict[str, Any], answered: dict[str, Any] | BaseException) -> str:
     if isinstance(answered, pollard.RequestFailed):
         return json.dumps({"case": case["case"], "error": failure(answered)})
+    if isinstance(answered, RefusedError):
+        return json.dumps({"case": case["case"], "refused": {"message": str(answered)}})
     if isinstance(answered, asyncio.CancelledError):
         # What asyncio's callers expect of a task that they cancelled themselves.
         return json.dumps({"case": case["case"], "error": {"code": "CANCELLED"}})
@@ -173,7 +185,7 @@ async def all_asyncio(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         try:
             print(line_of(case, await run_asyncio(case)), flush=True)
-        except (pollard.RequestFailed, asyncio.CancelledError) as error:
+        except (pollard.RequestFailed, RefusedError, asyncio.CancelledError) as error:
             print(line_of(case, error), flush=True)
 
 
@@ -185,7 +197,7 @@ def main(kind: str, plan: str) -> None:
     for case in cases:
         try:
             print(line_of(case, run_sync(case)), flush=True)
-        except pollard.RequestFailed as error:
+        except (pollard.RequestFailed, RefusedError) as error:
             print(line_of(case, error), flush=True)
 
 

@@ -200,6 +200,8 @@ int main(int, char** arguments) {
       Set(made, "domain", error.domain());
       Struct* metadata = (*made->mutable_fields())["metadata"].mutable_struct_value();
       for (const auto& [key, text] : error.metadata()) Set(metadata, key, text);
+    } catch (const std::invalid_argument& refused) {
+      Set((*line.mutable_fields())["refused"].mutable_struct_value(), "message", std::string(refused.what()));
     }
     std::string text;
     if (!google::protobuf::util::MessageToJsonString(line, &text).ok()) return 2;

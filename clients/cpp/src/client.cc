@@ -48,6 +48,12 @@ bool IsList(const std::string& address) {
   return address.find(',') != std::string::npos && address.find(":///") == std::string::npos;
 }
 
+bool IsPort(const std::string& text) {
+  if (text.empty() || text.size() > 5 || text.find_first_not_of("0123456789") != std::string::npos) return false;
+  const int number = std::stoi(text);
+  return number >= 1 && number <= 65535;
+}
+
 // Returns an address as gRPC's target; of several it takes IP addresses of one kind.
 std::string Target(const std::string& address, bool encrypted) {
   if (!IsList(address)) return address;
@@ -57,13 +63,13 @@ std::string Target(const std::string& address, bool encrypted) {
                                 "dns:///NAME:PORT");
   }
   const bool v6 = address[0] == '[';
-  std::istringstream list(address);
+  std::istringstream list(address + ',');  // what is behind the last comma counts, too
   for (std::string part; std::getline(list, part, ',');) {
     const auto colon = part.rfind(':');
     std::string host = colon == std::string::npos ? "" : part.substr(0, colon);
     if (v6 && host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
     in6_addr parsed;
-    if (inet_pton(v6 ? AF_INET6 : AF_INET, host.c_str(), &parsed) != 1) {
+    if (!IsPort(part.substr(colon + 1)) || inet_pton(v6 ? AF_INET6 : AF_INET, host.c_str(), &parsed) != 1) {
       throw std::invalid_argument("\"" + part + "\" of the addresses \"" + address +
                                   "\" must be an IP address with a port, all of one kind; for names give one "
                                   "that resolves to all servers, as dns:///NAME:PORT");

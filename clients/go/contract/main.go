@@ -50,6 +50,9 @@ type tensor struct {
 
 type object map[string]any
 
+// refusal is why no client could be made.
+type refusal struct{ error }
+
 var names = map[codes.Code]string{
 	codes.Canceled: "CANCELLED", codes.Unknown: "UNKNOWN", codes.InvalidArgument: "INVALID_ARGUMENT",
 	codes.DeadlineExceeded: "DEADLINE_EXCEEDED", codes.NotFound: "NOT_FOUND",
@@ -71,7 +74,10 @@ func main() {
 		answer, err := run(each)
 		line := object{"case": each.Case, "answer": answer}
 		var failed *pollard.Error
-		if errors.As(err, &failed) {
+		var refused refusal
+		if errors.As(err, &refused) {
+			line = object{"case": each.Case, "refused": object{"message": refused.Error()}}
+		} else if errors.As(err, &failed) {
 			line = object{"case": each.Case, "error": object{
 				"code": names[failed.Code], "message": failed.Message, "reason": failed.Reason,
 				"domain": failed.Domain, "metadata": failed.Metadata,
@@ -139,7 +145,9 @@ func run(each testCase) (object, error) {
 		return infer(ctx, each, options)
 	case "list_models":
 		client, err := pollard.NewModels(each.Address, options...)
-		check(err)
+		if err != nil {
+			return nil, refusal{err}
+		}
 		defer client.Close()
 		found, err := client.List(ctx)
 		if err != nil {

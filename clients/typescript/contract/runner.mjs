@@ -63,8 +63,9 @@ for (const { case: name, call, address, client, arguments: given, requests, canc
   let line;
   const controller = new AbortController();
   const timer = cancel_after_seconds && setTimeout(() => controller.abort(), cancel_after_seconds * 1000);
-  const made = new CLIENTS[call](address, options(client));
+  let made;
   try {
+    made = new CLIENTS[call](address, options(client));
     for (let more = requests ?? 1; more > 1; more--) await CALLS[call](made, given, controller.signal);
     line = { case: name, answer: await CALLS[call](made, given, controller.signal) };
   } catch (error) {
@@ -72,10 +73,11 @@ for (const { case: name, call, address, client, arguments: given, requests, canc
     else if (error instanceof RequestFailedError) {
       const { code, message, reason, domain, metadata } = error;
       line = { case: name, error: { code, message, reason, domain, metadata } };
-    } else throw error;
+    } else if (made === undefined) line = { case: name, refused: { message: error.message } };
+    else throw error;
   } finally {
     clearTimeout(timer);
-    made.close();
+    made?.close();
   }
   console.log(JSON.stringify(line));
 }

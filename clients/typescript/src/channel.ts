@@ -137,6 +137,12 @@ export function checkedAddress(address: string, encrypted = false): string {
   return text;
 }
 
+/** Return 4 or 6 for an IP address with a port, 0 for anything else. */
+function kindOf(part: string): number {
+  const [, host = "", port = ""] = /^\[?([^\]]*)\]?:(\d{1,5})$/.exec(part) ?? [];
+  return Number(port) >= 1 && Number(port) <= 65535 ? isIP(host) : 0;
+}
+
 /** Return several addresses as one target: gRPC itself takes IP addresses of one kind. */
 function checkedList(text: string, encrypted: boolean): string {
   if (encrypted) {
@@ -145,7 +151,7 @@ function checkedList(text: string, encrypted: boolean): string {
     );
   }
   const bare = text.replace(/^ipv[46]:/, "").split(",").map((part) => part.trim());
-  const kinds = new Set(bare.map((part) => isIP(/^\[?([^\]]*)\]?:\d+$/.exec(part)?.[1] ?? "")));
+  const kinds = new Set(bare.map(kindOf));
   if (kinds.size !== 1 || kinds.has(0)) {
     throw new TypeError(
       `the addresses "${text}" must be IP addresses with ports, all of one kind; for names give one that resolves ` +

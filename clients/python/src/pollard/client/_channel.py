@@ -271,8 +271,8 @@ def _checked_list(text: str) -> str:
     bare = text.removeprefix("ipv4:").removeprefix("ipv6:")
     kinds = set()
     for part in bare.split(","):
-        host, _, _ = checked_address(part).rpartition(":")
         try:
+            host, _, _ = checked_address(part).rpartition(":")
             kinds.add(f"ipv{ipaddress.ip_address(host.strip('[]')).version}")
         except ValueError:
             raise ValueError(

@@ -349,7 +349,9 @@ class Fleet:
             found = self.state
             if not whole:
                 # Made once, not for each of thousands.
-                found = pb.DesiredState(version=found.version, models=found.models)
+                found = pb.DesiredState()
+                found.CopyFrom(self.state)
+                del found.inference_endpoints[:]
             self._states[whole] = found
         return found
 

@@ -58,6 +58,9 @@ public final class ContractRunner {
                 .putFields("domain", of(error.domain()))
                 .putFields("metadata", Value.newBuilder().setStructValue(metadata).build());
         line.putFields("error", Value.newBuilder().setStructValue(made).build());
+      } catch (IllegalArgumentException refused) {
+        Struct message = Struct.newBuilder().putFields("message", of(refused.getMessage())).build();
+        line.putFields("refused", Value.newBuilder().setStructValue(message).build());
       } finally {
         context.cancel(null);
       }

@@ -60,6 +60,9 @@ final class ServerList extends NameResolverProvider {
         // What looks like an IP address is not looked up.
         InetAddress host = InetAddress.getByName(found.group(1));
         int port = Integer.parseInt(found.group(2));
+        if (port == 0) {
+          throw notAnAddress(part, list);
+        }
         servers.add(new EquivalentAddressGroup(new InetSocketAddress(host, port)));
       } catch (UnknownHostException | IllegalArgumentException invalid) {
         throw notAnAddress(part, list);
