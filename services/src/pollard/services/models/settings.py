@@ -82,7 +82,10 @@ class ModelsSettings(ServiceSettings):
         300.0, gt=0, description="Longest time for all servers to load a revision."
     )
     report_interval_seconds: float = Field(
-        5.0, gt=0, description="Longest time between two reports of a server."
+        5.0,
+        gt=0,
+        description="Longest time between two reports of a server; longer where more than "
+        "200 would come in a second.",
     )
     max_bundle_bytes: int = Field(
         16 * 1024**3, gt=0, description="Largest bundle that can be pushed, in bytes."
