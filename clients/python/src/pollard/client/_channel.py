@@ -200,8 +200,9 @@ def channel_options(
         # timeout, what was being answered after three, for a ping comes after twice the time.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 5000),
-        # gRPC waits a minute for the answer to a ping unless it is told this, too.
-        ("grpc.http2.ping_timeout_ms", 5000),
+        # That is for the kernel. The answer to a ping a busy process may owe for seconds; gRPC
+        # waits a minute for it unless told otherwise.
+        ("grpc.http2.ping_timeout_ms", 10000),
         # Otherwise only the first two pings are sent while nothing else is.
         ("grpc.http2.max_pings_without_data", 0),
         # A proxy from the environment must not come between a client and its services.

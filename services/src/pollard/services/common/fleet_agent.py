@@ -45,8 +45,9 @@ _CHANNEL_OPTIONS = [
     # A manager whose machine vanished is noticed while a successor still waits for this server.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # gRPC waits a minute for the answer to a ping unless it is told this, too.
-    ("grpc.http2.ping_timeout_ms", 5_000),
+    # That is for the kernel. The answer to a ping a busy process may owe for seconds; gRPC
+    # waits a minute for it unless told otherwise.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # The channel would wait up to two minutes by itself; the agent has its own backoff.
     ("grpc.initial_reconnect_backoff_ms", 200),

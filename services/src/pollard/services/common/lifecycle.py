@@ -94,8 +94,9 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         # The other way round: a switch waits for a server whose machine has gone.
         ("grpc.keepalive_time_ms", 5_000),
         ("grpc.keepalive_timeout_ms", 5_000),
-        # gRPC waits a minute for the answer to a ping unless it is told this, too.
-        ("grpc.http2.ping_timeout_ms", 5_000),
+        # That is for the kernel. The answer to a ping a busy process may owe for seconds; gRPC
+        # waits a minute for it unless told otherwise.
+        ("grpc.http2.ping_timeout_ms", 10_000),
     ]
 
 

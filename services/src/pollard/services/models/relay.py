@@ -29,8 +29,9 @@ _OPTIONS = [
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # gRPC waits a minute for the answer to a ping unless it is told this, too.
-    ("grpc.http2.ping_timeout_ms", 5_000),
+    # That is for the kernel. The answer to a ping a busy process may owe for seconds; gRPC
+    # waits a minute for it unless told otherwise.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]

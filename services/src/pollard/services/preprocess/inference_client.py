@@ -118,8 +118,9 @@ class InferenceClient:
             # and what it had in hand for three: a ping comes after twice the time.
             ("grpc.keepalive_time_ms", 1_500),
             ("grpc.keepalive_timeout_ms", 1_500),
-            # gRPC waits a minute for the answer to a ping unless it is told this, too.
-            ("grpc.http2.ping_timeout_ms", 1_500),
+            # That is for the kernel. The answer to a ping a busy process may owe for seconds; gRPC
+            # waits a minute for it unless told otherwise.
+            ("grpc.http2.ping_timeout_ms", 5_000),
             # Otherwise only the first two are sent while nothing else is.
             ("grpc.http2.max_pings_without_data", 0),
             # A server that was restarted is found again soon.
