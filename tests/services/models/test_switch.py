@@ -356,9 +356,9 @@ async def test_a_stopping_manager_ends_the_streams_in_good_order(suite: Any, hel
 
 
 async def test_a_silent_stream_is_ended(suite_with: Callable[..., Any], helpers: Any) -> None:
-    async with suite_with(report_interval_seconds=0.05, server_lease_seconds=0.2) as suite:
+    async with suite_with(report_interval_seconds=0.3, server_lease_seconds=1.0) as suite:
         server = await suite.join("quiet", automatic=False)
-        assert server.states[0].report_interval.ToMilliseconds() == 50
+        assert server.states[0].report_interval.ToMilliseconds() == 300
         assert await server.ended() == grpc.StatusCode.UNAVAILABLE
         await helpers.eventually(lambda: suite.client.server("quiet"), lambda s: not s.connected)
 

@@ -11,6 +11,7 @@ import pytest
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.tls_files import TlsFiles
+from pollard.services.up import plan as plans_of_up
 from pollard.services.up.plan import UpOptions, default_data_dir, make_plan
 
 
@@ -22,8 +23,22 @@ def test_free_ports_differ_and_can_be_had(tmp_path: Path) -> None:
     ports = _ports(UpOptions(data_dir=tmp_path, port_base=0))
     assert len(set(ports.values())) == 3
     for port in ports.values():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+
+
+def test_two_that_look_for_ports_at_the_same_time_find_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both try the same ones in the same order; no service of the first has begun to listen.
+    monkeypatch.setattr(plans_of_up.random, "sample", lambda ports, count: list(ports)[:count])
+    plans = [
+        plan for _ in range(2) for plan in make_plan(UpOptions(data_dir=tmp_path, port_base=0))[1]
+    ]
+    ports = [port for plan in plans for port in (plan.port, plan.http_port)]
+    assert len(set(ports)) == 12
 
 
 def test_ports_follow_their_base_unless_they_are_named(tmp_path: Path) -> None:
@@ -136,6 +151,7 @@ def test_http_has_the_port_after_each_services_unless_the_file_says_otherwise(
     file = tmp_path / "pollard.toml"
     file.write_text('[models]\nhttp_port = "off"\n')
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", free["preprocess"] + 1))
         taken.listen()
         options = UpOptions(

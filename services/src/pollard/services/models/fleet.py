@@ -395,6 +395,7 @@ class Fleet:
         except BaseException:
             self.disconnect(connection)
             raise
+        connection.heard = time.monotonic()
         _log.info("server connected", server=hello.server_id, address=hello.address)
         return connection
 

@@ -35,6 +35,9 @@ _LAST_PORT = 65535
 # can take a port between its choice and its use, or while a service is started again.
 _FREE_PORTS = range(20000, 32000)
 
+_held: dict[int, socket.socket] = {}
+"""Free ports that this process has chosen, kept from others who look for one until it ends."""
+
 
 @dataclass(frozen=True)
 class UpOptions:
@@ -203,7 +206,7 @@ def _with_http_ports(
             made.append(plan)
             continue
         port = plan.port + 1
-        if port in taken or port > _LAST_PORT or _cannot_bind(plan.host, port) is not None:
+        if port in taken or port > _LAST_PORT or not _usable(plan, port):
             port = _free_port(plan.host, taken)
         taken = {*taken, port}
         arguments = (*plan.arguments, "--http-port", str(port))
@@ -290,18 +293,50 @@ def _check_port(name: str, host: str, port: int) -> None:
 
 def _free_port(host: str, taken: set[int]) -> int:
     for port in random.sample(_FREE_PORTS, 200):
-        if port not in taken and _cannot_bind(host, port) is None:
+        if port not in taken and _hold(host, port):
             return port
     problem = _cannot_bind(host, 0)
     raise StartupError(f"found no free port on {host}: {problem or 'all that were tried are used'}")
 
 
+def _usable(plan: ServicePlan, port: int) -> bool:
+    """Tell whether a service can have the port beside its own."""
+    if plan.port in _held:
+        return _hold(plan.host, port)
+    return _cannot_bind(plan.host, port) is None
+
+
+def _hold(host: str, port: int) -> bool:
+    """Take a port for a child of this process, if nobody has it.
+
+    A socket that is bound and does not listen is in the way of whoever looks for a free port, but
+    not of a server: servers may reuse an address on which nobody listens.
+    """
+    try:
+        family, kind, protocol, _, address = _resolved(host, port)
+        holder = socket.socket(family, kind, protocol)
+    except OSError:
+        return False
+    try:
+        holder.bind(address)
+    except OSError:
+        holder.close()
+        return False
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _held[port] = holder
+    return True
+
+
+def _resolved(host: str, port: int) -> tuple[Any, Any, int, str, Any]:
+    return socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+
+
 def _cannot_bind(host: str, port: int) -> OSError | None:
     """Try to bind; return why it cannot be done."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, _, address = _resolved(host, port)
         with socket.socket(family, kind, protocol) as probe:
             # As gRPC binds: connections of a server that has just stopped may linger.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
