@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,13 @@ async def test_all_that_come_at_once_are_known_after_a_restart_by_few_transactio
     suite: Any,
 ) -> None:
     written = []
-    suite.service.store.after_write.append(lambda: written.append(1))
+    store = suite.service.store
+    store.after_write.append(lambda: written.append(1))
+    # Another writer is at work while they come.
+    writing = asyncio.create_task(store.write(lambda session: time.sleep(1.0)))
     await joined(suite, automatic=False)
-    # One each would be forty; an own step follows what came while the one before was taken.
+    await writing
+    # One each would be forty; a step takes in all that came while the one before was taken.
     assert len(written) < COUNT / 2
     await suite.restart()
     listed = await suite.client.fleet.ListServers(fleet_pb.ListServersRequest())
