@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from pollard.compress import latency
 from pollard.compress.kernels import KINDS, Kernel, kernel_of
 from pollard.compress.latency import LatencyTable
 from pollard.compress.operations import list_operations
@@ -54,6 +55,34 @@ def test_every_kind_runs_in_both_targets(tmp_path: Path) -> None:
         table = LatencyTable(target, folder=tmp_path)
         assert table.measure(kernels) == len(kernels)
         assert all(table[kernel] > 0 for kernel in kernels)
+
+
+def test_of_the_rounds_the_fastest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr(LatencyTable, "_time", lambda self, kernels: {SMALL.key: next(slow)})
+    seen = []
+    table = LatencyTable("cpu-fp32", folder=tmp_path)
+    table.measure([SMALL], between=lambda: seen.append(SMALL.key in table.rows))
+    assert table[SMALL] == 3.0
+    assert seen == [False] * 3
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(latency, "_KEPT_TOGETHER", 1)
+    table = LatencyTable("cpu-fp32", folder=tmp_path)
+
+    def interrupt_the_second() -> None:
+        if SMALL.key in table.rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.measure([SMALL, LARGE], between=interrupt_the_second)
+    again = LatencyTable("cpu-fp32", folder=tmp_path)
+    assert again[SMALL] == table[SMALL]
+    assert again.measure([SMALL, LARGE]) == 1
 
 
 def test_a_table_of_another_machine_or_runtime_is_not_read(tmp_path: Path) -> None:

@@ -37,8 +37,10 @@ SCHEMA_VERSION = 1
 # that every one is met again before the machine has changed.
 _SIDE_BY_SIDE = 24
 _ROUNDS = 3
-"""Times that each operator is met, with all others between: a machine that is shared is slower for
+"""Times that each operator is met, with others between: a machine that is shared is slower for
 seconds, by half and more, and what it does undisturbed is seen in one of them."""
+_KEPT_TOGETHER = 8
+"""Small graphs of which the rounds are taken, and the rows then kept, before the next ones."""
 _SECONDS = 0.15
 """Of one small graph in a round."""
 _LEAST_RUNS, _MOST_RUNS = 8, 60
@@ -134,25 +136,23 @@ class LatencyTable:
         if again or "per run" not in self.rows:
             found = _overheads(self.threads)
             self.rows |= {"per run": found.per_run, "per node": found.per_node}
+            self._save()
         # Kernels of one kind are far apart, so that a disturbance does not meet one layer
         # in all its widths.
         items = list(wanted.values())
-        chunks = max(1, -(-len(items) // _SIDE_BY_SIDE))
-        best: dict[str, float] = {}
+        graphs = -(-len(items) // _SIDE_BY_SIDE)
+        chunks = [items[start::graphs] for start in range(graphs)]
         with reporter.step(f"Timing operators ({self.target})", _ROUNDS * len(items)) as step:
-            for number in range(_ROUNDS):
-                for start in range(chunks):
-                    chunk = items[start::chunks]
-                    if not chunk:
-                        continue
-                    for key, taken in self._time(chunk).items():
-                        best[key] = min(taken, best.get(key, taken))
-                    if number == _ROUNDS - 1:
-                        self.rows |= {kernel.key: best[kernel.key] for kernel in chunk}
-                        self._save()
-                    step.advance(len(chunk))
-                between()
-        self._save()
+            for first in range(0, graphs, _KEPT_TOGETHER):
+                best: dict[str, float] = {}
+                for _ in range(_ROUNDS):
+                    for chunk in chunks[first : first + _KEPT_TOGETHER]:
+                        for key, taken in self._time(chunk).items():
+                            best[key] = min(taken, best.get(key, taken))
+                        step.advance(len(chunk))
+                    between()
+                self.rows |= best
+                self._save()
         return len(items)
 
     def _time(self, kernels: list[Kernel]) -> dict[str, float]:
