@@ -131,8 +131,8 @@ def test_calls_that_are_reset_as_soon_as_they_are_made(attacked: Attacked) -> No
                 if not connection.send(burst):
                     break
             attacked.serves()
-    # Some thousand calls wait to be taken or to be ended, at some 25 kB each: 50 to 140 MB, the more
-    # the busier the machine is. All of the fifty thousand would take more than a gigabyte.
+    # Some thousand calls wait to be taken or to be ended, at some 25 kB each: 50 to 140 MB, the
+    # more the busier the machine is. All of the fifty thousand would take more than a gigabyte.
     attacked.is_unharmed(most=3 * _BYTES)
 
 
