@@ -62,7 +62,9 @@ def pytest_runtest_teardown() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(beside("schedule.py", "pollard_tests_schedule"))
+    for path in ("schedule.py", "services/models/s3.py"):
+        name = f"pollard_tests_{Path(path).stem}"
+        config.pluginmanager.register(beside(path, name), name)
 
 
 def linear_model(*, size: int = 8, channels: int = 1, classes: int = 3, seed: int = 0) -> bytes:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
@@ -76,3 +77,18 @@ async def test_one_that_was_told_to_report_rarely_may_be_silent_for_longer(
         assert server.states[0].report_interval.ToMilliseconds() == 1000
         await asyncio.sleep(2.0)  # longer than six of those that were set
         assert server.status is None
+
+
+async def test_a_server_that_comes_while_the_manager_stops_is_told_so(suite: Any) -> None:
+    # It waits to be written down, behind another writer.
+    writing = asyncio.create_task(suite.service.store.write(lambda session: time.sleep(1.0)))
+    await asyncio.sleep(0.1)
+    call = suite.client.fleet.Sync()
+    hello = fleet_pb.Hello(server_id="late", kind=fleet_pb.SERVER_KIND_PREPROCESS)
+    await call.write(fleet_pb.SyncRequest(hello=hello))
+    await asyncio.sleep(0.3)
+    service, suite.service = suite.service, None
+    await service.stop(5)
+    await writing
+    assert await call.code() == grpc.StatusCode.UNAVAILABLE
+    assert "stopping" in await call.details()
