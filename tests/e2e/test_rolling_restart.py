@@ -52,6 +52,10 @@ class Service:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
 
+    def log(self) -> str:
+        """What the process has written."""
+        return self._log.read_text()
+
     def stop(self) -> int:
         if self.process is None or self.process.poll() is not None:
             return 0
@@ -73,8 +77,10 @@ def suite(tmp_path: Path) -> Iterator[dict[str, Service]]:
             service.start()
         yield made
     finally:
-        for service in made.values():
-            service.stop()
+        codes = {service.name: service.stop() for service in made.values()}
+        # A process that had to be ended has written why.
+        logs = {name: made[name].log() for name, code in codes.items() if code}
+        assert logs == {}
 
 
 async def until_all_run(models: AsyncModelsClient, revision: int | None) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -167,3 +169,54 @@ async def test_the_first_that_fails_ends_what_runs_beside_it() -> None:
     with pytest.raises(StartupError, match="in use"):
         await together(waits(), fails())
     assert ended == ["waits"]
+
+
+_STUCK = """
+import asyncio, sys, threading
+from pollard.services.common import lifecycle
+
+lifecycle._CLOSING_SECONDS = 0.5
+
+
+class Stuck:
+    async def start(self):
+        print("ready", flush=True)
+
+    async def stop(self, grace_seconds):
+        if sys.argv[1] == "stopping":
+            await asyncio.to_thread(a_store_that_never_closes)
+        elif sys.argv[1] == "ended":
+            threading.Thread(target=a_store_that_never_closes).start()
+
+
+def a_store_that_never_closes():
+    threading.Event().wait()
+
+
+sys.exit(lifecycle.run_service(Stuck, grace_seconds=0.1))
+"""
+
+
+@pytest.mark.parametrize("where", ["stopping", "ended"])
+def test_a_process_that_cannot_stop_says_where_and_ends(where):
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUCK, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert b"a_store_that_never_closes" in said
+
+
+def test_a_process_that_stops_says_nothing_more():
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUCK, "well"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert b"a_store_that_never_closes" not in said

@@ -159,7 +159,11 @@ def _best(
     top_k: int,
 ) -> list[ScoredClass]:
     default = manifest.postprocess.classification.default_top_k or DEFAULT_TOP_K
-    best = np.argsort(-order_by, kind="stable")[: min(top_k or default, len(scores))]
+    count = min(top_k or default, len(scores))
+    # Equal values stand in the order of their classes, and only what may be wanted is sorted.
+    least = np.partition(order_by, len(scores) - count)[len(scores) - count]
+    near = np.flatnonzero(order_by >= least)
+    best = near[np.argsort(-order_by[near], kind="stable")[:count]]
     return [
         ScoredClass(int(i), labels[i] if i < len(labels) else "", float(scores[i])) for i in best
     ]

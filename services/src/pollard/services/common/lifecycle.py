@@ -1,13 +1,16 @@
 """How a server starts, serves and stops.
 
 Stopping: health says NOT_SERVING, so that balancers look elsewhere; requests in
-flight are finished, for at most the grace; then everything is closed.
+flight are finished, for at most the grace; then everything is closed. A process
+that is not done with that in time says what each of its threads does, and ends:
+whoever stops it must not have to kill it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import ipaddress
 import signal
 from collections.abc import Callable, Coroutine, Sequence
@@ -29,6 +32,9 @@ from pollard.services.common.tls import server_credentials
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 _log = structlog.get_logger("pollard.lifecycle")
+
+_CLOSING_SECONDS = 30.0
+"""Longest time for closing everything, once the requests in flight have had theirs."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,8 @@ class Service(Protocol):
 def run_service(make: Callable[[], Service], *, grace_seconds: float = 10.0) -> int:
     """Run a service until SIGTERM or SIGINT; return the exit code.
 
+    For a process of its own, which ends with the service, by itself or by force.
+
     Args:
         make: Builds the service inside the running loop.
         grace_seconds: Longest wait for requests in flight when stopping.
@@ -297,9 +305,17 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
         return 1
     systemd.notify("STOPPING=1")
     _log.info("stopping", grace_seconds=grace_seconds)
+    _end_if_stuck(grace_seconds + _CLOSING_SECONDS)
     await service.stop(grace_seconds)
     _log.info("stopped")
     return 0
+
+
+def _end_if_stuck(seconds: float) -> None:
+    # By a thread that needs nothing of Python's; it sees to the interpreter's own end as well.
+    # Without a standard error nobody could be told.
+    with contextlib.suppress(RuntimeError, AttributeError, ValueError, OSError):
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 async def cancel(*tasks: asyncio.Future[Any] | None) -> None:

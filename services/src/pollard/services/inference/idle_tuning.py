@@ -21,9 +21,9 @@ from pollard.runtime.errors import RuntimeFault
 from pollard.runtime.sessions import Session
 from pollard.services.common.errors import ServiceError
 from pollard.services.common.lifecycle import spawn
+from pollard.services.common.memory import return_memory
 from pollard.services.inference.description import ModelDescription, ModelSource, Outline
 from pollard.services.inference.errors import LoadRefused, MemoryShort
-from pollard.services.inference.memory import return_memory
 from pollard.services.inference.options import Given, largest_batch
 from pollard.services.inference.revision import LoadedRevision
 from pollard.services.inference.tensors import zeros

@@ -30,6 +30,7 @@ from pollard.services.common.lifecycle import (
     spawn,
     together,
 )
+from pollard.services.common.memory import freeze_heap, steady_heap
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.telemetry import setup
 from pollard.services.common.telemetry.interceptor import CallInterceptor
@@ -43,7 +44,6 @@ from pollard.services.inference.frontends.core import CoreFront, missing_from_co
 from pollard.services.inference.frontends.envoy import EnvoyFront
 from pollard.services.inference.frontends.experiments import begin_anew
 from pollard.services.inference.loader import Loader
-from pollard.services.inference.memory import freeze_heap, steady_heap
 from pollard.services.inference.methods import ProtocolMethods, software_version
 from pollard.services.inference.metrics import EngineMetrics
 from pollard.services.inference.replicas import Replicas

@@ -16,6 +16,7 @@ from pollard.inference import model_config_pb2
 from pollard.runtime.sessions import Array, Session, TensorInfo
 from pollard.services.common.auth.callers import current_caller
 from pollard.services.common.counters import RequestCounters
+from pollard.services.common.memory import return_memory
 from pollard.services.common.telemetry.traces import Span, current_span
 from pollard.services.inference.errors import (
     DeviceFailed,
@@ -25,7 +26,6 @@ from pollard.services.inference.errors import (
     RequestExpired,
     ServerStopping,
 )
-from pollard.services.inference.memory import return_memory
 from pollard.services.inference.options import Running
 from pollard.services.inference.scheduling import Backlog, Scheduling
 from pollard.services.inference.shadowing import Shadowing

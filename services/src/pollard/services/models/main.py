@@ -24,6 +24,7 @@ from pollard.services.common.lifecycle import (
     run_service,
     spawn,
 )
+from pollard.services.common.memory import freeze_heap
 from pollard.services.common.metrics import Metrics
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.common.telemetry import setup
@@ -189,6 +190,7 @@ class ModelsService:
                 ) from error
             raise
         spawn(self._tasks, self._clean_now_and_then(), "clean")
+        freeze_heap()
         await self.grpc.set_serving(True)
         _log.info("serving", address=self.address, store=str(self.settings.store))
 

@@ -21,6 +21,7 @@ from pollard.services.common.lifecycle import (
     run_service,
     together,
 )
+from pollard.services.common.memory import freeze_heap, steady_heap
 from pollard.services.common.metrics import Metrics, software_version
 from pollard.services.common.status import ErrorInterceptor
 from pollard.services.common.telemetry import setup
@@ -115,6 +116,7 @@ class PreprocessServer:
 
     async def _become_ready(self) -> None:
         await self.agent.settled.wait()
+        freeze_heap()
         await self.grpc.set_serving(True)
 
 
@@ -125,6 +127,7 @@ def build_server(settings: PreprocessSettings) -> PreprocessServer:
         StartupError: the cache is in use or cannot be written, or the address would be open to
             everybody.
     """
+    steady_heap()
     gate = Gate(settings.gate_rules)
     current = Current()
     pool = DecodePool(settings.decode_workers, settings.worker_limits, settings.max_waiting_bytes)
