@@ -70,6 +70,22 @@ def test_a_small_picture_is_not_hidden_by_its_words() -> None:
     assert (told == GRAY).all(axis=2).mean() > 0.5
 
 
+def test_a_tiny_picture_is_enlarged_until_words_fit_beside_it() -> None:
+    labels = tuple(ScoredLabel(index, "automobile", 0.2) for index in range(5))
+    told = draw(photograph(32, 32), prediction(labels=labels))
+    assert told.size == (224, 224)
+    assert (np.asarray(told) == GRAY).all(axis=2).mean() > 0.5
+    found = draw(photograph(40, 32), prediction(objects=(box(3, 10, 20, 30, 31),), size=(40, 32)))
+    assert found.size == (280, 224)
+    pixels = np.asarray(found)
+    assert tuple(pixels[180, 71]) == tuple(pixels[180, 209]) == color_of(3)
+
+
+def test_a_picture_that_is_only_narrow_is_not_enlarged_beyond_measure() -> None:
+    assert draw(photograph(3000, 1), prediction()).size == (3000, 1)
+    assert draw(photograph(700, 10), prediction()).size == (1400, 20)
+
+
 def test_the_picture_is_upright() -> None:
     assert draw(photograph(orientation=6), prediction()).size == (100, 200)
     with pytest.raises(ValueError, match="200 × 100 pixels, this one has 100 × 200"):

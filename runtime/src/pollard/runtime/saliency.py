@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pollard.runtime.segmentation import axis_of
+from pollard.runtime.segmentation import Axis, axis_of
 from pollard.runtime.transforms import Geometry
 
 GRID = 7
@@ -96,7 +96,7 @@ class Saliency:
 def map_to_image(
     values: NDArray[np.float32], geometry: Geometry, longest_side: int
 ) -> NDArray[np.float32]:
-    """Return a map of the tensor as a map of the upright image, scaled down.
+    """Return a map of the tensor as a map of the upright image, scaled down; bilinear.
 
     Args:
         values: float32 [height, width] of the tensor.
@@ -115,10 +115,19 @@ def map_to_image(
     tall, wide = values.shape
     columns = axis_of(width, across[0] * geometry.width / width, across[1], wide, wide)
     rows = axis_of(height, down[0] * geometry.height / height, down[1], tall, tall)
-    placed = values[rows.nearest[:, None], columns.nearest]
+    # One axis after the other. A small tensor's cells would otherwise be seen as blocks.
+    tall_as_image = _mixed(values, rows)
+    placed = np.ascontiguousarray(_mixed(tall_as_image.T, columns).T)
     placed[~rows.seen] = 0
     placed[:, ~columns.seen] = 0
     return placed
+
+
+def _mixed(values: NDArray[np.float32], axis: Axis) -> NDArray[np.float32]:
+    """Return the rows that lie where an axis says."""
+    weight = axis.weight[:, None]
+    mixed: NDArray[np.float32] = values[axis.low] * (1 - weight) + values[axis.high] * weight
+    return mixed
 
 
 def fitted(geometry: Geometry, longest_side: int) -> tuple[int, int]:

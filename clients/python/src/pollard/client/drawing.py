@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,12 +31,17 @@ _BACKGROUND = "background"
 _LARGE_FONT, _SMALL_FONT = 13, 8
 """Sizes of letters for a picture of 240 pixels, and the smallest that can be read."""
 
+_READABLE, _ENLARGED, _LONGEST = 100, 200, 2048
+"""A picture whose shorter side has fewer pixels than the first is enlarged until it has the second,
+but no side grows beyond the third."""
+
 
 def draw(image: ImageLike, prediction: Prediction) -> Image.Image:
     """Return the upright image with what was answered painted over it.
 
     Boxes get their label and score, masks a colour for each class with a legend, classifications
     a caption. A class that is labelled "background" gets no colour: what it covers stays as it is.
+    An image too small for words is enlarged by a whole number, each of its pixels to a square.
 
     Args:
         image: The image that was sent, as `VisionClient.predict` takes it.
@@ -55,6 +61,8 @@ def draw(image: ImageLike, prediction: Prediction) -> Image.Image:
     if prediction.mask is not None:
         background = [each.index for each in prediction.areas if _is_background(each)]
         canvas = _with_mask(canvas, prediction.mask, [UNSEEN, *background])
+    times = _enlargement(canvas.size)
+    canvas = canvas.resize((canvas.width * times, canvas.height * times), Image.Resampling.NEAREST)
     scale = max(1, round(min(canvas.size) / 240))
     pen = ImageDraw.Draw(canvas)
     size = _LARGE_FONT + 3 * (scale - 1)
@@ -63,11 +71,12 @@ def draw(image: ImageLike, prediction: Prediction) -> Image.Image:
     # The best box is painted last, on top of the others.
     for found in reversed(prediction.objects or ()):
         color = color_of(found.label.index)
-        pen.rectangle((found.x1, found.y1, found.x2, found.y2), outline=color, width=1 + scale)
+        x1, y1, x2, y2 = (times * edge for edge in (found.x1, found.y1, found.x2, found.y2))
+        pen.rectangle((x1, y1, x2, y2), outline=color, width=1 + scale)
         # A rim, that a box is seen on an object of its colour.
-        pen.rectangle((found.x1 - 1, found.y1 - 1, found.x2 + 1, found.y2 + 1), outline=_GRAY)
+        pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=_GRAY)
         text = f"{_name(found.label)} {found.label.score:.2f}"
-        _tag(pen, font, text, (found.x1, found.y1), color, canvas.size)
+        _tag(pen, font, text, (x1, y1), color, canvas.size)
     if prediction.mask is not None:
         _legend(
             pen,
@@ -87,6 +96,13 @@ def color_of(class_index: int) -> tuple[int, int, int]:
     bright = 0.95 if class_index % 2 == 0 else 0.8
     red, green, blue = colorsys.hsv_to_rgb(class_index * _GOLDEN % 1.0, 0.85, bright)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _enlargement(size: tuple[int, int]) -> int:
+    shorter, longer = min(size), max(size)
+    if shorter >= _READABLE:
+        return 1
+    return max(1, min(math.ceil(_ENLARGED / shorter), _LONGEST // longer))
 
 
 def _is_background(label: ScoredLabel) -> bool:
