@@ -19,6 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from pollard.compress import external_weights
 from pollard.compress.errors import QuantizeFailed
 from pollard.compress.recipe import METHODS, Method
 
@@ -225,7 +226,7 @@ def _session(model: onnx.ModelProto, names: list[str]) -> onnxruntime.InferenceS
         # By a file: large weights in memory several times over are what takes the memory.
         with tempfile.TemporaryDirectory(prefix="pollard-calibrate-") as folder:
             path = Path(folder) / "observed.onnx"
-            onnx.save(model, path)
+            external_weights.save(model, path)
             return onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )

@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from pollard.compress import external_weights
 from pollard.compress.calibration import (
     Method,
     Range,
@@ -346,7 +347,7 @@ def _pre_process(given: list[onnx.ModelProto]) -> onnx.ModelProto:
 
     with tempfile.TemporaryDirectory(prefix="pollard-quantize-") as folder, _quiet(), _told():
         plain, optimized, inferred = (str(Path(folder) / name) for name in ("p", "o", "i"))
-        onnx.save(given.pop(), plain)
+        external_weights.save(given.pop(), Path(plain))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = optimized
@@ -379,7 +380,7 @@ def _quantize_static(
     with tempfile.TemporaryDirectory(prefix="pollard-quantize-") as folder, _quiet():
         plain, cache, written = (Path(folder) / name for name in ("p.onnx", "c.json", "q.onnx"))
         with _told():
-            onnx.save(model, plain)
+            external_weights.save(model, plain)
             save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache)
             quantize_static(
                 plain,
