@@ -275,7 +275,10 @@ def run_service(make: Callable[[], Service], *, grace_seconds: float = 10.0) -> 
         factory = None
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(_run(make, grace_seconds))
+            code = runner.run(_run(make, grace_seconds))
+            # Threads that the loop, or the interpreter, waits for may be stuck as well.
+            _end_if_stuck(_CLOSING_SECONDS)
+            return code
     finally:
         setup.shut_down()
 
@@ -306,14 +309,16 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
     systemd.notify("STOPPING=1")
     _log.info("stopping", grace_seconds=grace_seconds)
     _end_if_stuck(grace_seconds + _CLOSING_SECONDS)
-    await service.stop(grace_seconds)
+    try:
+        await service.stop(grace_seconds)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     _log.info("stopped")
     return 0
 
 
 def _end_if_stuck(seconds: float) -> None:
-    # By a thread that needs nothing of Python's; it sees to the interpreter's own end as well.
-    # Without a standard error nobody could be told.
+    # By a thread that needs nothing of Python's. Without a standard error nobody could be told.
     with contextlib.suppress(RuntimeError, AttributeError, ValueError, OSError):
         faulthandler.dump_traceback_later(seconds, exit=True)
 
