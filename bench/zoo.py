@@ -7,7 +7,8 @@ The first makes the files and judges them, each network in a process of its own;
 them, which needs a quiet machine and little of its time: it begins with no further network after
 that many seconds, and goes on with the rest when it is called again. Figures and files are kept in
 build/bench/zoo, so that a run goes on where it was, and the table is made of all that is there
-(`--fresh` does it anew, `--table` only writes it). Networks without weights have random ones: size
+(`--fresh` does it anew, `--table` only writes it); networks that are not there keep what the
+table said of them. Networks without weights have random ones: size
 and latency hardly depend on them, accuracy is left out. Weights are FOLDER/NAME*.pt or
 .safetensors; small-cnn-28 is trained here, three times, on three splits of its images.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -53,10 +55,12 @@ and two threads, medians of files in turns.
 - Accuracy is that of the held-out images, with its 95 % interval. Networks without it had random
   weights, on which size and latency hardly depend.
 - 8-bit ranges are min-max of some images; `pollard compress` chooses more, and trains again.
-- small-cnn-28 is trained by the benchmark itself, with the defaults of `pollard train`. The CIFAR
-  networks' weights are given; their images are re-encoded as JPEG. Those parents have seen all
-  training images, and are judged on one class-balanced half of the test images: the one that
-  `pollard compress` reports its figures of, because it chooses by the other half."""
+- small-cnn-28 is trained by the benchmark itself, with the defaults of `pollard train`. The weights
+  of the CIFAR ResNets are given, and have seen all training images, which are re-encoded as JPEG.
+  mobilenet-v2-cifar and vgg16-bn-cifar were trained here, for 4 epochs and for two thirds of one:
+  `pollard train zoo:NAME --data cifar10-jpeg.zip --validation 2500 --batch-size 64`; published
+  figures come of hundreds. All are judged on one class-balanced half of the test images: the one
+  that `pollard compress` reports its figures of, because it chooses by the other half."""
 
 
 def make(name: str, cifar: Path | None, weights: Path | None, ratio: float) -> dict[str, Any]:
@@ -218,25 +222,49 @@ def _weights_of(name: str, folder: Path | None) -> Path | None:
     return found[0] if found else None
 
 
-def render(found: list[dict[str, Any]]) -> str:
-    """Return the table as Markdown."""
+def render(found: list[dict[str, Any]], before: str, order: list[str]) -> str:
+    """Return the table as Markdown.
+
+    Args:
+        found: Figures of the networks that were made.
+        before: The table as it was; what it says of other networks is kept.
+        order: Names of all networks.
+    """
+    sections, machines, environments = _read(before)
+    sections |= {one["name"]: "\n".join(_section(one)) for one in found}
+    machines |= {one["name"]: _machine(one) for one in found}
+    environments.append(heading(found[-1]["environment"]).partition(" Load average")[0])
     lines = ["# Results of the zoo", "", _PREFACE, ""]
-    for one in found:
-        lines += _section(one)
+    lines += [sections[name] for name in order if name in sections]
     lines += ["## Machine", ""]
-    for one in found:
-        peak, said = one["peak_memory_bytes"] / 2**30, one["environment"]
-        timed = one.get("timed")
-        # Figures of an earlier form were timed as the files were made.
-        told = "timed then" if "latency_us_1" in one["files"][0] else "not timed"
-        if timed:
-            told = f"timed {timed['date']}, load average before it {timed['load_average'][0]}"
-        lines.append(
-            f"- {one['name']}: made in {one['seconds']:.0f} s (load average at the end "
-            f"{said['load_average'][0]}), peak memory {peak:.1f} GiB; {told}"
-        )
-    lines += ["", heading(found[-1]["environment"]).partition(" Load average")[0], ""]
-    return "\n".join(lines)
+    lines += [machines[name] for name in order if name in machines]
+    for environment_line in dict.fromkeys(environments):
+        lines += ["", environment_line]
+    return "\n".join([*lines, ""])
+
+
+def _read(table: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Return the sections and the lines on the machine by network, and the environments."""
+    parts = re.split(r"^## (\S+)\n", table, flags=re.MULTILINE)
+    sections = {
+        name: f"## {name}\n{text}" for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    told = [line for line in sections.pop("Machine", "").splitlines()[1:] if line]
+    machines = {line[2:].partition(":")[0]: line for line in told if line.startswith("- ")}
+    sections = {name: text.rstrip("\n") + "\n" for name, text in sections.items()}
+    return sections, machines, [line for line in told if not line.startswith("- ")]
+
+
+def _machine(one: dict[str, Any]) -> str:
+    peak, said = one["peak_memory_bytes"] / 2**30, one["environment"]
+    timed = one.get("timed")
+    told = "not timed"
+    if timed:
+        told = f"timed {timed['date']}, load average before it {timed['load_average'][0]}"
+    return (
+        f"- {one['name']}: made in {one['seconds']:.0f} s (load average at the end "
+        f"{said['load_average'][0]}), peak memory {peak:.1f} GiB; {told}"
+    )
 
 
 def _section(one: dict[str, Any]) -> list[str]:
@@ -344,7 +372,8 @@ def main() -> None:
         if (KEPT / f"{name}.json").exists()
     ]
     if found:
-        given.out.write_text(render(found), encoding="utf-8")
+        before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        given.out.write_text(render(found, before, list(ENTRIES)), encoding="utf-8")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
