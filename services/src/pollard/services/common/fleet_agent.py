@@ -359,11 +359,11 @@ class FleetAgent:
             failures=len(applied.failures),
             seconds=round(time.perf_counter() - started, 3),
         )
-        self._answer(order, applied.failures)
         wanted = _bundles_of(running) | _bundles_of(order)
-        if applied.failures:
-            self.cache.protect(wanted)
-        else:
+        # Before the answer: the order that it brings may need the room of what is not in use now.
+        self.cache.protect(wanted)
+        self._answer(order, applied.failures)
+        if not applied.failures:
             await asyncio.to_thread(
                 self.cache.discard_unused, wanted, keep=self._options.keep_unused_bundles
             )

@@ -232,7 +232,8 @@ class Uploads:
                         await self._receive_bytes(request, part, chunks)
                     return await self._make_revision(request, part, check, actor)
             finally:
-                await asyncio.to_thread(part.close)
+                # To its end, also where whoever waits for it is cancelled once more.
+                await settled(asyncio.ensure_future(asyncio.to_thread(part.close)))
         except BaseException as error:
             if _is_final(error):
                 await self._forget(request.upload_id)
