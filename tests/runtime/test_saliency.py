@@ -92,12 +92,13 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("longest_side", [80, 1000])
-def test_the_map_lies_over_the_upright_image(name, longest_side) -> None:
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_map_lies_over_the_upright_image(name, longest_side, smooth) -> None:
     pixels = np.zeros((120, 160, 3), np.uint8)
     pixels[30:60, 100:150] = 255
     transformed = Pipeline([decode(), *STEPS[name]]).apply_pixels(pixels)
     values = (transformed.array[:, :, 0] / np.float32(255)).astype(np.float32)
-    placed = map_to_image(values, transformed.geometry, longest_side)
+    placed = map_to_image(values, transformed.geometry, longest_side, smooth=smooth)
     assert placed.shape == ((60, 80) if longest_side == 80 else (120, 160))
     step = 160 // placed.shape[1]
     expected = pixels[::step, ::step, 0] / 255
@@ -110,6 +111,15 @@ def test_what_a_crop_left_out_is_zero() -> None:
     placed = map_to_image(np.ones((40, 40), np.float32), transformed.geometry, 200)
     assert (placed[:, 30:70] == 1).all()
     assert not np.delete(placed, np.s_[30:70], axis=1).any()
+
+
+def test_a_map_for_a_picture_has_no_steps_where_its_own_values_have() -> None:
+    values = np.array([[0, 1], [0, 1]], np.float32)
+    whole = Geometry(100, 100, 0.02, 0.02)
+    assert set(map_to_image(values, whole, 100).ravel()) == {0.0, 1.0}
+    row = map_to_image(values, whole, 100, smooth=True)[50]
+    assert np.diff(row).max() <= 0.021
+    assert (row[0], row[-1]) == (0, 1)
 
 
 def test_the_longest_side_is_kept_to() -> None:

@@ -94,14 +94,16 @@ class Saliency:
 
 
 def map_to_image(
-    values: NDArray[np.float32], geometry: Geometry, longest_side: int
+    values: NDArray[np.float32], geometry: Geometry, longest_side: int, *, smooth: bool = False
 ) -> NDArray[np.float32]:
-    """Return a map of the tensor as a map of the upright image, scaled down; bilinear.
+    """Return a map of the tensor as a map of the upright image, scaled down.
 
     Args:
         values: float32 [height, width] of the tensor.
         geometry: Where the image went.
         longest_side: Of the result, in pixels; a smaller image keeps its size.
+        smooth: Mix the values of neighbours (bilinear), for pictures: the cells of a small tensor
+            would be seen as blocks. Otherwise each value is one of the map's.
 
     Returns:
         float32 [height, width]; 0 where a crop left the image out.
@@ -115,9 +117,10 @@ def map_to_image(
     tall, wide = values.shape
     columns = axis_of(width, across[0] * geometry.width / width, across[1], wide, wide)
     rows = axis_of(height, down[0] * geometry.height / height, down[1], tall, tall)
-    # One axis after the other. A small tensor's cells would otherwise be seen as blocks.
-    tall_as_image = _mixed(values, rows)
-    placed = np.ascontiguousarray(_mixed(tall_as_image.T, columns).T)
+    if smooth:
+        placed = np.ascontiguousarray(_mixed(_mixed(values, rows).T, columns).T)
+    else:
+        placed = values[rows.nearest[:, None], columns.nearest]
     placed[~rows.seen] = 0
     placed[:, ~columns.seen] = 0
     return placed

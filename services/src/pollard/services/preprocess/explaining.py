@@ -215,7 +215,7 @@ def _covered(
 
 def _paint(image: NDArray[np.generic], values: NDArray[np.float32], geometry: Geometry) -> bytes:
     pixels = np.asarray(image, np.uint8)
-    placed = map_to_image(values, geometry, OVERLAY_SIDE)
+    placed = map_to_image(values, geometry, OVERLAY_SIDE, smooth=True)
     file = io.BytesIO()
     Image.fromarray(overlay(pixels, placed)).save(file, "PNG", compress_level=3)
     return file.getvalue()
