@@ -107,7 +107,8 @@ def test_unused_bundles_go_but_for_the_last_ones(cache, make_bundle) -> None:
         staging = cache.stage(bundle.digest, whole=True)
         receive(staging, bundle)
         staging.commit()
-    cache.discard_unused({bundles[0].digest}, keep=1)
+    cache.protect({bundles[0].digest})
+    cache.discard_unused(keep=1)
     left = {path.name for path in (cache.root / "bundles").iterdir()}
     assert left == {bundles[0].digest, bundles[3].digest}
 
@@ -250,7 +251,8 @@ def test_a_lower_limit_is_kept_once_it_is_known_what_is_wanted(tmp_path: Path, h
     cache.close()
     lower = BundleCache(tmp_path / "cache", max_bytes=2 * BALLAST + BALLAST // 2)
     assert len(kept(lower)) == 5
-    lower.discard_unused({heavy[0].digest}, keep=4)
+    lower.protect({heavy[0].digest})
+    lower.discard_unused(keep=4)
     assert kept(lower) == {heavy[0].digest, heavy[4].digest}
     lower.close()
 
@@ -273,7 +275,8 @@ if moment == "renaming":
     pathlib.Path.rename = die
 else:
     shutil.rmtree = half
-cache.discard_unused({digest}, keep=0)
+cache.protect({digest})
+cache.discard_unused(keep=0)
 """
 
 
@@ -292,6 +295,7 @@ def test_a_kill_while_room_is_made_leaves_whole_bundles(tmp_path: Path, heavy, m
     assert len(left) == (5 if moment == "renaming" else 4)
     for digest in left:
         Bundle.open(again.bundle_path(digest), verify=True, expect=digest)
-    again.discard_unused({heavy[0].digest}, keep=0)
+    again.protect({heavy[0].digest})
+    again.discard_unused(keep=0)
     assert kept(again) == {heavy[0].digest}
     again.close()

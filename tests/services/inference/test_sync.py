@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import grpc
@@ -541,3 +542,35 @@ async def test_a_cache_with_a_limit_keeps_what_runs_and_refuses_what_does_not_fi
     assert "in use or being fetched" in nack.status.message
     assert kept() == {bundle.digest for bundle in wanted.values()}
     assert server.engine.table.models["adder"].routes["production"] == ((3, 1),)
+
+
+async def test_a_way_back_that_comes_while_its_bundle_goes_has_it_all_the_same(
+    manager, start_server, make_bundle, monkeypatch
+) -> None:
+    """What is acknowledged is tidied up after; an order must not find what is on its way out."""
+    server = await start_server(manager.address)
+    cache = server.agent.cache
+    begun, go_on = threading.Event(), threading.Event()
+    discard_unused = cache.discard_unused
+
+    def slowly(*, keep: int) -> None:
+        if manager.version == 2:
+            begun.set()
+            assert go_on.wait(20)
+        discard_unused(keep=0)
+
+    monkeypatch.setattr(cache, "discard_unused", slowly)
+    bundles = {number: make_bundle(float(number)) for number in (1, 2)}
+    for number in (1, 2):
+        manager.want("adder", {number: bundles[number]}, {"production": {number: 1}})
+        assert (await manager.apply()).HasField("ack")
+    await eventually(begun.is_set)
+    manager.want("adder", {1: bundles[1]}, {"production": {1: 1}})
+    manager.send()
+    # Long enough to be taken up by whoever does not wait.
+    await asyncio.sleep(0.3)
+    go_on.set()
+    assert (await manager.answer()).HasField("ack")
+    kept = {path.name for path in (cache.root / "bundles").iterdir()}
+    assert bundles[1].digest in kept
+    assert server.engine.table.models["adder"].routes["production"] == ((1, 1),)

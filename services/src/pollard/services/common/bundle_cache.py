@@ -140,13 +140,12 @@ class BundleCache:
                         found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found)]
 
-    def discard_unused(self, wanted: Collection[str], *, keep: int) -> None:
-        """Remove bundles that are not wanted.
+    def discard_unused(self, *, keep: int) -> None:
+        """Remove bundles that are not protected.
 
         With a limit on their size, those used longest ago go until the rest is within it; without,
         all but the `keep` used last.
         """
-        self.protect(wanted)
         if self._room is not None:
             self._room.trim()
             return

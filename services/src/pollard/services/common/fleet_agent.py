@@ -336,11 +336,20 @@ class FleetAgent:
                 await cancel(newer)
                 if not running.done():
                     await cancel(running)
-            if not running.cancelled() and running.exception() is not None:
+            if running.cancelled():
+                continue
+            if running.exception() is not None:
                 _log.error("a desired state could not be applied", exc_info=running.exception())
                 self._answer(order, (Failure("", 0, running.exception() or Exception()),))
+            elif running.result():
+                # Between two orders: a thread would go on while the next one took from the cache
+                # what is being removed.
+                await asyncio.to_thread(
+                    self.cache.discard_unused, keep=self._options.keep_unused_bundles
+                )
 
-    async def _apply(self, order: fleet_pb.DesiredState) -> None:
+    async def _apply(self, order: fleet_pb.DesiredState) -> bool:
+        """Apply an order and answer; return whether nothing failed."""
         started = time.perf_counter()
         # Beside what it runs now, which an order that was overtaken may have changed in part.
         self.cache.protect(_bundles_of(order), also=True)
@@ -359,14 +368,9 @@ class FleetAgent:
             failures=len(applied.failures),
             seconds=round(time.perf_counter() - started, 3),
         )
-        wanted = _bundles_of(running) | _bundles_of(order)
-        # Before the answer: the order that it brings may need the room of what is not in use now.
-        self.cache.protect(wanted)
+        self.cache.protect(_bundles_of(running) | _bundles_of(order))
         self._answer(order, applied.failures)
-        if not applied.failures:
-            await asyncio.to_thread(
-                self.cache.discard_unused, wanted, keep=self._options.keep_unused_bundles
-            )
+        return not applied.failures
 
     def _answer(self, order: fleet_pb.DesiredState, failures: tuple[Failure, ...]) -> None:
         if self._outbox is None:
