@@ -550,14 +550,16 @@ async def test_a_way_back_that_comes_while_its_bundle_goes_has_it_all_the_same(
     """What is acknowledged is tidied up after; an order must not find what is on its way out."""
     server = await start_server(manager.address)
     cache = server.agent.cache
-    begun, go_on = threading.Event(), threading.Event()
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
     discard_unused = cache.discard_unused
 
     def slowly(*, keep: int) -> None:
-        if manager.version == 2:
-            begun.set()
-            assert go_on.wait(20)
+        if begun.is_set() or manager.version < 2:
+            return
+        begun.set()
+        assert go_on.wait(20)
         discard_unused(keep=0)
+        ended.set()
 
     monkeypatch.setattr(cache, "discard_unused", slowly)
     bundles = {number: make_bundle(float(number)) for number in (1, 2)}
@@ -571,6 +573,7 @@ async def test_a_way_back_that_comes_while_its_bundle_goes_has_it_all_the_same(
     await asyncio.sleep(0.3)
     go_on.set()
     assert (await manager.answer()).HasField("ack")
+    await eventually(ended.is_set)
     kept = {path.name for path in (cache.root / "bundles").iterdir()}
     assert bundles[1].digest in kept
     assert server.engine.table.models["adder"].routes["production"] == ((1, 1),)
