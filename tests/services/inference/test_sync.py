@@ -579,3 +579,19 @@ async def test_a_way_back_that_comes_while_its_bundle_goes_has_it_all_the_same(
     kept = {path.name for path in (cache.root / "bundles").iterdir()}
     assert bundles[1].digest in kept
     assert server.engine.table.models["adder"].routes["production"] == ((1, 1),)
+
+
+async def test_a_cache_that_cannot_be_tidied_up_holds_up_no_order(
+    manager, start_server, make_bundle, monkeypatch
+) -> None:
+    server = await start_server(manager.address)
+
+    def fails(**_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(server.agent.cache, "discard_unused", fails)
+    for number in (1, 2, 3):
+        bundle = make_bundle(float(number))
+        manager.want("adder", {number: bundle}, {"production": {number: 1}})
+        assert (await manager.apply()).HasField("ack")
+    assert server.engine.table.models["adder"].routes["production"] == ((3, 1),)

@@ -344,9 +344,16 @@ class FleetAgent:
             elif running.result():
                 # Between two orders: a thread would go on while the next one took from the cache
                 # what is being removed.
-                await asyncio.to_thread(
-                    self.cache.discard_unused, keep=self._options.keep_unused_bundles
-                )
+                await self._tidy()
+
+    async def _tidy(self) -> None:
+        try:
+            await asyncio.to_thread(
+                self.cache.discard_unused, keep=self._options.keep_unused_bundles
+            )
+        except OSError as error:
+            # What is left takes room, and goes with the next.
+            _log.error("unused bundles cannot be removed", error=str(error))
 
     async def _apply(self, order: fleet_pb.DesiredState) -> bool:
         """Apply an order and answer; return whether nothing failed."""
