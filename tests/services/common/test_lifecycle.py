@@ -174,6 +174,7 @@ async def test_the_first_that_fails_ends_what_runs_beside_it() -> None:
 _STUCK = """
 import asyncio, sys, threading
 from pollard.services.common import lifecycle
+from pollard.services.common.errors import StartupError
 
 lifecycle._CLOSING_SECONDS = 0.5
 
@@ -181,9 +182,16 @@ lifecycle._CLOSING_SECONDS = 0.5
 class Stuck:
     async def start(self):
         print("ready", flush=True)
+        if sys.argv[1] == "starting":
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.to_thread(a_store_that_never_closes)
+        if sys.argv[1] == "failing":
+            raise StartupError("the port is in use")
 
     async def stop(self, grace_seconds):
-        if sys.argv[1] == "stopping":
+        if sys.argv[1] in ("stopping", "failing"):
             await asyncio.to_thread(a_store_that_never_closes)
         elif sys.argv[1] == "ended":
             threading.Thread(target=a_store_that_never_closes).start()
@@ -197,7 +205,7 @@ sys.exit(lifecycle.run_service(Stuck, grace_seconds=0.1))
 """
 
 
-@pytest.mark.parametrize("where", ["stopping", "ended"])
+@pytest.mark.parametrize("where", ["starting", "failing", "stopping", "ended"])
 def test_a_process_that_cannot_stop_says_where_and_ends(where):
     with subprocess.Popen(
         [sys.executable, "-c", _STUCK, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -13,7 +13,7 @@ import contextlib
 import faulthandler
 import ipaddress
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -295,7 +295,8 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
         waiting = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            await cancel(starting)
+            with _within(_CLOSING_SECONDS):
+                await cancel(starting)
         else:
             starting.result()
             systemd.notify("READY=1")
@@ -303,16 +304,13 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
     except StartupError as error:
         _log.error(str(error))
         if service is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), _within(_CLOSING_SECONDS):
                 await service.stop(0.0)
         return 1
     systemd.notify("STOPPING=1")
     _log.info("stopping", grace_seconds=grace_seconds)
-    _end_if_stuck(grace_seconds + _CLOSING_SECONDS)
-    try:
+    with _within(grace_seconds + _CLOSING_SECONDS):
         await service.stop(grace_seconds)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     _log.info("stopped")
     return 0
 
@@ -321,6 +319,16 @@ def _end_if_stuck(seconds: float) -> None:
     # By a thread that needs nothing of Python's. Without a standard error nobody could be told.
     with contextlib.suppress(RuntimeError, AttributeError, ValueError, OSError):
         faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Run a block that ends in time, or the process does."""
+    _end_if_stuck(seconds)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
