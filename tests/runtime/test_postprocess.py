@@ -128,3 +128,14 @@ def test_no_embedding_out_of_other_outputs(vector):
         embed_views({"vector": np.array(vector, np.float32)}, embedding())
     with pytest.raises(ManifestInvalid, match="embedding"):
         embed_views({"vector": np.zeros((1, 2))}, manifest())
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=60),
+    st.integers(1, 70),
+)
+def test_the_best_are_those_of_a_whole_sort_whatever_is_equal(row, top_k):
+    best = classify(logits(row), manifest(bundle_pb2.ACTIVATION_NONE), top_k=top_k)
+    expected = sorted(range(len(row)), key=lambda index: (-row[index], index))[:top_k]
+    assert [each.class_index for each in best] == expected
+    assert [each.score for each in best] == [row[index] for index in expected]
