@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import os
 import random
 import sys
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +22,8 @@ import pytest
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.models import uploads
+from pollard.services.models.part import Part
 
 CODE = grpc.StatusCode
 
@@ -52,6 +56,15 @@ def tar_of(*members: tuple[str, bytes] | tarfile.TarInfo, mode: str = "w") -> by
 
 def files_below(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+
+
+def open_below(directory: Path) -> list[str]:
+    """Files below a directory that this process has open."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(descriptor))
+    return [name for name in found if name.startswith(f"{directory}/")]
 
 
 async def nothing_was_stored(suite: Any) -> None:
@@ -533,3 +546,46 @@ async def test_cleaning_takes_what_is_old_or_unneeded_and_nothing_else(
     left = files_below(store / "blobs")
     assert sorted([*kept, str(held.relative_to(store / "blobs"))]) == left
     assert files_below(store / "uploads") == ["young.part/bundle/manifest.json"]
+
+
+async def test_a_part_is_closed_though_its_receiver_is_cancelled_again_and_again(
+    suite: Any, bundles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client goes, and then the manager stops, before a thread is free to close the files."""
+    parts: list[Part] = []
+
+    class Watched(Part):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            parts.append(self)
+
+    monkeypatch.setattr(uploads, "Part", Watched)
+    tar = bundles.tar(1)
+    received = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield tar[:1500]
+        received.set()
+        await asyncio.Event().wait()
+
+    request = uploads.UploadRequest("m", str(uuid.uuid4()), 0, len(tar), bundle_sha256="0" * 64)
+    receiving = asyncio.create_task(suite.service.uploads.receive(request, chunks(), "me"))
+    await received.wait()
+    await asyncio.sleep(0.1)
+    assert open_below(suite.settings.store / "uploads")
+    free = threading.Event()
+    loop = asyncio.get_running_loop()
+    # As many as the loop's own executor has threads, whatever the machine.
+    blocking = [loop.run_in_executor(None, free.wait) for _ in range(64)]
+    try:
+        async with asyncio.timeout(10):
+            while not receiving.done():
+                receiving.cancel()
+                await asyncio.sleep(0.05)
+    finally:
+        free.set()
+        await asyncio.gather(*blocking)
+    async with asyncio.timeout(10):
+        while open_below(suite.settings.store / "uploads"):
+            await asyncio.sleep(0.01)
+    assert len(parts) == 1
