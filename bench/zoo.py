@@ -57,10 +57,10 @@ and two threads, medians of files in turns.
 - 8-bit ranges are min-max of some images; `pollard compress` chooses more, and trains again.
 - small-cnn-28 is trained by the benchmark itself, with the defaults of `pollard train`. The weights
   of the CIFAR ResNets are given, and have seen all training images, which are re-encoded as JPEG.
-  mobilenet-v2-cifar and vgg16-bn-cifar were trained here, for 4 epochs and for two thirds of one:
-  `pollard train zoo:NAME --data cifar10-jpeg.zip --validation 2500 --batch-size 64`; published
-  figures come of hundreds. All are judged on one class-balanced half of the test images: the one
-  that `pollard compress` reports its figures of, because it chooses by the other half."""
+  mobilenet-v2-cifar and vgg16-bn-cifar were trained here, for 4 epochs and for two thirds of one
+  (`bench/results` tells how); published figures come of hundreds. All are judged on one
+  class-balanced half of the test images: the one that `pollard compress` reports its figures of,
+  because it chooses by the other half."""
 
 
 def make(name: str, cifar: Path | None, weights: Path | None, ratio: float) -> dict[str, Any]:
