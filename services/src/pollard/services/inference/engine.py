@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from pollard.runtime.sessions import Array, TensorInfo
 from pollard.services.common.counters import RequestCounters
+from pollard.services.common.desired import Route
 from pollard.services.common.routing import PRODUCTION, choose_revision
 from pollard.services.common.shadows import ShadowRule
 from pollard.services.inference.errors import (
@@ -29,9 +30,6 @@ from pollard.services.inference.shadowing import Shadowing, ShadowRunner
 from pollard.services.inference.workers import Outputs
 
 _MOMENT_SECONDS = 1.0
-
-Route = tuple[tuple[int, int], ...]
-"""Pairs of revision and weight."""
 
 
 @dataclass(frozen=True)

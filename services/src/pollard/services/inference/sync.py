@@ -16,12 +16,13 @@ from google.protobuf import duration_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.errors import BundleError, SignatureInvalid, SignatureUntrusted
 from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.desired import follow_routes, tell_model
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
-from pollard.services.inference.engine import Engine, Route, ServedModel
+from pollard.services.inference.engine import Engine, ServedModel
 from pollard.services.inference.errors import ControlDisabled, DeviceFailed
 from pollard.services.inference.loader import Loader
 from pollard.services.inference.revision import LoadedRevision
@@ -174,20 +175,9 @@ class InferenceMember:
         self,
         desired: fleet_pb.DesiredModel,
         served: ServedModel,
-        available: dict[int, LoadedRevision],
+        running: Mapping[int, LoadedRevision],
     ) -> None:
-        routes: dict[str, Route] = {}
-        for route in desired.routes:
-            targets = tuple((target.revision, target.weight) for target in route.targets)
-            if all(number in available for number, _ in targets):
-                routes[route.alias] = targets
-            elif route.alias in served.routes:
-                # Its new target does not run here: it stays where it was.
-                routes[route.alias] = served.routes[route.alias]
-        for targets in routes.values():
-            for number, _ in targets:
-                if number not in available:
-                    available[number] = served.revisions[number]
+        routes, available = follow_routes(desired, running, served.routes, served.revisions)
         rules = {
             route.alias: ShadowRule.of(route.shadow)
             for route in desired.routes
@@ -195,7 +185,7 @@ class InferenceMember:
         }
         switched = ServedModel(
             served.name,
-            MappingProxyType(dict(sorted(available.items()))),
+            MappingProxyType(available),
             MappingProxyType(routes),
             MappingProxyType(
                 {
@@ -353,9 +343,9 @@ class InferenceMember:
     def _running(self) -> list[fleet_pb.DesiredModel]:
         """Return what the engine serves in the form of desired models."""
         return [
-            fleet_pb.DesiredModel(
-                model=name,
-                revisions=[
+            tell_model(
+                name,
+                [
                     fleet_pb.DesiredRevision(
                         revision=number,
                         bundle_sha256=revision.info.digest,
@@ -363,17 +353,8 @@ class InferenceMember:
                     )
                     for number, revision in model.revisions.items()
                 ],
-                routes=[
-                    fleet_pb.Route(
-                        alias=alias,
-                        targets=[
-                            fleet_pb.WeightedRevision(revision=number, weight=weight)
-                            for number, weight in targets
-                        ],
-                        shadow=model.shadows[alias].to_proto() if alias in model.shadows else None,
-                    )
-                    for alias, targets in model.routes.items()
-                ],
+                model.routes,
+                model.shadows,
             )
             for name, model in sorted(self._engine.table.models.items())
         ]

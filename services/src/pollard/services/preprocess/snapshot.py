@@ -15,6 +15,7 @@ from types import MappingProxyType
 from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.images import ImageLimits
 from pollard.runtime.transforms import Pipeline
+from pollard.services.common.desired import Route
 from pollard.services.common.routing import PRODUCTION, choose_revision
 from pollard.services.common.shadows import ShadowRule
 from pollard.services.preprocess.errors import (
@@ -143,10 +144,6 @@ class ServedRevision:
             model=self.model,
             revision=self.revision,
         )
-
-
-Route = tuple[tuple[int, int], ...]
-"""Pairs of revision and weight."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pollard.runtime.bundle import Bundle, check_file
 from pollard.runtime.errors import BundleError
 from pollard.runtime.images import ImageLimits
 from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.desired import follow_routes, tell_model
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
@@ -24,7 +25,6 @@ from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.snapshot import (
     Current,
-    Route,
     ServedModel,
     ServedRevision,
     Snapshot,
@@ -139,21 +139,10 @@ class PreprocessMember:
                     "refused", model=desired.model, revision=wanted.revision, error=str(error)
                 )
                 failures.append(Failure(desired.model, wanted.revision, error))
-        routes: dict[str, Route] = {}
-        for route in desired.routes:
-            targets = tuple((target.revision, target.weight) for target in route.targets)
-            if all(number in available for number, _ in targets):
-                routes[route.alias] = targets
-            elif route.alias in served.routes:
-                # Its new target cannot be served here: it stays where it was.
-                routes[route.alias] = served.routes[route.alias]
-        for targets in routes.values():
-            for number, _ in targets:
-                if number not in available:
-                    available[number] = served.revisions[number]
+        routes, revisions = follow_routes(desired, available, served.routes, served.revisions)
         model = ServedModel(
             desired.model,
-            MappingProxyType(dict(sorted(available.items()))),
+            MappingProxyType(revisions),
             MappingProxyType(routes),
             MappingProxyType(
                 {
@@ -206,23 +195,14 @@ class PreprocessMember:
 
 
 def _desired(model: ServedModel) -> fleet_pb.DesiredModel:
-    return fleet_pb.DesiredModel(
-        model=model.name,
-        revisions=[
+    return tell_model(
+        model.name,
+        [
             fleet_pb.DesiredRevision(
                 revision=number, bundle_sha256=revision.digest, size_bytes=revision.size_bytes
             )
             for number, revision in model.revisions.items()
         ],
-        routes=[
-            fleet_pb.Route(
-                alias=alias,
-                targets=[
-                    fleet_pb.WeightedRevision(revision=number, weight=weight)
-                    for number, weight in targets
-                ],
-                shadow=model.shadows[alias].to_proto() if alias in model.shadows else None,
-            )
-            for alias, targets in model.routes.items()
-        ],
+        model.routes,
+        model.shadows,
     )
