@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from pollard.client.load import Load
 
 POLLARD = [sys.executable, "-m", "pollard.client.cli"]
 
@@ -140,6 +143,20 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield made.wait_ready()
     finally:
         made.end()
+
+
+@pytest.fixture
+def more_answers() -> Callable[[Load], Awaitable[None]]:
+    """Return a function that waits for a moment, and until a load has had more answers in it."""
+
+    async def wait(load: Load) -> None:
+        before = len(load.traffic.answered)
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(60):
+            while len(load.traffic.answered) < before + 16:
+                await asyncio.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture

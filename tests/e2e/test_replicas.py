@@ -6,7 +6,7 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ async def test_a_swap_across_all_servers_drops_and_mixes_nothing(
     replicas: dict[str, str],
     make_bundle: BundleMaker,
     make_samples: Callable[[int], Any],
+    more_answers: Callable[[Load], Awaitable[None]],
     model: str,
     sizes: tuple[int, int],
     kinds: tuple[str, ...],
@@ -110,7 +111,7 @@ async def test_a_swap_across_all_servers_drops_and_mixes_nothing(
                 await models.set_alias(model, "production", revision, allow_signature_change=True)
                 for load in loads:
                     load.traffic.serving = revision
-                await asyncio.sleep(0.3)
+                await asyncio.gather(*(more_answers(load) for load in loads))
         finally:
             for load in loads:
                 load.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pollard.client import AsyncModelsClient
@@ -34,7 +34,10 @@ def _load(
 
 
 async def test_no_request_fails_or_gets_another_revisions_answer(
-    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+    up: Any,
+    make_bundle: BundleMaker,
+    make_samples: Callable[[int], list[Sample]],
+    more_answers: Callable[[Load], Awaitable[None]],
 ) -> None:
     samples = make_samples(32)
     bundles = [make_bundle(seed=seed) for seed in (11, 12, 13)]
@@ -52,7 +55,7 @@ async def test_no_request_fails_or_gets_another_revisions_answer(
                 load.traffic.serving = 0
                 await models.set_alias("swapped", "production", revision)
                 load.traffic.serving = revision
-                await asyncio.sleep(0.2)
+                await more_answers(load)
         finally:
             load.finish()
             await clients
@@ -61,7 +64,10 @@ async def test_no_request_fails_or_gets_another_revisions_answer(
 
 
 async def test_preprocessing_travels_with_the_revision(
-    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+    up: Any,
+    make_bundle: BundleMaker,
+    make_samples: Callable[[int], list[Sample]],
+    more_answers: Callable[[Load], Awaitable[None]],
 ) -> None:
     """Two revisions of different input size: no image meets the steps of the other one."""
     samples = make_samples(32)
@@ -80,7 +86,7 @@ async def test_preprocessing_travels_with_the_revision(
                     "resized", "production", revision, allow_signature_change=True
                 )
                 load.traffic.serving = revision
-                await asyncio.sleep(0.2)
+                await more_answers(load)
         finally:
             load.finish()
             await clients
@@ -89,7 +95,10 @@ async def test_preprocessing_travels_with_the_revision(
 
 
 async def test_an_answer_that_is_another_revisions_would_be_found(
-    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+    up: Any,
+    make_bundle: BundleMaker,
+    make_samples: Callable[[int], list[Sample]],
+    more_answers: Callable[[Load], Awaitable[None]],
 ) -> None:
     samples = make_samples(8)
     served, other = make_bundle(seed=21), make_bundle(seed=22)
@@ -97,7 +106,7 @@ async def test_an_answer_that_is_another_revisions_would_be_found(
         await models.push(served.path, "told-apart", alias="production")
     load = _load(up, "told-apart", samples, {1: Reference(other, samples)})
     clients = asyncio.create_task(load.run())
-    await asyncio.sleep(0.5)
+    await more_answers(load)
     load.finish()
     await clients
     assert load.traffic.answered
@@ -105,7 +114,10 @@ async def test_an_answer_that_is_another_revisions_would_be_found(
 
 
 async def test_a_refused_revision_changes_nothing(
-    up: Any, make_bundle: BundleMaker, make_samples: Callable[[int], list[Sample]]
+    up: Any,
+    make_bundle: BundleMaker,
+    make_samples: Callable[[int], list[Sample]],
+    more_answers: Callable[[Load], Awaitable[None]],
 ) -> None:
     """The golden outputs of the second revision are not those of its model."""
     import pytest
@@ -132,7 +144,7 @@ async def test_a_refused_revision_changes_nothing(
                 await models.set_alias("refused", "production", 2)
             assert caught.value.serving == 1
             assert caught.value.failures[0].server_id.startswith("inference-")
-            await asyncio.sleep(0.2)
+            await more_answers(load)
         finally:
             load.finish()
             await clients

@@ -570,9 +570,10 @@ async def test_a_part_is_closed_though_its_receiver_is_cancelled_again_and_again
 
     request = uploads.UploadRequest("m", str(uuid.uuid4()), 0, len(tar), bundle_sha256="0" * 64)
     receiving = asyncio.create_task(suite.service.uploads.receive(request, chunks(), "me"))
-    await received.wait()
-    await asyncio.sleep(0.1)
-    assert open_below(suite.settings.store / "uploads")
+    async with asyncio.timeout(10):
+        await received.wait()
+        while not open_below(suite.settings.store / "uploads"):
+            await asyncio.sleep(0.01)
     free = threading.Event()
     loop = asyncio.get_running_loop()
     # As many as the loop's own executor has threads, whatever the machine.
