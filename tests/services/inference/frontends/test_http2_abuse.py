@@ -8,6 +8,7 @@ import json
 import resource
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,31 @@ class Attacked:
     def begin(self) -> None:
         """Count memory and lines from now on."""
         self.serves()
-        family = psutil.Process(self._process.pid)
-        for each in [family, *family.children(recursive=True)]:
+        self._rests()
+        for each in self._family():
             # The most that was resident becomes what is resident now.
             Path(f"/proc/{each.pid}/clear_refs").write_text("5")
         self._before, self._lines = peak_bytes(self._process), len(self.log)
+
+    def _family(self) -> list[psutil.Process]:
+        parent = psutil.Process(self._process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def _rests(self) -> None:
+        """Wait until the calls of the attack before have ended, which take memory until then."""
+
+        def used() -> float:
+            return sum(sum(each.cpu_times()[:2]) for each in self._family())
+
+        give_up = time.monotonic() + 60
+        before = used()
+        while True:
+            time.sleep(0.3)
+            now = used()
+            if now - before < 0.05:
+                return
+            assert time.monotonic() < give_up, "it is still busy with the attack before"
+            before = now
 
     def serves(self) -> None:
         for _ in range(10):
