@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,23 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield made.wait_ready()
     finally:
         made.end()
+
+
+@pytest.fixture(scope="module")
+def keep_port() -> Iterator[Callable[[], int]]:
+    """Return a function that gives a free port of this machine; nobody gets it by chance.
+
+    It is bound and not listened at, so that whoever asks for just this one can have it.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def keep() -> int:
+            holder = stack.enter_context(socket.socket())
+            holder.bind(("127.0.0.1", 0))
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return int(holder.getsockname()[1])
+
+        yield keep
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,15 @@ from pollard.runtime.reference import Reference
 BundleMaker = Callable[..., Bundle]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
-def replicas(up: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def replicas(
+    up: Any, tmp_path_factory: pytest.TempPathFactory, keep_port: Callable[[], int]
+) -> Iterator[dict[str, str]]:
     """A second inference and a second preprocess server beside those of `up`; their addresses."""
     directory: Path = tmp_path_factory.mktemp("replicas")
     addresses, processes = {}, []
     for service in ("inference", "preprocess"):
-        port = _free_port()
+        port = keep_port()
         addresses[service] = f"127.0.0.1:{port}"
         with (directory / f"{service}.log").open("wb") as log:
             processes.append(
@@ -54,8 +49,6 @@ def replicas(up: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
                 if sum(server.connected for server in servers) == 4:
                     break
                 assert all(process.poll() is None for process in processes)
-                import time
-
                 time.sleep(0.1)
         assert {server.address for server in servers} >= set(addresses.values())
         yield addresses

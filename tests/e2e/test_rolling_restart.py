@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,19 +25,12 @@ BundleMaker = Callable[..., Bundle]
 PIXELS = (np.arange(64, dtype=np.uint8) * 3).reshape(8, 8)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class Service:
     """One `pollard serve` that keeps its port and its directory."""
 
-    def __init__(self, directory: Path, name: str, kind: str, *arguments: str) -> None:
+    def __init__(self, directory: Path, port: int, name: str, kind: str, *arguments: str) -> None:
         self.name = name
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{port}"
         keep = "--store" if kind == "models" else "--cache-dir"
         self._log = directory / f"{name}.log"
         self._command = [
@@ -64,14 +56,14 @@ class Service:
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Iterator[dict[str, Service]]:
-    manager = Service(tmp_path, "models", "models")
+def suite(tmp_path: Path, keep_port: Callable[[], int]) -> Iterator[dict[str, Service]]:
+    manager = Service(tmp_path, keep_port(), "models", "models")
     made = {"models": manager}
     for number in (1, 2):
         for kind in ("inference", "preprocess"):
             name = f"{kind}-{number}"
             follow = ("--manager", manager.address, "--server-id", name)
-            made[name] = Service(tmp_path, name, kind, *follow)
+            made[name] = Service(tmp_path, keep_port(), name, kind, *follow)
     try:
         for service in made.values():
             service.start()
