@@ -58,10 +58,19 @@ async def test_every_page_shows_what_the_manager_holds(
     served: Any, visit: Any, helpers: Any
 ) -> None:
     visitor = visit(served)
-    shown = {path: await visitor.get(path) for path in PAGES}
+
+    async def read() -> dict[str, Any]:
+        return {path: await visitor.get(path) for path in PAGES}
+
+    # A server is in step once it has acknowledged the newest state, not only the first.
+    shown = await helpers.eventually(
+        read,
+        lambda shown: (
+            "1 of 1 in step" in words(shown["/"].text) and "In step" in words(shown["/fleet"].text)
+        ),
+    )
     assert {path: answer.status for path, answer in shown.items()} == dict.fromkeys(PAGES, 200)
     assert "newest is 3" in words(shown["/"].text)
-    assert "1 of 1 in step" in words(shown["/"].text)
     assert re.search(r"production.*Active", words(shown["/models/m"].text))
     assert "N × 4 × 4 × 1" in words(shown["/models/m/revisions/2"].text)
     assert "No vision service is known" in shown["/models/m/try"].text
