@@ -104,6 +104,29 @@ async def test_a_shadow_whose_steps_fail_is_counted_and_answers_nobody(
     await eventually(lambda: counters(suite, 2).shadow.failed == 1)
 
 
+async def test_a_shadow_whose_revision_is_not_here_holds_up_nothing_and_begins_once_it_is(
+    suite: Any, manager: Any, make_bundle: Any, make_picture: Any, capsys: Any
+) -> None:
+    second = make_bundle(size=8, channels=3, edit=mirrored)
+    routes = {"production": {1: 1}}
+    version = manager.set(INFERENCE, {1: suite.bundle, 2: second}, routes, shadow=SHADOW)
+    await manager.acknowledged(version, "inference-1")
+    version = manager.set(PREPROCESS, {1: suite.bundle}, routes, shadow=SHADOW)
+    await manager.acknowledged(version, "preprocess-1")
+    answer = await suite.vision.Predict(question(make_picture(1)), timeout=20)
+    assert answer.revision == 1
+    assert {status.revision for status in suite.server.member.statuses()} == {1}
+    await serve(suite, manager, second, SHADOW)
+    await suite.vision.Predict(question(make_picture(1)), timeout=20)
+
+    def looked_at() -> bool:
+        shadow = counters(suite, 2).shadow
+        return bool(shadow.compared + shadow.dropped == 1)
+
+    await eventually(looked_at)
+    assert "Traceback" not in "".join(capsys.readouterr())  # nor did a copy of nothing fail
+
+
 def crops_too_much(manifest: bundle_pb2.Manifest) -> None:
     resize = manifest.preprocess[1].resize
     manifest.preprocess[1].center_crop.CopyFrom(bundle_pb2.CenterCrop(width=200, height=200))
