@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
-from pollard.services.common.desired import follow_routes, tell_model
+from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
 from pollard.services.common.shadows import ShadowRule
 
 numbers = st.integers(1, 6)
@@ -57,6 +57,26 @@ def test_whatever_is_wanted_every_alias_leads_to_what_is_served(desired, running
     assert list(served) == sorted(served)
 
 
+def shadowed(alias: str, *, revision: int, base: int) -> fleet_pb.Route:
+    shadow = fleet_pb.Shadow(revision=revision, base_revision=base, share_ppm=100_000)
+    return fleet_pb.Route(
+        alias=alias,
+        targets=[fleet_pb.WeightedRevision(revision=base, weight=1)],
+        shadow=shadow,
+    )
+
+
+def test_a_shadow_begins_once_both_revisions_are_served_and_its_alias_leads_somewhere():
+    desired = fleet_pb.DesiredModel(
+        model="m", routes=[shadowed("production", revision=2, base=1), *wanted({"next": ()}).routes]
+    )
+    rule = ShadowRule.of(desired.routes[0].shadow)
+    assert follow_shadows(desired, {"production"}, {1, 2}) == {"production": rule}
+    assert follow_shadows(desired, {"production"}, {1}) == {}
+    assert follow_shadows(desired, {"production"}, {2}) == {}
+    assert follow_shadows(desired, {"next"}, {1, 2}) == {}
+
+
 @given(routes)
 def test_what_is_told_can_be_desired(led):
     rule = ShadowRule.of(fleet_pb.Shadow(revision=2, base_revision=1, share_ppm=100_000))
@@ -66,9 +86,5 @@ def test_what_is_told_can_be_desired(led):
     assert list(told.revisions) == revisions
     everything = dict.fromkeys(range(1, 7), "")
     assert follow_routes(told, everything, {}, {})[0] == led
-    shadowed = {
-        route.alias: ShadowRule.of(route.shadow)
-        for route in told.routes
-        if route.HasField("shadow")
-    }
-    assert shadowed == ({"production": rule} if "production" in led else {})
+    shadows = follow_shadows(told, led, everything)
+    assert shadows == ({"production": rule} if "production" in led else {})

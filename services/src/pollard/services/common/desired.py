@@ -1,9 +1,9 @@
 """One model of the fleet's desired state, as inference and preprocess servers carry it out: where
-its aliases lead, and what a server tells of it."""
+its aliases lead, which requests are copied, and what a server tells of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TypeVar
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
@@ -41,6 +41,28 @@ def follow_routes(
     needed = {number for targets in followed.values() for number, _ in targets}
     kept = {number: revisions[number] for number in needed - available.keys()}
     return followed, dict(sorted({**kept, **available}.items()))
+
+
+def follow_shadows(
+    desired: fleet_pb.DesiredModel, routes: Container[str], revisions: Container[int]
+) -> dict[str, ShadowRule]:
+    """Return the shadows that can be carried out, by alias; each order looks again.
+
+    Args:
+        desired: What the manager wants.
+        routes: The aliases that lead somewhere here.
+        revisions: What is served here: both revisions of a rule have to be.
+    """
+    rules = {
+        route.alias: ShadowRule.of(route.shadow)
+        for route in desired.routes
+        if route.HasField("shadow") and route.alias in routes
+    }
+    return {
+        alias: rule
+        for alias, rule in rules.items()
+        if rule.revision in revisions and rule.base_revision in revisions
+    }
 
 
 def tell_model(

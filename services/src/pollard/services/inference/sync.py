@@ -16,10 +16,9 @@ from google.protobuf import duration_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.errors import BundleError, SignatureInvalid, SignatureUntrusted
 from pollard.services.common.bundle_source import BundleSource
-from pollard.services.common.desired import follow_routes, tell_model
+from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
 from pollard.services.common.fleet_agent import Applied, Failure
 from pollard.services.common.lifecycle import cancel
-from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
 from pollard.services.inference.engine import Engine, ServedModel
@@ -178,22 +177,11 @@ class InferenceMember:
         running: Mapping[int, LoadedRevision],
     ) -> None:
         routes, available = follow_routes(desired, running, served.routes, served.revisions)
-        rules = {
-            route.alias: ShadowRule.of(route.shadow)
-            for route in desired.routes
-            if route.HasField("shadow")
-        }
         switched = ServedModel(
             served.name,
             MappingProxyType(available),
             MappingProxyType(routes),
-            MappingProxyType(
-                {
-                    alias: rule
-                    for alias, rule in rules.items()
-                    if rule.revision in available and rule.base_revision in available
-                }
-            ),
+            MappingProxyType(follow_shadows(desired, routes, available)),
         )
         if switched != served:
             self._engine.switch(switched)

@@ -69,10 +69,10 @@ class ImageShadows:
         if model is None:
             return
         for rule in model.shadows.values():
-            target = model.revisions.get(rule.revision)
             wanted = rule.transform_again and rule.base_revision == revision.revision
-            if not wanted or target is None or random.random() >= rule.share:
+            if not wanted or random.random() >= rule.share:
                 continue
+            target = model.revisions[rule.revision]
             expected = answer.get(rule.output)
             if expected is None:
                 continue

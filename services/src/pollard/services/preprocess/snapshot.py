@@ -154,7 +154,7 @@ class ServedModel:
     revisions: Mapping[int, ServedRevision] = field(default_factory=lambda: MappingProxyType({}))
     routes: Mapping[str, Route] = field(default_factory=lambda: MappingProxyType({}))
     shadows: Mapping[str, ShadowRule] = field(default_factory=lambda: MappingProxyType({}))
-    """By alias."""
+    """By alias; both revisions of each are in `revisions`."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from pollard.runtime.bundle import Bundle, check_file
 from pollard.runtime.errors import BundleError
 from pollard.runtime.images import ImageLimits
 from pollard.services.common.bundle_source import BundleSource
-from pollard.services.common.desired import follow_routes, tell_model
+from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
 from pollard.services.common.fleet_agent import Applied, Failure
-from pollard.services.common.shadows import ShadowRule
 from pollard.services.common.status import to_proto
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.inference_client import InferenceClient
@@ -144,13 +143,7 @@ class PreprocessMember:
             desired.model,
             MappingProxyType(revisions),
             MappingProxyType(routes),
-            MappingProxyType(
-                {
-                    route.alias: ShadowRule.of(route.shadow)
-                    for route in desired.routes
-                    if route.HasField("shadow") and route.alias in routes
-                }
-            ),
+            MappingProxyType(follow_shadows(desired, routes, revisions)),
         )
         return model, failures
 
