@@ -12,7 +12,7 @@ DISTRIBUTIONS := protos/python runtime clients/python services compression
 INSTALL := -e protos/python -e 'runtime[cpu]' -e clients/python -e 'services[cpu]' -e 'compression[cpu]'
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts gen reference clients sbom lock format clean
+.PHONY: help demo test long check lint types contracts gen reference clients sbom lock format clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is
@@ -21,8 +21,11 @@ help: ## Say what there is
 demo: $(VENV)/.installed ## Train, compress, serve and swap under load, on real digits
 	$(BIN)/pollard demo $(DEMO_FLAGS)
 
-test: $(VENV)/.installed-dev ## Run all tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: $(VENV)/.installed-dev ## Run the tests, but for those that take long
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not long"
+
+long: $(VENV)/.installed-dev ## Run the long tests: kills, drills, examples from training to traffic, other languages
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m long
 
 check: lint types contracts ## Lint, types, contracts and generated code
 

@@ -65,6 +65,7 @@ def trained() -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.long
 def test_own_data_loss_and_metric_give_a_file_and_a_trainable_model(
     trained: nn.Module, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_own_data_loss_and_metric_give_a_file_and_a_trainable_model(
     assert report["macs"]["pruned"] < 0.31 * report["macs"]["parent"]
 
 
+@pytest.mark.long
 def test_eight_bits_compete(trained: nn.Module, tmp_path: Path) -> None:
     def whatever(predict: Predict) -> float:
         return float(predict(batches(2)[0][0]).isfinite().all())
@@ -203,6 +205,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         load_pruned(entry.build(10), tmp_path)
 
 
+@pytest.mark.long
 def test_a_budget_is_met_with_own_batches(trained: nn.Module, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in trained.state_dict().items()}
     recipe = ModelRecipe(

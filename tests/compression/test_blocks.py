@@ -35,6 +35,7 @@ def test_only_blocks_that_add_and_keep_the_shape_can_go(
         assert find_blocks(architectures[name](), SPEC) == []
 
 
+@pytest.mark.long
 def test_the_blocks_that_cost_least_accuracy_go_first(tmp_path: Path) -> None:
     entry = find("resnet20-cifar")
     parent = entry.build(10).eval()

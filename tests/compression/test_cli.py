@@ -156,6 +156,7 @@ def test_weights_are_not_overwritten_unasked(invoke: Invoke, digits_parent: Path
     assert digits_parent.read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
     invoke: Invoke, digits_parent: Path, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_budget_of_size_is_met_by_ranks_where_they_cost_least(
     assert torch.equal(outputs(load_pruned(head_of_vgg(), tmp_path)), outputs(cut.module))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("share", "some"), [(0.0, False), (0.99999, False), (None, True)])
 def test_a_budget_factorises_only_as_far_as_it_may(share: float | None, some: bool) -> None:
     config = ShrinkConfig(parse_budgets(["params=0.3"]), ("cpu-fp32",), steps=1, factorize=share)

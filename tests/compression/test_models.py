@@ -140,6 +140,7 @@ def test_an_unknown_module_is_named() -> None:
         load_model("no_such_package:net", spec=SPEC)
 
 
+@pytest.mark.long
 def test_inception_keeps_its_second_classifier_for_training_only(tmp_path: Path) -> None:
     spec = InputSpec(75, 75, 3, (0.5,) * 3, (0.5,) * 3)
     trained = load_model("inception-v3", classes=3, spec=spec, auxiliary=True).module

@@ -144,6 +144,7 @@ def test_the_report_loads_nothing_from_anywhere(compressed: tuple[CompressionRes
     assert np.array(report["confusion"]["chosen"]).sum() == 445
 
 
+@pytest.mark.long
 def test_the_same_recipe_gives_the_same_file(digits_parent: Path, tmp_path: Path) -> None:
     same = recipe(digits_parent, target="cpu-fp32", epochs=1, max_train_images=256, max_drop=100.0)
     models = []

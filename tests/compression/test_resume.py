@@ -74,6 +74,7 @@ def finished(
     return compress(_recipe(digits_parent), folder / "out", cache=folder / "stages"), folder
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_gives_the_same_file(
     finished: tuple[CompressionResult, Path], digits_parent: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_refused_measurement_is_measured_anew(
     assert len(list(stages.glob("export-*/"))) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "code", "words"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
 )

@@ -69,6 +69,7 @@ def test_the_fastest_that_holds_the_gate_is_chosen_or_else_the_most_accurate() -
         choose([TRIALS[4]], 1.0)
 
 
+@pytest.mark.long
 def test_the_same_seed_tries_the_same_points_even_when_it_was_interrupted(tmp_path: Path) -> None:
     whole = search(7, 3, 1.0, tmp_path / "whole.db", Processes(made_up, 2))
     assert [t.number for t in whole.trials] == list(range(7))
@@ -99,6 +100,7 @@ class Unruly:
         self._pool.shutdown()
 
 
+@pytest.mark.long
 def test_points_do_not_depend_on_how_many_run_at_a_time_or_which_ends_first(
     tmp_path: Path,
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_search_whose_time_is_over_ends_with_what_it_has(tmp_path: Path) -> No
     assert found.why.endswith("2 of 40 trials fitted into the time that was given")
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_and_leaves_no_process(tmp_path: Path) -> None:
     """Workers end when the one that started them is gone."""
     script = tmp_path / "killed.py"
@@ -176,6 +179,7 @@ def _by_work(table: LatencyTable, kernels: Iterable[Kernel], **_: Any) -> int:
     return 0
 
 
+@pytest.mark.long
 def test_a_search_compresses_to_its_point(
     digits_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

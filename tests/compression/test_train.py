@@ -69,6 +69,7 @@ def test_a_limit_of_time_takes_fewer_steps_and_still_writes_weights(tmp_path: Pa
     assert (tmp_path / "w.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_training_ends_early_where_nothing_gets_better(tmp_path: Path) -> None:
     # A rate at which nothing moves: no epoch is better than the one before it.
     done = invoke(
@@ -120,6 +121,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     recipe = [*QUICK, "--epochs", 12, "--ema", "0.9", "--augment", "shift,mixup"]
     digits = ["small-cnn-28", "--data", "digits"]
@@ -154,6 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert broken.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.long
 def test_a_stopped_run_names_its_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "w.safetensors", tmp_path / "w.checkpoint.pt"
     process = subprocess.Popen(
@@ -174,6 +177,7 @@ def test_a_stopped_run_names_its_checkpoint_and_how_to_go_on(tmp_path: Path) -> 
     assert checkpoint.exists()
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     recipe = [*QUICK, "--epochs", "2", "--augment", "shift,cutmix", "--label-smoothing", "0.1"]
     results = {}

@@ -103,6 +103,7 @@ def test_imagenet_models_take_the_macs_that_are_published(name: str) -> None:
 
 
 # The one with the most branches stands for all; `python -m bench.zoo` takes all of them.
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), [("inception-v3", 75)])
 def test_imagenet_models_are_pruned_and_exported(name: str, size: int, tmp_path: Path) -> None:
     spec = replace(find(name).spec, height=size, width=size, short_side=0)

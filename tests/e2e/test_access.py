@@ -141,6 +141,7 @@ def test_a_token_lets_in_until_it_is_revoked_everywhere(guarded: Any, served: Mo
         assert (action, f"tokens/{made.token.token_id}") in actions
 
 
+@pytest.mark.long
 def test_a_token_expires_by_itself(guarded: Any, served: ModelsClient) -> None:
     made = served.create_token("visitor", "predictor", ttl_seconds=8)
     with vision(guarded, made.secret) as client:
@@ -190,6 +191,7 @@ def test_bundles_are_stored_up_to_the_quota(
     assert revision.creator == f"trainer (token {made.token.token_id})"
 
 
+@pytest.mark.long
 def test_servers_know_tokens_while_the_manager_is_away_and_after_a_restart(
     start_up: Callable[..., Any], make_bundle: Any
 ) -> None:
@@ -223,6 +225,7 @@ def test_servers_know_tokens_while_the_manager_is_away_and_after_a_restart(
         assert killed["inference"] != 0
 
 
+@pytest.mark.long
 def test_the_commands_make_list_and_revoke(
     guarded: Any, admin: str, served: ModelsClient, pollard: Callable[..., Any], tmp_path: Path
 ) -> None:

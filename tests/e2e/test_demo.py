@@ -59,6 +59,7 @@ def bundles(make_bundle: BundleMaker) -> Path:
     return made.path.parent
 
 
+@pytest.mark.long
 def test_nothing_fails_while_it_swaps(bundles: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(
@@ -82,6 +83,7 @@ def test_nothing_fails_while_it_swaps(bundles: Path, tmp_path: Path) -> None:
     assert str(bundles / "compressed" / "report.html") in done.stdout.replace("\n", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_leaves_no_process_when_it_is_interrupted(
     bundles: Path, tmp_path: Path, number: signal.Signals

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pollard.client import ModelsClient, VisionClient
 from pollard.runtime.bundle import Bundle
@@ -19,6 +20,7 @@ DRILL = [sys.executable, "-m", "pollard.client.cli", "drill", "swap"]
 PIXELS = np.zeros((8, 8), np.uint8)
 
 
+@pytest.mark.long
 def test_an_installation_is_drilled_and_left_as_it_was(
     up: Any, make_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_tensors(served, example):
     assert "revision: {1: 100}" in out or "version 1: " in out
 
 
+@pytest.mark.long
 def test_a_model_of_your_own_is_trained_compressed_and_bundled(tmp_path: Path):
     colors = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
     images = tmp_path / "images"
@@ -97,6 +98,7 @@ def test_a_model_of_your_own_is_trained_compressed_and_bundled(tmp_path: Path):
     assert (tmp_path / "figures.json").exists()
 
 
+@pytest.mark.long
 def test_a_published_state_dict_is_loaded_packed_and_asked_about_a_photograph(up, tmp_path: Path):
     # Weights in torchvision's format: what is shown here does not depend on what they know.
     torch.manual_seed(0)
@@ -124,6 +126,7 @@ def test_a_published_state_dict_is_loaded_packed_and_asked_about_a_photograph(up
     assert served.splitlines()[-3:] == here.splitlines()[-3:]
 
 
+@pytest.mark.long
 def test_new_classes_are_learnt_on_an_old_backbone(tmp_path: Path):
     torch.manual_seed(0)
     torch.save(find("resnet20-cifar").build(10).state_dict(), tmp_path / "w.pth")
@@ -141,6 +144,7 @@ def test_new_classes_are_learnt_on_an_old_backbone(tmp_path: Path):
     assert (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.long
 def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
     out = run(
         str(EXAMPLES / "digits_to_traffic.py"),
@@ -160,6 +164,7 @@ def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
     assert abs(served["log_loss"] - here["log_loss"]) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_checkpoint_is_compressed_and_rolled_out_by_canary(up, tmp_path: Path):
     torch.manual_seed(0)
@@ -191,6 +196,7 @@ def size_of(picture: Path) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.long
 def test_a_detector_goes_from_scenes_to_boxes_over_the_network(up, tmp_path: Path):
     out = run(
         str(EXAMPLES / "detect_shapes.py"), str(tmp_path), "shapes:80", "1",
@@ -212,6 +218,7 @@ def test_a_detector_goes_from_scenes_to_boxes_over_the_network(up, tmp_path: Pat
     assert size_of(tmp_path / "boxes.png") == size_of(tmp_path / "scene.png")
 
 
+@pytest.mark.long
 def test_a_u_net_goes_from_scenes_to_masks_over_the_network(up, tmp_path: Path):
     out = run(
         str(EXAMPLES / "segment_shapes.py"), str(tmp_path), "shapes:80", "1",

@@ -67,6 +67,7 @@ def _until_managed(up: Any, model: str) -> Alias:
             time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_an_upload_survives_the_death_of_the_manager(
     up: Any, make_bundle: BundleMaker, tmp_path: Any
 ) -> None:
@@ -91,6 +92,7 @@ def test_an_upload_survives_the_death_of_the_manager(
     assert _until_answered(up, "uploaded") == (1, _best(bundle))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("service", ["models", "inference", "preprocess"])
 def test_a_swap_survives_the_death_of_a_service(
     up: Any, make_bundle: BundleMaker, service: str
@@ -119,6 +121,7 @@ def test_a_swap_survives_the_death_of_a_service(
     assert _until_answered(up, model) == (other, _best(bundles[other]))
 
 
+@pytest.mark.long
 async def test_requests_go_on_while_the_manager_is_dead(up: Any, make_bundle: BundleMaker) -> None:
     bundle = make_bundle(seed=51)
     async with (
@@ -134,6 +137,7 @@ async def test_requests_go_on_while_the_manager_is_dead(up: Any, make_bundle: Bu
         await asyncio.to_thread(up.wait_ready, after=killed)
 
 
+@pytest.mark.long
 def test_the_command_watches_through_the_death_of_the_manager(
     up: Any, make_bundle: BundleMaker, tmp_path: Any
 ) -> None:
@@ -173,6 +177,7 @@ def test_the_command_watches_through_the_death_of_the_manager(
     assert seen[: len(wanted)] == wanted
 
 
+@pytest.mark.long
 def test_everything_dead_at_once_comes_back(up: Any, make_bundle: BundleMaker) -> None:
     bundle = make_bundle(seed=61)
     with ModelsClient(up.address("models")) as models:

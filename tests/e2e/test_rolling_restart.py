@@ -105,6 +105,7 @@ async def until_all_run(models: AsyncModelsClient, revision: int | None) -> None
         raise AssertionError(f"not all servers run it: {found}") from None
 
 
+@pytest.mark.long
 async def test_no_request_is_lost_while_everything_is_restarted_in_turn(
     suite: dict[str, Service], make_bundle: BundleMaker
 ) -> None:

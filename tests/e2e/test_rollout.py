@@ -152,6 +152,7 @@ class Clients:
                     self.answered[answer.version] += 1
 
 
+@pytest.mark.long
 async def test_a_good_revision_is_promoted_and_no_request_fails(
     up: Any, make_bundle: BundleMaker
 ) -> None:
@@ -191,6 +192,7 @@ async def test_a_revision_that_fails_one_in_five_is_taken_back(
             await models.promote_rollout("spoilt", started.number)
 
 
+@pytest.mark.long
 async def test_a_revision_that_takes_many_times_as_long_is_taken_back(
     up: Any, make_bundle: BundleMaker, slow_bundle: Bundle
 ) -> None:
@@ -208,6 +210,7 @@ async def test_a_revision_that_takes_many_times_as_long_is_taken_back(
         assert (await models.alias("tardy")).revision == 1
 
 
+@pytest.mark.long
 async def test_a_revision_whose_shadows_answer_otherwise_never_answers_anybody(
     up: Any, make_bundle: BundleMaker
 ) -> None:

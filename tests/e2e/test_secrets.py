@@ -136,6 +136,7 @@ def forms(secret: str) -> list[bytes]:
     return sorted(found)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_no_planted_secret_is_told_anywhere(
     start_up: Callable[..., Any],

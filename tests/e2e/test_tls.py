@@ -19,6 +19,7 @@ from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
 
+@pytest.mark.long
 def test_a_model_is_pushed_swapped_and_asked_where_all_show_certificates(
     start_up: Callable[..., Any],
     pollard: Callable[..., Any],

@@ -136,6 +136,7 @@ def database(postgres: Any) -> Any:
     postgres.drop_database(name)
 
 
+@pytest.mark.long
 async def test_rollouts_outlive_their_leader_and_a_crash_of_the_database(
     tmp_path: Path,
     postgres: Any,

@@ -165,6 +165,7 @@ def test_bad_requests_get_their_own_errors(up: Any, make_bundle: BundleMaker) ->
         assert vision.predict(PIXELS, "bad").revision == 1
 
 
+@pytest.mark.long
 def test_it_stops_cleanly_on_sigterm_and_serves_the_same_after_a_restart(
     start_up: Callable[..., Any],
     make_bundle: BundleMaker,
@@ -206,6 +207,7 @@ def test_the_models_service_gives_way_to_those_that_answer_requests(
     assert priorities["models"] == min(own + 10, 19)
 
 
+@pytest.mark.long
 def test_killing_the_supervisor_kills_the_services(
     start_up: Callable[..., Any],
     processes_of: Callable[[int], list[psutil.Process]],

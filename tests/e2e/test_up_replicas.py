@@ -17,6 +17,7 @@ from pollard.runtime.bundle import Bundle
 from pollard.runtime.reference import Reference
 
 
+@pytest.mark.long
 async def test_replicas_share_the_images_and_cover_for_each_other(
     start_up: Callable[..., Any],
     make_bundle: Callable[..., Bundle],
@@ -57,6 +58,7 @@ async def test_replicas_share_the_images_and_cover_for_each_other(
     assert up.stop() == 0
 
 
+@pytest.mark.long
 async def test_a_client_with_one_channel_uses_all_replicas_through_the_balancer(
     start_up: Callable[..., Any],
     make_bundle: Callable[..., Bundle],

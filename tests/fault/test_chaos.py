@@ -52,6 +52,7 @@ def storm(kinds: tuple[str, ...], directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_whatever_breaks_no_request_fails_and_all_recovers(tmp_path: Path) -> None:
     found = storm(EVERYWHERE, tmp_path)
@@ -59,6 +60,7 @@ def test_whatever_breaks_no_request_fails_and_all_recovers(tmp_path: Path) -> No
     assert found["left_out"] == {}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_pulled_cables_slow_disks_and_wrong_clocks_are_survived(tmp_path: Path) -> None:
     missing = left_out(ELSEWHERE)

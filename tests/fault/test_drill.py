@@ -44,6 +44,7 @@ def drill(tmp_path: Path) -> Drill:
     return run
 
 
+@pytest.mark.long
 def test_no_request_fails_or_is_answered_wrongly_while_revisions_are_swapped(drill: Drill) -> None:
     # Far from what the services can answer: other tests may take most of the machine.
     found, done = drill(
@@ -63,6 +64,7 @@ def test_no_request_fails_or_is_answered_wrongly_while_revisions_are_swapped(dri
     assert "Passed" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_nothing_is_lost_when_services_are_killed_in_the_middle_of_anything(drill: Drill) -> None:
     seed = random.randrange(1_000_000)
@@ -78,6 +80,7 @@ def test_nothing_is_lost_when_services_are_killed_in_the_middle_of_anything(dril
     assert {kill["service"] for kill in found["kills"]} <= {INFERENCE, PREPROCESS, MODELS}
 
 
+@pytest.mark.long
 def test_it_ends_cleanly_when_it_is_interrupted(tmp_path: Path) -> None:
     with (tmp_path / "out.txt").open("wb") as out:
         process = subprocess.Popen(
@@ -104,6 +107,7 @@ def test_it_ends_cleanly_when_it_is_interrupted(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 def test_a_time_that_is_over_is_told_and_is_no_success(drill: Drill, tmp_path: Path) -> None:
     found, done = drill(
         *("--swaps", "1000", "--model-mb", "1", "--load", "closed"),

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pollard.services.drill.processes import Usage
 from pollard.services.drill.soak import Sample, Soak, SoakOptions, soak_figures
 from pollard.services.up.plan import INFERENCE, MODELS, PREPROCESS
@@ -17,6 +19,7 @@ from pollard.services.up.plan import INFERENCE, MODELS, PREPROCESS
 COMMAND = [sys.executable, "-m", "pollard.client.cli", "drill", "soak"]
 
 
+@pytest.mark.long
 def test_it_asks_swaps_looks_and_passes(tmp_path: Path) -> None:
     figures = tmp_path / "soak.json"
     done = subprocess.run(

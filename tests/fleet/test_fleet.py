@@ -154,6 +154,7 @@ async def judged_by_all(models: AsyncModelsClient, model: str, number: int) -> N
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.long
 async def test_a_host_that_loses_its_power_is_left_out_and_comes_back(
     installation: Any, make_bundle: BundleMaker, samples: Any
 ) -> None:
@@ -173,6 +174,7 @@ async def test_a_host_that_loses_its_power_is_left_out_and_comes_back(
             )
 
 
+@pytest.mark.long
 async def test_a_host_that_is_cut_off_serves_what_it_knows_and_catches_up(
     installation: Any, make_bundle: BundleMaker, samples: Any
 ) -> None:
@@ -203,6 +205,7 @@ async def test_a_host_that_is_cut_off_serves_what_it_knows_and_catches_up(
             traffic.serving = 2
 
 
+@pytest.mark.long
 async def test_a_fourth_host_takes_its_share(
     installation: Any, make_bundle: BundleMaker, samples: Any
 ) -> None:
@@ -223,6 +226,7 @@ async def test_a_fourth_host_takes_its_share(
             await fleet_until(models, takes_part)
 
 
+@pytest.mark.long
 async def test_a_rollout_is_judged_by_what_all_servers_count(
     installation: Any, make_bundle: BundleMaker, samples: Any
 ) -> None:
@@ -247,6 +251,7 @@ async def test_a_rollout_is_judged_by_what_all_servers_count(
             traffic.serving = 1
 
 
+@pytest.mark.long
 async def test_the_database_is_restarted(
     installation: Any, make_bundle: BundleMaker, samples: Any
 ) -> None:

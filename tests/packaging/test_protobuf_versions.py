@@ -17,6 +17,7 @@ NEWEST_PROTOBUF = "7.36.2"
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.long
 def test_the_generated_code_works_with_the_newest_protobuf(tmp_path: Path):
     venv.create(tmp_path, with_pip=True)
     python = tmp_path / "bin" / "python"

@@ -296,6 +296,7 @@ async def test_s3_that_is_away_stops_uploads_and_nothing_is_lost(
         assert (await suite.client.send(header, tar)).revision.revision == 1
 
 
+@pytest.mark.long
 async def test_managers_share_one_bucket_and_another_installation_is_turned_away(
     s3: Any, how: dict[str, Any], postgres: Any, tmp_path: Path, bundles: Any, helpers: Any
 ) -> None:
@@ -367,6 +368,7 @@ async def start(told: dict[str, Any], helpers: Any) -> tuple[asyncio.subprocess.
     raise AssertionError("the manager did not start")
 
 
+@pytest.mark.long
 async def test_kills_while_blobs_go_to_s3_lose_nothing(
     s3: Any, how: dict[str, Any], tmp_path: Path, bundles: Any, helpers: Any
 ) -> None:

@@ -79,6 +79,7 @@ async def test_what_is_no_model_is_not_pushed(command: Command, tmp_path: Path) 
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 async def test_verifying_names_what_is_damaged_and_changes_nothing(
     suite: Any, bundles: Any, helpers: Any, command: Command
 ) -> None:

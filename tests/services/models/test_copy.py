@@ -147,6 +147,7 @@ async def test_a_copy_of_a_copy_names_both_origins(
         assert found.origin.origin.installation == "dev"
 
 
+@pytest.mark.long
 async def test_a_copy_that_broke_off_goes_on_from_what_arrived(
     installations: Any, bundles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ async def manager(tmp_path: Path, stock: Path, helpers: Any) -> AsyncIterator[Ma
     await made.end()
 
 
+@pytest.mark.long
 async def test_an_upload_survives_kills_at_any_moment(
     manager: Manager, bundles: Any, helpers: Any
 ) -> None:
@@ -200,6 +201,7 @@ class Follower:
             outbox.put_nowait(fleet_pb.SyncRequest(ack=ack))
 
 
+@pytest.mark.long
 async def test_switches_survive_kills_of_the_manager_at_any_moment(
     manager: Manager, helpers: Any
 ) -> None:
@@ -289,6 +291,7 @@ Collector(store, LocalBlobs(store.blobs)).collect()
 """
 
 
+@pytest.mark.long
 async def test_kills_while_collecting_lose_nothing_that_is_needed(
     manager: Manager, bundles: Any, helpers: Any
 ) -> None:
@@ -332,6 +335,7 @@ async def test_kills_while_collecting_lose_nothing_that_is_needed(
     await helpers.eventually(held, lambda count: count == 0)
 
 
+@pytest.mark.long
 async def test_a_client_that_stops_reading_a_download_holds_up_nothing(
     suite: Any, bundles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +368,7 @@ async def test_a_client_that_stops_reading_a_download_holds_up_nothing(
     call.cancel()
 
 
+@pytest.mark.long
 async def test_a_rollout_survives_kills_at_any_moment(manager: Manager) -> None:
     """Whatever the moment, it goes on at the step it was at, and never back to an earlier one."""
     chance = random.Random(11)
@@ -428,6 +433,7 @@ async def test_a_rollout_survives_kills_at_any_moment(manager: Manager) -> None:
     await server.close()
 
 
+@pytest.mark.long
 async def test_what_a_step_has_seen_survives_a_kill(manager: Manager, helpers: Any) -> None:
     """Counters go on from where they stood, also with what came while there was no manager."""
     await manager.start()

@@ -165,6 +165,7 @@ async def test_revisions_are_filtered_and_ordered(suite: Any, bundles: Any, help
     assert helpers.info_of(caught.value).reason == "PAGE_TOKEN_INVALID"
 
 
+@pytest.mark.long
 async def test_of_32_writers_that_try_again_none_is_lost(
     suite: Any, bundles: Any, helpers: Any
 ) -> None:

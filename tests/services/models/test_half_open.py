@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.fleet_agent import AgentOptions, FleetAgent
@@ -71,6 +73,7 @@ class Line:
             sink.close()
 
 
+@pytest.mark.long
 async def test_both_sides_notice_and_the_server_comes_back_to_what_is_wanted_now(
     suite_with: Any, helpers: Any, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ class Traffic:
         return ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bursts", [False, True])
 def test_hundreds_of_rollouts_of_an_identical_revision_are_promoted(bursts: bool) -> None:
     ends = [

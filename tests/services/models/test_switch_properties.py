@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -279,6 +280,7 @@ class SwitchMachine(RuleBasedStateMachine):
                 assert revision in self.wanted() or server.route is None, (server, revision)
 
 
+@pytest.mark.long
 def test_any_order_of_events_makes_before_it_breaks(stock: Path) -> None:
     machine = type("OnStock", (SwitchMachine,), {"stock": stock})
     run_state_machine_as_test(

@@ -167,6 +167,7 @@ def test_any_request(stub, request) -> None:
     still_served(stub)
 
 
+@pytest.mark.long
 @SETTINGS
 @given(batch=st.lists(requests(), min_size=1, max_size=5))
 def test_any_requests_on_one_stream(stub, batch) -> None:

@@ -13,6 +13,7 @@ from pollard.inference import grpc_service_pb2 as pb
 from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 async def test_what_could_not_be_answered_in_time_is_refused_at_once(serve, zoo, tmp_path) -> None:
     zoo["put"](

@@ -252,6 +252,7 @@ def test_a_cancelled_request(address, inputs) -> None:
         client.infer("slow", [inputs["x"]()])
 
 
+@pytest.mark.long
 def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
     outcomes: queue.Queue = queue.Queue()
     order: list[str] = []
@@ -287,6 +288,7 @@ def test_full_queues_timeouts_and_priorities(address, inputs) -> None:
     assert served == ["running", "high", "low 0", "low 1", "low 2"]
 
 
+@pytest.mark.long
 def test_requests_are_refused_while_the_server_stops(serve, zoo, inputs, tmp_path) -> None:
     zoo["put"](tmp_path, "slow", {1: zoo["slow"](1200)})
     outcomes: queue.Queue = queue.Queue()

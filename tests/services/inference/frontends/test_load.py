@@ -151,6 +151,7 @@ def flood_and_go(stub, ask, sent, count: int) -> None:
     answers.cancel()
 
 
+@pytest.mark.long
 def test_answers_are_not_kept_for_a_client_that_goes(running, ask, sent) -> None:
     front, process, address = running
     with grpc.insecure_channel(address) as channel:
