@@ -23,11 +23,13 @@ from pollard.services.inference.parameters import Place, RequestOptions, request
 from pollard.services.inference.revision import RevisionInfo
 from pollard.services.inference.shared_memory import SharedMemory, Span
 from pollard.services.inference.tensors import (
+    RawTensor,
     WantedOutput,
     decode_inputs,
     select_outputs,
     to_raw,
 )
+from pollard.services.inference.wire import take_out_tensors
 from pollard.services.inference.workers import Outputs
 
 _NO_SHARED_MEMORY = SharedMemory(enabled=False)
@@ -57,9 +59,11 @@ async def model_infer(
     Raises:
         ServiceError: as in `errors`; the engine is as it was.
     """
+    request, raw = unpack(data)
     response, _ = await answer(
         engine,
-        parse(data),
+        request,
+        raw,
         alias=alias,
         sticky_key=sticky_key,
         seconds_left=seconds_left,
@@ -81,9 +85,25 @@ def parse(data: bytes) -> pb.ModelInferRequest:
         raise RequestInvalid(f"the request is not a ModelInferRequest: {error}") from None
 
 
+def unpack(data: bytes) -> tuple[pb.ModelInferRequest, Sequence[RawTensor] | None]:
+    """Return the request that `data` is, and its raw contents if they were taken out of it.
+
+    They are parts of `data`, and keep it.
+
+    Raises:
+        RequestInvalid: it is none.
+    """
+    apart = take_out_tensors(data)
+    if apart is None:
+        return parse(data), None
+    rest, raw = apart
+    return parse(rest), raw
+
+
 async def answer(
     engine: Engine,
     request: pb.ModelInferRequest,
+    raw: Sequence[RawTensor] | None = None,
     *,
     alias: str,
     sticky_key: str,
@@ -94,7 +114,7 @@ async def answer(
     """Run a request and return its answer and its options; see `model_infer`."""
     revision = engine.resolve(request.model_name, request.model_version, alias, sticky_key)
     try:
-        prepared = prepare(request, revision.info, shared)
+        prepared = prepare(request, revision.info, shared, raw)
     except Exception:
         if not shadow:
             revision.reject()
@@ -152,9 +172,18 @@ class PreparedRequest:
 
 
 def prepare(
-    request: pb.ModelInferRequest, info: RevisionInfo, shared: SharedMemory
+    request: pb.ModelInferRequest,
+    info: RevisionInfo,
+    shared: SharedMemory,
+    raw: Sequence[RawTensor] | None = None,
 ) -> PreparedRequest:
     """Check a request against a revision and read its inputs.
+
+    Args:
+        request: The request.
+        info: Of the revision.
+        shared: Regions in which tensors may lie.
+        raw: The request's raw contents, if they were taken out of it.
 
     Raises:
         ServiceError: as in `errors`.
@@ -176,7 +205,7 @@ def prepare(
                 region = held.enter_context(shared.use(place.region))
                 region.check(place.offset, place.byte_size)
                 regions[spec.name] = region
-        feeds = decode_inputs(request, info.inputs, info.max_batch_size, read_shared)
+        feeds = decode_inputs(request, info.inputs, info.max_batch_size, read_shared, raw)
     except BaseException:
         if held is not None:
             held.close()

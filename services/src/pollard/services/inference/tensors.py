@@ -1,7 +1,8 @@
 """Between the protocol's tensors and NumPy's arrays.
 
 Nothing here knows gRPC. Raw inputs are viewed, not copied: the array of an input shares the memory
-of the request's bytes and is read-only.
+of the request's bytes and is read-only. Only elements of several bytes that begin anywhere in them
+are copied to where such elements may lie.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _CONTENTS: dict[str, str] = {
     "BYTES": "bytes_contents",
 }
 """The field of InferTensorContents for each type; FP16 and BF16 have none and travel raw only."""
+
+RawTensor = bytes | memoryview
+"""A tensor's bytes, or where they lie in the bytes of the request."""
 
 
 def declared(spec: bundle_pb2.TensorSpec) -> TensorInfo:
@@ -72,6 +76,7 @@ def decode_inputs(
     specs: Sequence[TensorInfo],
     max_batch_size: int,
     read_shared: Callable[[Place], bytes] | None = None,
+    taken_out: Sequence[RawTensor] | None = None,
 ) -> dict[str, Array]:
     """Return the request's inputs as arrays by name, checked against the model.
 
@@ -80,17 +85,18 @@ def decode_inputs(
         specs: The model's inputs.
         max_batch_size: Largest first dimension; 0 if the model does not batch.
         read_shared: Gives the bytes of an input that lies in shared memory.
+        taken_out: The raw contents, where they were taken out of the request.
 
     Raises:
         RequestInvalid: an input is unknown, missing, given twice, of the wrong type, shape or
             number of bytes, or its elements are missing or given in two ways.
         ServiceError: what `read_shared` raises.
     """
-    usual = _usual_input(request, specs, max_batch_size)
+    raw = request.raw_input_contents if taken_out is None else taken_out
+    usual = _usual_input(request, raw, specs, max_batch_size)
     if usual is not None:
         return usual
     model = request.model_name
-    raw = request.raw_input_contents
     tensors = request.inputs
     places: dict[int, Place] = {}
     for index, tensor in enumerate(tensors):
@@ -174,13 +180,16 @@ def decode_inputs(
 
 
 def _usual_input(
-    request: pb.ModelInferRequest, specs: Sequence[TensorInfo], max_batch_size: int
+    request: pb.ModelInferRequest,
+    raw: Sequence[RawTensor],
+    specs: Sequence[TensorInfo],
+    max_batch_size: int,
 ) -> dict[str, Array] | None:
     """Return the input of the request that nearly all are: one, raw, and as it should be.
 
     None leaves it to `decode_inputs`, which takes longer and says what is wrong.
     """
-    tensors, raw = request.inputs, request.raw_input_contents
+    tensors = request.inputs
     if len(specs) != 1 or len(tensors) != 1 or len(raw) != 1:
         return None
     tensor, spec, data = tensors[0], specs[0], raw[0]
@@ -201,7 +210,12 @@ def _usual_input(
         return None
     if tensor.parameters or tensor.HasField("contents"):
         return None
-    return {spec.name: np.ndarray(shape, kind, data)}
+    return {spec.name: np.ndarray(shape, kind, _aligned(data, kind.itemsize))}
+
+
+def _aligned(data: RawTensor, itemsize: int) -> RawTensor:
+    """Return bytes that begin where elements of that size may; parts of a message lie anywhere."""
+    return bytes(data) if itemsize > 1 and isinstance(data, memoryview) else data
 
 
 def _read(
@@ -247,7 +261,9 @@ def _check_declaration(
     return shape
 
 
-def from_raw(data: bytes, datatype: str, shape: tuple[int, ...], name: str, model: str) -> Array:
+def from_raw(
+    data: RawTensor, datatype: str, shape: tuple[int, ...], name: str, model: str
+) -> Array:
     """View the raw bytes of a tensor as an array.
 
     Raises:
@@ -255,13 +271,13 @@ def from_raw(data: bytes, datatype: str, shape: tuple[int, ...], name: str, mode
     """
     count = math.prod(shape)
     if datatype == "BYTES":
-        return _strings(_split_bytes(data, count, name, model), shape, name, model)
+        return _strings(_split_bytes(bytes(data), count, name, model), shape, name, model)
     _check_size(len(data), datatype, shape, name, model)
     kind = NUMPY[datatype]
     if datatype == "BOOL":
         # Any other byte than 0 and 1 is undefined as a boolean.
         return np.not_equal(np.frombuffer(data, np.uint8).reshape(shape), 0)
-    return np.frombuffer(data, kind).reshape(shape)
+    return np.frombuffer(_aligned(data, kind.itemsize), kind).reshape(shape)
 
 
 def _check_size(size: int, datatype: str, shape: tuple[int, ...], name: str, model: str) -> None:

@@ -132,7 +132,7 @@ class InferCall:
         try:
             if self._lease is not None:
                 self._lease.check_size(len(data))
-            request = protocol.parse(data)
+            request, raw = protocol.unpack(data)
             revision = engine.enter(
                 request.model_name, request.model_version, headers.alias, headers.sticky_key
             )
@@ -140,7 +140,7 @@ class InferCall:
             self._fail(error)
             return
         try:
-            prepared = protocol.prepare(request, revision.info, self._front.calls.shared)
+            prepared = protocol.prepare(request, revision.info, self._front.calls.shared, raw)
         except Exception as error:
             revision.reject()
             revision.finish(None)
