@@ -237,6 +237,11 @@ class DeviceSession(Session):
         """Whether batches go through staging buffers."""
         return self._layout is not None
 
+    def padded(self, rows: int) -> int:
+        """Return the size to which a batch of so many rows is padded."""
+        layout = self._layout
+        return rows if layout is None or rows > layout.largest else layout.bucket(rows)
+
     def batch_up_to(self, largest: int, known: Sequence[TensorInfo] = ()) -> tuple[int, ...]:
         """Lay batches of up to `largest` rows into staging buffers from now on.
 

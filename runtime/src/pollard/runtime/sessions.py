@@ -74,6 +74,10 @@ class Session:
         """Whether several requests are better given to :meth:`run_parts` than joined before."""
         return False
 
+    def padded(self, rows: int) -> int:
+        """Return how many rows are computed for a batch of so many."""
+        return rows
+
     def close(self) -> None:
         """Free what is not freed with the object; nothing may run any more."""
 

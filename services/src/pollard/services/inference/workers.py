@@ -294,12 +294,16 @@ class Workers:
     def _gather(self, first: Work) -> tuple[list[Work], Work | None, bool]:
         """Take what waits and fits with `first`, but no more than this worker's share.
 
+        Where batches are padded, the rows of the padding are computed too: requests that wait take
+        their place, beyond the share.
+
         Returns:
             The batch, a request that did not fit and comes next, and whether the end was met.
         """
         batch, size = [first], first.batch
         share = -(-self._queue.qsize() // self._count)
         until = first.queued_at + self._delay
+        session, room = self._session, 0
         while size < self.joined_batch:
             try:
                 if share > 0:
@@ -308,7 +312,13 @@ class Workers:
                 elif self._delay:
                     work = self._queue.get(timeout=max(0.0, until - time.monotonic()))
                 else:
-                    break
+                    if not room:
+                        room = session.padded(size) if session is not None else size
+                        room = min(room, self.joined_batch)
+                    # One that is taken and does not fit would wait for the whole run.
+                    if size + first.batch > room:
+                        break
+                    work = self._queue.get_nowait()
             except queue.Empty:
                 if share > 0:
                     share = 0
