@@ -97,6 +97,7 @@ def test_what_cannot_be_registered_is_told(shared, memory) -> None:
         (HANDLE, 0, 33, RequestInvalid, "33 bytes are not within the 32"),
         (HANDLE, 0, 0, RequestInvalid, "invalid args"),
         (HANDLE, -1, 16, RequestInvalid, "invalid args"),
+        (HANDLE, 2**32, 16, RequestInvalid, "on GPU 4294967296"),
     ):
         with pytest.raises(kind, match=words):
             shared.register_cuda("r", handle, device, size)

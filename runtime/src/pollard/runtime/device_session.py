@@ -107,7 +107,6 @@ class Instance:
             for name, view in buffers.inputs.items():
                 self._staging.upload(buffers.on_device[name].data_ptr(), _bytes(view[:rows]))
         if self.graphs and not buffers.captured:
-            buffers.captured = True
             self._capture(buffers)
         with running(self.gated):
             self.raw.run_with_iobinding(buffers.binding, buffers.options)
@@ -122,6 +121,8 @@ class Instance:
         # What a new size costs, above all the choice of algorithms, is done beside others' runs.
         with running(True):
             self.raw.run_with_iobinding(buffers.binding, _options(_NO_GRAPH))
+        # Not before: after a failure the next run would record its graph beside others' runs.
+        buffers.captured = True
         try:
             with capturing():
                 self.raw.run_with_iobinding(buffers.binding, buffers.options)
@@ -298,9 +299,10 @@ class DeviceSession(Session):
         """Free everything; nothing may run any more."""
         self._layout = None
         with running(any(instance.gated for instance in self.instances)):
+            # The last names of the sessions go in here: to free one breaks off a capture.
+            self.raw = None
             for instance in self.instances:
                 instance.close()
-        self.raw = None
 
     @property
     def _names(self) -> list[str]:

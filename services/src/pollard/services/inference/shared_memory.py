@@ -30,6 +30,8 @@ from pollard.services.inference.errors import (
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory objects
 
+_MOST_DEVICE_ID = 2**31 - 1
+
 
 @dataclass(eq=False)
 class Span:
@@ -193,7 +195,8 @@ def open_cuda_region(
             f"{HANDLE_BYTES}",
             region=name,
         )
-    if device_id < 0 or byte_size <= 0:
+    # Its highest bits would be cut off on the way to CUDA, which takes an int.
+    if not 0 <= device_id <= _MOST_DEVICE_ID or byte_size <= 0:
         raise RequestInvalid(
             f"{refused}: invalid args: {byte_size} bytes on GPU {device_id}", region=name
         )
