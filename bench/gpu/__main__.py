@@ -38,6 +38,10 @@ SECTIONS = {
 }
 """Sections in their order, with the seconds that each may take."""
 
+_WITH_MODELS = frozenset(SECTIONS) - {"environment", "models", "replicas"}
+_WITH_ZOO = frozenset({"models", "correctness", "gate"})
+"""Sections that measure the models that `models` makes, and those that need the zoo's, too."""
+
 _SOURCES = ("protos/python", "runtime", "clients/python", "services", "compression")
 
 _UNHURRIED_SECONDS = 600.0
@@ -54,8 +58,8 @@ def main(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Only this section; may be repeated. {', '.join(SECTIONS)}. Those that measure "
-            "models need `models` to have run."
+            help=f"Only this section; may be repeated. {', '.join(SECTIONS)}. They share all "
+            "of the time; models that are missing are made first."
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 6.0,
@@ -91,31 +95,35 @@ def main(
         )
     os.environ[STARTED] = str(time.monotonic())
     tiny = provider == "cpu" if full is None else not full
-    results = _run(
-        [name for name in SECTIONS if not only or name in only],
-        provider,
-        tiny,
-        60 * minutes,
-        out,
-        tuple(zoo or ()),
-    )
+    results = _run(set(only or ()), provider, tiny, 60 * minutes, out, tuple(zoo or ()))
     failed = [name for name, result in results["sections"].items() if result["problem"]]
     say(f"done; results in {out}" + (f"; not whole: {', '.join(failed)}" if failed else ""))
     raise typer.Exit(1 if failed else 0)
 
 
 def _run(
-    names: list[str], provider: str, tiny: bool, seconds: float, out: Path, zoo: tuple[str, ...]
+    only: set[str], provider: str, tiny: bool, seconds: float, out: Path, zoo: tuple[str, ...]
 ) -> dict[str, Any]:
+    asked = only or set(SECTIONS)
+    names = [
+        name
+        for name in SECTIONS
+        # Models that are there from before are kept.
+        if name in asked or (name == "models" and asked & _WITH_MODELS)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     build = ROOT / "build/bench/gpu"
     size = "tiny" if tiny else "full"
     until = time.monotonic() + seconds
     results: dict[str, Any] = {"provider": provider, "size": size, "sections": {}}
     texts: list[str] = ["# The GPU path", ""]
-    for name in names:
+    for number, name in enumerate(names):
         left = until - time.monotonic()
-        budget = min(SECTIONS[name] if provider == "cuda" else _UNHURRIED_SECONDS, left)
+        share = SECTIONS[name] if provider == "cuda" else _UNHURRIED_SECONDS
+        if only and provider == "cuda":
+            # Of the whole time: fifty swaps, say, take longer than a share of everything.
+            share *= max(1.0, left / sum(SECTIONS[each] for each in names[number:]))
+        budget = min(share, left)
         if budget < _LEAST_SECONDS:
             say(f"{name}: not begun, the time is used up")
             results["sections"][name] = {"problem": "not begun: the time was used up", "data": {}}
@@ -128,6 +136,7 @@ def _run(
                 result=out / f"{name}.json",
                 seconds=budget,
                 only_zoo=zoo,
+                with_zoo=bool(asked & _WITH_ZOO),
             )
             results["sections"][name] = _run_section(name, setup)
         # After every section: a run that is killed keeps what it had.

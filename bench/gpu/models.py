@@ -33,7 +33,11 @@ def run(setup: Setup) -> None:
     from pollard.compress.zoo import ENTRIES
 
     name = setup.sizes.image_model
-    names = list(setup.only_zoo or (sorted(ENTRIES) if not setup.tiny else ("small-cnn-28", name)))
+    names = (
+        []
+        if not setup.with_zoo
+        else list(setup.only_zoo or (sorted(ENTRIES) if not setup.tiny else ("small-cnn-28", name)))
+    )
     setup.keep("zoo", names)
     jobs: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
         "parent": (make_parent, (name, 0, setup.models)),

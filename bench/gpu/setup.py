@@ -78,6 +78,8 @@ class Setup:
     """How long it may take."""
     only_zoo: tuple[str, ...] = ()
     """Networks to make and compare; all of the zoo when empty."""
+    with_zoo: bool = True
+    """Whether the zoo is made, too."""
     data: dict[str, Any] = field(default_factory=dict)
     """Its results so far."""
 

@@ -44,7 +44,7 @@ def test_a_section_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> Non
         pytest.skip("CUDA works here")
     done = _run(
         *("--provider", "cuda", "--tiny", "--only", "environment", "--only", "correctness"),
-        *("--out", str(tmp_path)),
+        *("--zoo", "small-cnn-28", "--out", str(tmp_path)),
     )
     assert done.returncode == 1
     sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
@@ -53,6 +53,18 @@ def test_a_section_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> Non
     assert sections["environment"]["data"]["machine"]["cores"] > 0  # kept from before the failure
     assert "correctness" in sections
     assert "not whole: environment, correctness" in done.stdout
+
+
+def test_a_section_that_is_chosen_has_all_of_the_time_and_its_models(tmp_path: Path) -> None:
+    done = _run(
+        *("--provider", "cuda", "--tiny", "--only", "compressed", "--minutes", "20"),
+        *("--out", str(tmp_path)),
+    )
+    assert "models: begins, for at most 8" in done.stdout  # 100 of 145 parts of 1200 s
+    allowed = float(done.stdout.split("compressed: begins, for at most ")[1].split()[0])
+    assert 1000 < allowed <= 1200
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert {"parent", "other", "pruned"} == set(sections["models"]["data"]["made"])
 
 
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
