@@ -15,7 +15,7 @@ from pollard.services.inference.protocol import unpack
 from pollard.services.inference.tensors import decode_inputs
 from pollard.services.inference.wire import take_out_tensors
 
-LARGE = 20_000
+LARGE = 80_000
 
 
 def image_request(*sizes: int) -> pb.ModelInferRequest:
@@ -53,7 +53,7 @@ def test_fields_may_come_in_any_order_and_more_than_once() -> None:
 
 
 def test_a_tensor_of_bytes_stays_where_it_came() -> None:
-    request = pb.ModelInferRequest(raw_input_contents=[bytes(range(200)) * 100])
+    request = pb.ModelInferRequest(raw_input_contents=[bytes(range(200)) * (LARGE // 200)])
     request.inputs.add(name="x", datatype="UINT8", shape=[1, LARGE])
     data = request.SerializeToString()
     left, raw = unpack(data)
@@ -75,7 +75,7 @@ def test_larger_elements_lie_where_such_may(name: str) -> None:
 
 
 def test_text_is_read_from_what_was_taken_out() -> None:
-    word = "wörter".encode() * 4000
+    word = "wörter".encode() * 12_000
     request = pb.ModelInferRequest(raw_input_contents=[len(word).to_bytes(4, "little") + word])
     request.inputs.add(name="x", datatype="BYTES", shape=[1])
     left, raw = unpack(request.SerializeToString())

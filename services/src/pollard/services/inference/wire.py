@@ -13,7 +13,7 @@ _RAW_FIELD = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"
 _RAW_TAG = _RAW_FIELD << 3 | 2
 """What stands before a tensor: its field, and that a length follows."""
 
-_WORTH_BYTES = 16 << 10
+_WORTH_BYTES = 64 << 10
 """protobuf copies what is smaller in less time than it takes to walk over the message."""
 
 _MOST_FIELDS = 64
