@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import AsyncIterator
 from types import ModuleType
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
 from pollard.services.common import errors, status
+from pollard.services.common.lifecycle import GrpcServer, Listen
+from pollard.vision.v1 import vision_service_pb2 as vision_pb
+from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
 
 
 def _raised(module: ModuleType, root: type) -> list[type]:
@@ -59,3 +64,66 @@ def test_a_status_carries_exactly_one_error_info():
         "pollard.ai",
         {"model": "m"},
     )
+
+
+class _Named(vision_grpc.VisionServiceServicer):
+    """Answers with the name of the model asked for."""
+
+    async def Predict(self, request, context):
+        return vision_pb.PredictResponse(model=request.model.model)
+
+    async def PredictStream(self, request_iterator, context):
+        async for request in request_iterator:
+            yield vision_pb.PredictStreamResponse(id=request.id)
+
+
+@contextlib.asynccontextmanager
+async def _serving() -> AsyncIterator[grpc.aio.Channel]:
+    server = GrpcServer(Listen(), ["pollard.vision.v1.VisionService"], [status.ErrorInterceptor()])
+    vision_grpc.add_VisionServiceServicer_to_server(_Named(), server.server)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+NO_MESSAGE = b"\xff\xff"
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    found = status_pb2.Status()
+    (details,) = [v for k, v in error.trailing_metadata() if k == "grpc-status-details-bin"]
+    found.ParseFromString(details)
+    info = error_details_pb2.ErrorInfo()
+    assert found.details[0].Unpack(info)
+    return info.reason
+
+
+async def test_a_request_that_is_no_message_is_refused_as_the_callers_doing(capfd):
+    async with _serving() as channel:
+        call = channel.unary_unary("/pollard.vision.v1.VisionService/Predict")
+        with pytest.raises(grpc.aio.AioRpcError, match="cannot be read") as caught:
+            await call(NO_MESSAGE, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert _reason(caught.value) == "REQUEST_INVALID"
+        request = vision_pb.PredictRequest()
+        request.model.model = "m"
+        answer = await call(request.SerializeToString(), timeout=20)
+        assert vision_pb.PredictResponse.FromString(answer).model == "m"
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+async def test_a_stream_is_answered_up_to_what_is_no_message(capfd):
+    good = vision_pb.PredictStreamRequest(id="1").SerializeToString()
+    async with _serving() as channel:
+        call = channel.stream_stream("/pollard.vision.v1.VisionService/PredictStream")(timeout=20)
+        await call.write(good)
+        assert vision_pb.PredictStreamResponse.FromString(await call.read()).id == "1"
+        await call.write(NO_MESSAGE)
+        with pytest.raises(grpc.aio.AioRpcError, match="cannot be read") as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert _reason(caught.value) == "REQUEST_INVALID"
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -24,11 +24,21 @@ def function_of(handler: Any) -> Callable[..., Any]:
     return found
 
 
-def with_function(handler: Any, function: Callable[..., Any]) -> Any:
-    """Return a handler for the same messages that `function` answers."""
+def with_function(
+    handler: Any,
+    function: Callable[..., Any],
+    parse: Callable[[bytes], Any] | None = None,
+) -> Any:
+    """Return a handler for the same messages that `function` answers.
+
+    Args:
+        handler: For which messages.
+        function: Answers them.
+        parse: Reads the messages of requests; None for what reads the handler's.
+    """
     return _MAKERS[handler.request_streaming, handler.response_streaming](
         function,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=parse or handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
 

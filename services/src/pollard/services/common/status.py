@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from pollard.runtime import errors as runtime_errors
@@ -190,7 +190,7 @@ def passes_through(error: BaseException) -> bool:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns domain errors that a method raises into statuses."""
+    """Turns domain errors that a method raises, and messages that cannot be read, into statuses."""
 
     def __init__(self) -> None:
         """Begin with no method wrapped."""
@@ -208,14 +208,69 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped.of(handler_call_details.method, handler, lambda: _guard(handler))
 
 
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a message of a request that could not be parsed."""
+
+    why: str
+    size: int
+
+    def ByteSize(self) -> int:  # noqa: N802 -- messages have it, and limits of callers ask for it
+        return self.size
+
+    def error(self) -> errors.InvalidRequest:
+        return errors.InvalidRequest(
+            f"the request cannot be read: {self.why}", reason="REQUEST_INVALID"
+        )
+
+
 def _guard(handler: Any) -> Any:
     method = function_of(handler)
+    parse = handler.request_deserializer
+    if parse is not None:
+        method, parse = _reading(handler, method), _lenient(parse)
     if not handler.response_streaming:
-        return with_function(handler, _guard_unary(method))
-    if inspect.isasyncgenfunction(method):
-        return with_function(handler, _guard_stream(method))
+        return with_function(handler, _guard_unary(method), parse)
+    if inspect.isasyncgenfunction(function_of(handler)):
+        return with_function(handler, _guard_stream(method), parse)
     # The health service's Watch writes to its context and raises nothing of ours.
     return handler
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    # grpcio answers UNKNOWN to what cannot be parsed and logs a traceback each time, past the
+    # access log and its limit. So the method is begun all the same, and refuses.
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return _Unreadable(str(error), len(data))
+
+    return parsed
+
+
+def _reading(handler: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that raises what an unreadable message stands for before it is used."""
+    if handler.request_streaming:
+
+        def streamed(requests: AsyncIterator[Any], context: Any) -> Any:
+            return method(_readable(requests), context)
+
+        return streamed
+
+    def single(request: Any, context: Any) -> Any:
+        if isinstance(request, _Unreadable):
+            raise request.error()
+        return method(request, context)
+
+    return single
+
+
+async def _readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _Unreadable):
+            raise request.error()
+        yield request
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
