@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -22,13 +23,14 @@ Command = Callable[..., Awaitable[tuple[int, str, str]]]
 def command(suite: Any) -> Command:
     """Runs `pollard models …`; gives exit code, output and errors."""
 
-    async def run(*arguments: str | Path) -> tuple[int, str, str]:
+    async def run(*arguments: str | Path, **environment: str) -> tuple[int, str, str]:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "pollard.client.cli", "models", *map(str, arguments)),
             *("--server", suite.client.address),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
         )
         out, err = await process.communicate()
         assert process.returncode is not None
@@ -122,3 +124,19 @@ async def test_verifying_names_what_is_damaged_and_changes_nothing(
     assert helpers.info_of(caught.value).reason in ("BLOB_DAMAGED", "BLOB_MISSING")
     await suite.client.push(tar)
     assert (await command("verify"))[0] == 0
+
+
+async def test_a_locale_without_arrows_loses_them_and_nothing_else(
+    helpers: Any, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.onnx").write_bytes(helpers.graph())
+    await command("push", tmp_path / "tiny.onnx", "--model", "m", "--no-wait", "--notes", "für uns")
+    for encoding in ("ascii", "ascii:surrogateescape", "latin-1"):
+        code, out, err = await command("list", PYTHONIOENCODING=encoding)
+        assert (code, err) == (0, "")
+        assert "production ?" in out
+        code, out, err = await command(
+            "show", "m", "--revision", "1", "--json", PYTHONIOENCODING=encoding
+        )
+        assert (code, err) == (0, "")
+        assert json.loads(out)["notes"] == "für uns"

@@ -2,6 +2,8 @@
 with POLLARD_INFERENCE_FRONTEND=core or =envoy."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -42,6 +44,13 @@ def test_errors_have_their_status_words_and_details(channel, ask) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"", timeout=20)
     assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_command_that_meant_the_manager_says_that_this_is_another_service(server) -> None:
+    command = [sys.executable, "-m", "pollard.client.cli", "models", "list", "--server", server]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    assert asked.returncode == 1
+    assert f"The server at {server} speaks another service" in asked.stderr
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])

@@ -177,12 +177,18 @@ def plain(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """Write a value to standard output as indented JSON."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    print(_json(value, indent=2))
 
 
 def print_json_line(value: Any) -> None:
     """Write a value to standard output as one line of JSON, at once."""
-    print(json.dumps(plain(value), ensure_ascii=False), flush=True)
+    print(_json(value), flush=True)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    # Escaped where the output's encoding may lack a character: programs get what was said.
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    return json.dumps(plain(value), indent=indent, ensure_ascii=not utf8)
 
 
 def note(message: str) -> None:

@@ -19,7 +19,9 @@ def hint(error: RequestFailed) -> str:
 
     The manager is asked what there is; what it does not answer soon is left out.
     """
-    if error.code is grpc.StatusCode.UNIMPLEMENTED and not error.reason:
+    # The inference service gives a reason, gRPC's own servers none.
+    foreign = error.reason == "FEATURE_NOT_OFFERED" and error.method.startswith("/pollard.")
+    if error.code is grpc.StatusCode.UNIMPLEMENTED and (foreign or not error.reason):
         return (
             f"\nThe server at {error.address} speaks another service, or an older version. "
             "`pollard up` prints which address is which; by default models is on port 8021, "

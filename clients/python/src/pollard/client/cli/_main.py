@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -84,6 +85,10 @@ def _add_own(app: typer.Typer) -> None:
 
 def main() -> None:
     """Run the command with the arguments of the process, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        # Arrows, and what people have written, are not in every locale's characters.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
