@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 from pollard.compress.export import export_core
+from pollard.compress.prune import Pruned
 from pollard.compress.spec import InputSpec
 
 # Latency tables of tests stay with the tests: timings of a busy machine are worth nothing.
@@ -101,6 +102,28 @@ def digits_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
             options = TrainOptions(epochs=5, batch_size=64)
             train("small-cnn-28", "digits", out, options=options, threads=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def silenced() -> Callable[[nn.Module, Pruned], nn.Module]:
+    """Return a function that gives the parent with the channels that were pruned set to zero."""
+
+    def silence(parent: nn.Module, pruned: Pruned) -> nn.Module:
+        module = copy.deepcopy(parent)
+        with torch.no_grad():
+            for name, kept in pruned.channels.items():
+                layer = module.get_submodule(name)
+                transposed = isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1
+                for parameter in layer.parameters(recurse=False):
+                    rows = (
+                        parameter.transpose(0, 1)
+                        if transposed and parameter.ndim > 1
+                        else parameter
+                    )
+                    rows[[i for i in range(len(rows)) if i not in kept]] = 0
+        return module
+
+    return silence
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,19 +24,7 @@ from pollard.runtime.sessions import open_session
 SPEC = InputSpec(32, 32, 3, (0.5,) * 3, (0.25,) * 3)
 
 Architectures = dict[str, Callable[[], nn.Module]]
-
-
-def silenced(parent: nn.Module, pruned: Pruned) -> nn.Module:
-    """Return the parent with the channels that were pruned set to zero."""
-    module = copy.deepcopy(parent)
-    with torch.no_grad():
-        for name, kept in pruned.channels.items():
-            layer = module.get_submodule(name)
-            transposed = isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1
-            for parameter in layer.parameters(recurse=False):
-                rows = parameter.transpose(0, 1) if transposed and parameter.ndim > 1 else parameter
-                rows[[i for i in range(len(rows)) if i not in kept]] = 0
-    return module
+Silenced = Callable[[nn.Module, Pruned], nn.Module]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +40,7 @@ def silenced(parent: nn.Module, pruned: Pruned) -> nn.Module:
     ],
 )
 def test_an_architecture_is_pruned_exported_and_quantized(
-    name: str, ratio: float, architectures: Architectures, tmp_path: Path
+    name: str, ratio: float, architectures: Architectures, silenced: Silenced, tmp_path: Path
 ) -> None:
     parent = architectures[name]()
     pruned = prune(parent, SPEC, ratio)

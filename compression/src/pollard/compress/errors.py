@@ -24,8 +24,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+# Colours of terminals, which some libraries put into their messages.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of another library says, in one line; its kind where it says nothing."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 class CompressionError(Exception):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from pollard.compress.errors import ExportFailed
+from pollard.compress.errors import ExportFailed, first_line
 from pollard.compress.evaluate import OUTPUT, session_predictor, torch_predictor
 from pollard.compress.macs import example_input
 from pollard.compress.onnx_file import OnnxModule
@@ -81,8 +81,11 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
             model: onnx.ModelProto = program.model_proto
             del program
     except Exception as error:  # the exporter raises whatever its passes raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportFailed(f"the model cannot be exported to ONNX: {first}") from error
+        # The exporter's own words are how to report a bug; the reason stands behind them.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportFailed(f"the model cannot be exported to ONNX: {first_line(cause)}") from error
     strip_metadata(model)
     _lower_batch_norms(model)
     return model

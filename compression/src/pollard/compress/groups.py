@@ -7,19 +7,25 @@ stay whole because they cannot be followed; how much of each group goes is decid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch_pruning.dependency import graph as tp_graph
+from torch_pruning.dependency import index_mapping as tp_mapping
 
-from pollard.compress.errors import PruneFailed
+from pollard.compress.errors import PruneFailed, first_line
 from pollard.compress.macs import COUNTED, example_input, total_macs
 from pollard.compress.recipe import Importance
 from pollard.compress.shortcuts import rewrite_shortcuts
@@ -27,6 +33,11 @@ from pollard.compress.spec import InputSpec
 
 Gradients = Callable[[nn.Module], None]
 """Adds the gradients of a loss to a module's parameters."""
+
+# How far a search for channels that hang together goes: links between layers, and channels over
+# all of them. A DenseNet of 121 layers has 198 links, a ShuffleNet of three units 1,294.
+_MOST_LINKS = 3000
+_MOST_INDICES = 1_000_000
 
 
 @dataclass
@@ -89,8 +100,8 @@ class Prunable:
         try:
             with torch.no_grad():
                 after = self.module(self._example)
-        except RuntimeError as error:
-            raise PruneFailed(f"the pruned model does not run: {error}") from error
+        except Exception as error:  # whatever the model's forward raises
+            raise PruneFailed(f"the pruned model does not run: {first_line(error)}") from error
         for shape, now in zip(self._shapes, _shapes(after), strict=True):
             if shape != now:
                 raise PruneFailed(f"pruning changed the output from {list(shape)} to {list(now)}")
@@ -147,6 +158,10 @@ def analyse(
         gradients(work)
     groups, left_whole = _groups(graph, work, keep_whole, importance)
     work.zero_grad(set_to_none=True)
+    for name, why in _unbending(work, example, shapes, groups).items():
+        group = next(group for group in groups if group.name == name)
+        left_whole.update(dict.fromkeys(group.layers, why))
+        groups.remove(group)
     if not groups:
         raise PruneFailed(
             "nothing in this model can be pruned: "
@@ -197,12 +212,67 @@ def _remove(prunable: Prunable, groups: list[Group]) -> dict[str, list[int]]:
     return channels
 
 
+class _TooTangled(PruneFailed):
+    """The search for the channels that hang together does not end soon."""
+
+
+class _BoundedGroup(tp_graph.Group):  # type: ignore[misc]
+    """Channels that hang together, as far as they are found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices = 0
+
+    def add_dep(self, dep: Any, idxs: Any) -> None:
+        self.indices += len(idxs)
+        if len(self) >= _MOST_LINKS or self.indices > _MOST_INDICES:
+            raise _TooTangled("its channels hang together in too many ways to follow")
+        super().add_dep(dep=dep, idxs=idxs)
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """A dependency graph whose searches end.
+
+    Where parts of a split are added to each other and joined again, as in Res2Net, or
+    flattened maps are multiplied, Torch-Pruning goes round and round with ever other indices.
+    """
+
+    def build_dependency(self, *args: Any, **kwargs: Any) -> Any:
+        with _mended():
+            return super().build_dependency(*args, **kwargs)
+
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> Any:
+        with _mended():
+            return super().get_pruning_group(module, pruning_fn, idxs)
+
+
+@contextlib.contextmanager
+def _mended() -> Iterator[None]:
+    """Have Torch-Pruning end its searches, and go on where several shuffles follow each other.
+
+    Neither the class of groups nor how widths are told is a parameter of it: both are put back.
+    """
+    group, update = tp_graph.Group, tp_mapping.update_reshape_index_mapping
+
+    def follow(graph: Any, node: Any) -> None:
+        # A width that is not found is 0 there. Such a view is left alone, as others that cannot be
+        # followed are; running the model shows what may be cut all the same.
+        with contextlib.suppress(ZeroDivisionError):
+            update(graph, node)
+
+    tp_graph.Group, tp_mapping.update_reshape_index_mapping = _BoundedGroup, follow
+    try:
+        yield
+    finally:
+        tp_graph.Group, tp_mapping.update_reshape_index_mapping = group, update
+
+
 def _dependencies(module: nn.Module, example: Tensor) -> Any:
     try:
         with warnings.catch_warnings():
             # Torch-Pruning warns of parameters outside of layers; those stay whole.
             warnings.simplefilter("ignore")
-            return tp.DependencyGraph().build_dependency(module, example, verbose=False)
+            return _Graph().build_dependency(module, example, verbose=False)
     except Exception as error:  # whatever the model's forward raises while traced
         raise PruneFailed(f"the model cannot be traced for pruning: {error}") from error
 
@@ -220,8 +290,10 @@ def _groups(
         raise PruneFailed(f"the model has no layers {', '.join(unknown)} to keep whole")
     groups: list[Group] = []
     left: dict[str, str] = {}
-    for found in graph.get_all_groups(ignored_layers=[], root_module_types=list(COUNTED)):
-        root = found[0].dep.target.module
+    for root, found in _found(graph):
+        if isinstance(found, str):
+            left[names[root]] = found
+            continue
         width = len(found[0].idxs)
         outputs: dict[str, float] = defaultdict(float)
         inputs: dict[str, float] = defaultdict(float)
@@ -237,6 +309,13 @@ def _groups(
             name = names.get(target)
             if name is None:
                 continue
+            if isinstance(target, nn.MultiheadAttention):
+                why = why or f"{name} is attention of several heads"
+            if _is_computed(target):
+                why = why or (
+                    f"the weights of {name} are computed (weight_norm, spectral_norm, …); "
+                    "torch's remove_parametrizations or remove_weight_norm makes them plain"
+                )
             if not _followed(graph, target, is_output, idxs):
                 why = why or f"its channels cannot be followed to {name}"
             if not isinstance(target, COUNTED):
@@ -261,6 +340,9 @@ def _groups(
             continue
         score = torch.stack([score.detach()[unit].sum() for unit in units])
         count = len(units)
+        if count == 1:
+            left[names[root]] = "it has one channel"
+            continue
         groups.append(
             Group(
                 root,
@@ -275,6 +357,78 @@ def _groups(
             )
         )
     return groups, left
+
+
+def _found(graph: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield each group with the layer that it starts at, or why it cannot be told."""
+    seen: set[nn.Module] = set()
+    for root in list(graph.module2node):
+        if not isinstance(root, COUNTED) or root in seen:
+            continue
+        pruner = graph.get_pruner_of_module(root)
+        width = None if pruner is None else pruner.get_out_channels(root)
+        if width is None:
+            continue
+        try:
+            found = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(width)))
+        except _TooTangled as error:
+            yield root, str(error)
+            continue
+        except Exception:  # Torch-Pruning's own, where it has lost its way
+            yield root, "its channels cannot be followed"
+            continue
+        seen.add(root)
+        # A map of one channel that all channels of others are multiplied with, as in spatial
+        # attention, says nothing of those.
+        if width > 1:
+            out_of = graph.is_out_channel_pruning_fn
+            seen.update(dep.target.module for dep, _ in found if out_of(dep.handler))
+        yield root, found
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether weights are made anew from others whenever the layer runs."""
+    return parametrize.is_parametrized(layer) or any(
+        isinstance(hook, WeightNorm | SpectralNorm) for hook in layer._forward_pre_hooks.values()
+    )
+
+
+def _unbending(
+    module: nn.Module, example: Tensor, shapes: list[torch.Size], groups: list[Group]
+) -> dict[str, str]:
+    """Return the groups without whose channels the model does not run, each with the reason.
+
+    Numbers of channels that a model has in its code, in a split, a slice, a buffer or a layer of
+    another kind, are in no graph: only running it shows them.
+    """
+    with torch.no_grad():
+        module(example)  # what computed weights keep of the last run could not be copied else
+    if not _refusal(module, example, shapes, groups):
+        return {}
+    found: dict[str, str] = {}
+    for group in groups:
+        if why := _refusal(module, example, shapes, [group]):
+            found[group.name] = f"the model does not run with fewer of its channels: {why}"
+    return found
+
+
+def _refusal(
+    module: nn.Module, example: Tensor, shapes: list[torch.Size], groups: list[Group]
+) -> str:
+    """Return why a copy does not run with half of the channels of ``groups``; empty if it does."""
+    trial = copy.deepcopy(module)
+    halves = [
+        replace(group, root=trial.get_submodule(group.name), kept=group.width // 2)
+        for group in groups
+    ]
+    graph = _dependencies(trial, example)
+    try:
+        _remove(Prunable(trial, halves, {}, [], 0, graph, example, shapes, set()), halves)
+        # With gradients: some layers skip their checks, and do something else, without.
+        after = _shapes(trial(example))
+    except Exception as error:  # whatever the model's forward or its layers raise
+        return first_line(error)
+    return "" if after == shapes else f"it gives {after}, not {shapes}"
 
 
 def _score(found: Any, importance: Importance) -> Tensor | None:

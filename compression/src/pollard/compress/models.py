@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pollard.compress.errors import LabelsMismatch, ModelUnknown, UsageInvalid, WeightsInvalid
 from pollard.compress.spec import InputSpec
@@ -95,6 +96,11 @@ class Source:
         if not isinstance(model, nn.Module):
             raise ModelUnknown(
                 f"{self.reference} returned {type(model).__name__}, not a torch.nn.Module"
+            )
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            raise ModelUnknown(
+                f"{self.reference} has lazy layers, whose weights have no size yet; let the "
+                "factory run the model once on an example before it returns it"
             )
         return model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,7 @@ def prune(
         cost.name: (cost.macs, cost.in_channels, cost.out_channels)
         for cost in layer_costs(found.module, spec)
     }
-    multiple = _choose_widths(groups, costs, found.macs, ratio, rounding)
+    multiple = _choose_widths(groups, costs, found.macs, ratio, rounding, found.left_whole)
     plans = [GroupPlan(g.name, g.layers, g.width, g.kept) for g in groups]
     channels = found.cut()
     dense = []
@@ -161,12 +161,25 @@ def _estimate(groups: list[Group], costs: dict[str, tuple[int, int, int]]) -> in
     return round(total)
 
 
+def _whole(left_whole: Mapping[str, str]) -> str:
+    """Say in a few words what cannot be narrowed."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, why in left_whole.items():
+        by_reason[why].append(name)
+    told = [
+        f"{', '.join(names[:3])}{' and others' * (len(names) > 3)} ({why})"
+        for why, names in list(by_reason.items())[:5]
+    ]
+    return f". What stays whole: {'; '.join(told)}" if told else ""
+
+
 def _choose_widths(
     groups: list[Group],
     costs: dict[str, tuple[int, int, int]],
     macs_before: int,
     ratio: float,
     rounding: tuple[int, ...],
+    left_whole: Mapping[str, str],
 ) -> int:
     wanted = (1 - ratio) * macs_before
     share = _uniform_share(groups, costs, wanted)
@@ -186,7 +199,7 @@ def _choose_widths(
         most = 1 - _estimate(groups, costs) / macs_before
         raise PruneFailed(
             f"{ratio:.1%} of the MACs cannot be removed by narrowing; at most {most:.1%} with one "
-            "channel left everywhere. Ask for less"
+            f"channel left everywhere. Ask for less{_whole(left_whole)}"
         )
     for group, kept in zip(groups, best[2], strict=True):
         group.kept = kept

@@ -30,7 +30,7 @@ from pollard.compress.calibration import (
     fused_outputs,
 )
 from pollard.compress.data import Part
-from pollard.compress.errors import QuantizeFailed, UsageInvalid
+from pollard.compress.errors import QuantizeFailed, UsageInvalid, first_line
 from pollard.compress.export import (
     CORE_INPUT,
     first_convolutions,
@@ -434,9 +434,15 @@ def tail_nodes(model: onnx.ModelProto) -> list[str]:
 
 def unsupported_nodes(model: onnx.ModelProto) -> list[str]:
     """Return the nodes that stay float whatever is asked for."""
-    # onnxruntime has no 8-bit kernel for it on processors, and its quantizer takes the
-    # wrong axis of a grouped one's weights.
-    return [node.name for node in model.graph.node if node.op_type == "ConvTranspose"]
+    # onnxruntime has no 8-bit kernels for them on processors. Its quantizer takes the wrong axis
+    # of a grouped transposed convolution's weights, and fails on a norm over several axes.
+    axes = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "ConvTranspose"
+        or (node.op_type == "LayerNormalization" and axes.get(node.input[1], 1) > 1)
+    ]
 
 
 @contextlib.contextmanager
@@ -444,8 +450,9 @@ def _told() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the quantizer raises bare exceptions of every kind
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise QuantizeFailed(f"onnxruntime cannot quantize the model: {first}") from error
+        raise QuantizeFailed(
+            f"onnxruntime cannot quantize the model: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

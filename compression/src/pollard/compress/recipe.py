@@ -130,7 +130,7 @@ class Recipe:
         _check(self.batch_size is None or self.batch_size > 1, f"batch_size is {self.batch_size}")
         _check(
             self.learning_rate is None or self.learning_rate > 0,
-            f"learning_rate is {self.learning_rate}",
+            f"learning_rate is {self.learning_rate}; it must be above 0",
         )
         _check(0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight}")
         _check(self.distill_temperature > 0, f"distill_temperature is {self.distill_temperature}")
