@@ -103,6 +103,8 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def net():\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 5))\n"
         "def wrong():\n    return 3\n"
+        "def lazy():\n"
+        "    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(5))\n"
         "def rows():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -116,7 +118,12 @@ def test_a_factory_is_found_by_import_path(factories: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("wrong", "not a torch"), ("rows", "must give logits"), ("nothing", "no callable")],
+    [
+        ("wrong", "not a torch"),
+        ("lazy", "lazy layers, .* run the model once"),
+        ("rows", "must give logits"),
+        ("nothing", "no callable"),
+    ],
 )
 def test_factories_whose_answers_are_of_no_task_are_refused(
     factories: str, name: str, why: str

@@ -135,3 +135,18 @@ def test_weights_are_quantized_per_channel() -> None:
 def test_the_same_model_gives_the_same_bytes() -> None:
     one, other = (export.serialize(_quantize(_net(), UNEVEN)) for _ in range(2))
     assert one == other
+
+
+def test_a_norm_over_maps_stays_float_and_the_rest_runs_in_8_bits() -> None:
+    net = _net()
+    net.insert(3, nn.LayerNorm([16, 8, 8]))
+    config = QuantizeConfig(reduce_range=not Machine.detect().has_vnni)
+    model = _quantize(net, UNEVEN, config)
+    makers = {output: node.op_type for node in model.graph.node for output in node.output}
+    nodes = {node.op_type: node for node in model.graph.node}
+    assert nodes["LayerNormalization"].input[1] not in makers
+    assert makers[nodes["Conv"].input[1]] == "DequantizeLinear"
+    images = _part(UNEVEN).images
+    want = torch_predictor(net, UNEVEN)(images)
+    got = session_predictor(open_session(export.serialize(model), target="cpu-int8"))(images)
+    assert np.abs(got - want).max() < 0.05 * np.ptp(want)

@@ -85,7 +85,10 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ExportFailed(f"the model cannot be exported to ONNX: {first_line(cause)}") from error
+        told = f"the model cannot be exported to ONNX: {first_line(cause)}"
+        if "data-dependent" in told:
+            told += " An `if` that asks for the values of a tensor must become torch.where"
+        raise ExportFailed(told) from error
     strip_metadata(model)
     _lower_batch_norms(model)
     return model
