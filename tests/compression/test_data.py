@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +181,51 @@ def test_folders_inside_class_folders_are_named(write_images: Tree) -> None:
         (root / "red" / f"{number:03d}.jpg").rename(root / "red" / "dark" / f"{number}.jpg")
     with pytest.raises(DataInvalid, match=r"red/dark/1\.jpg, red/dark/2\.jpg"):
         load_data(root, SPEC)
+
+
+def test_all_classes_with_too_few_images_are_named(write_images: Tree) -> None:
+    root = write_images("train", "test", per_class=4)
+    for label in ("blue", "red"):
+        for number in (1, 2, 3):
+            (root / "test" / label / f"{number:03d}.jpg").unlink()
+    told = r"in test/ these classes have too few .* 2 parts, .*: blue \(1\), red \(1\)\. Add images"
+    with pytest.raises(DataInvalid, match=told):
+        load_data(root, SPEC)
+
+
+def test_a_class_of_which_a_part_has_only_damaged_images_is_named_with_them(
+    write_images: Tree,
+) -> None:
+    root = write_images("train", "val", "test", per_class=40)
+    for path in sorted((root / "val" / "red").iterdir())[1:]:
+        path.unlink()
+    (root / "val" / "red" / "000.jpg").write_bytes(b"no picture")
+    told = r"that choices are made by can be decoded of red; val/red/000\.jpg: .* not an image"
+    with pytest.raises(DataInvalid, match=told):
+        load_data(root, SPEC)
+
+
+def test_decoded_images_that_fit_neither_memory_nor_disk_are_an_error(write_images: Tree) -> None:
+    # A limit on the size of files stands for a full disk.
+    code = """
+import resource, sys
+from pollard.compress import data
+from pollard.compress.spec import InputSpec
+data._MEMORY_LIMIT_BYTES = 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    data.load_data(sys.argv[1], InputSpec(16, 16, 3, (0.0,) * 3, (1.0,) * 3))
+except data.DiskFull as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write_images())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "of decoded images do not fit into" in done.stdout
+    assert "TMPDIR" in done.stdout
 
 
 def test_shapes_are_the_same_every_time_and_can_be_told_apart() -> None:

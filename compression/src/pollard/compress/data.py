@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pollard.compress.errors import DataDamaged, DataInvalid, UsageInvalid
+from pollard.compress import duplicates
+from pollard.compress.class_folders import FOLDER_OF, Item, some
+from pollard.compress.errors import DataDamaged, DataInvalid, DiskFull, UsageInvalid
 from pollard.compress.progress import Reporter
-from pollard.compress.sources import (
-    ImageSource,
-    Item,
-    LabelledSource,
-    open_labelled,
-    open_source,
-)
+from pollard.compress.sources import ImageSource, LabelledSource, open_labelled, open_source
 from pollard.compress.spec import InputSpec
 from pollard.compress.truth import TaskName, Truth, boxes_in_tensor, mask_in_tensor, padded
 from pollard.runtime.errors import ImageInvalid
@@ -48,6 +45,8 @@ _SHARES = (0.6, 0.15, 0.25)
 _MEMORY_LIMIT_BYTES = 2 * 1024**3
 
 _LISTED_FILES = 10
+
+_USE = {"train": "is trained on", "choose": "choices are made by", "held-out": "judges"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,8 @@ class Dataset:
     """Files that could not be decoded and were left out, each with the reason."""
     split: str = ""
     """How the parts came about, for people."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes figures of these data doubtful, each a sentence without its full stop."""
 
     @property
     def task(self) -> TaskName:
@@ -144,6 +145,7 @@ def load_data(
     """
     reporter = reporter or Reporter()
     source, classes = _open(reference, task)
+    _say_passed_over(source, reporter)
     parts, how = split_items(source.items, _strata(classes, task), validation)
     if max_train_images is not None and max_train_images < len(parts["train"]):
         parts["train"] = _subset(parts["train"], _strata(classes, task), max_train_images)
@@ -151,12 +153,18 @@ def load_data(
     decoded, damaged, digest = _decode(source, parts, pipeline, max_damaged_share, reporter)
     made = {name: _part(source, name, part, classes, task) for name, part in decoded.items()}
     for name, part in made.items() if task == "classification" else ():
-        absent = [label for i, label in enumerate(classes) if i not in set(part.labels.tolist())]
-        if absent:
+        found = set(part.labels.tolist())
+        if absent := [label for i, label in enumerate(classes) if i not in found]:
             raise DataInvalid(
-                f"{reference}: the part {name!r} has no image of {', '.join(absent[:10])}"
+                f"{reference}: no image that {_USE[name]} can be decoded of {some(absent)}"
+                + ("; " * bool(damaged) + "; ".join(damaged[:_LISTED_FILES]))
             )
     _say_damaged(damaged, reporter)
+    warnings = duplicates.find(
+        {name: list(zip(part.items, part.looks, strict=True)) for name, part in decoded.items()}
+    )
+    for warning in warnings:
+        reporter.say(f"Warning: {warning}")
     return Dataset(
         source.name,
         classes,
@@ -166,6 +174,7 @@ def load_data(
         digest,
         damaged,
         how,
+        warnings,
     )
 
 
@@ -211,6 +220,7 @@ def load_part(
     """
     reporter = reporter or Reporter()
     source, classes, items = part_items(reference, part, task)
+    _say_passed_over(source, reporter)
     pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
     decoded, damaged, _ = _decode(source, {part: items}, pipeline, max_damaged_share, reporter)
     _say_damaged(damaged, reporter)
@@ -252,6 +262,11 @@ def _part(
     return Part(title, decoded.images, masks, task, truths)
 
 
+def _say_passed_over(source: ImageSource, reporter: Reporter) -> None:
+    for note in source.notes:
+        reporter.say(note[:1].upper() + note[1:])
+
+
 def _say_damaged(damaged: list[str], reporter: Reporter) -> None:
     if damaged:
         shown = "; ".join(damaged[:_LISTED_FILES])
@@ -259,7 +274,7 @@ def _say_damaged(damaged: list[str], reporter: Reporter) -> None:
 
 
 def stratified(
-    labels: Sequence[object], shares: Sequence[float], seed: int
+    labels: Sequence[object], shares: Sequence[float], seed: int, where: str = "the data"
 ) -> list[NDArray[np.int64]]:
     """Split indices so that every class keeps its share in every part.
 
@@ -267,6 +282,7 @@ def stratified(
         labels: Label of each element.
         shares: Positive shares of the parts; they sum to 1.
         seed: Of the shuffle.
+        where: What errors call the whole.
 
     Returns:
         Indices of each part, shuffled.
@@ -279,11 +295,15 @@ def stratified(
     for i, label in enumerate(labels):
         by_class[label].append(i)
     parts: list[list[int]] = [[] for _ in shares]
-    for label, members in by_class.items():
-        if len(members) < len(shares):
-            raise DataInvalid(
-                f"class {label!r} has {len(members)} image(s); at least {len(shares)} are needed"
-            )
+    rare = [
+        f"{label} ({len(found)})" for label, found in by_class.items() if len(found) < len(shares)
+    ]
+    if rare:
+        raise DataInvalid(
+            f"in {where} these classes have too few images to be split into {len(shares)} parts, "
+            f"at least one in each: {some(rare)}. Add images, or take the classes away"
+        )
+    for members in by_class.values():
         order = generator.permutation(members)
         counts = np.maximum(1, np.floor(np.array(shares) * len(members)).astype(int))
         counts[0] += len(members) - counts.sum()
@@ -307,7 +327,10 @@ def split_items(
     for name, members in given.items():
         absent = sorted(set(classes) - {item.label for item in members})
         if absent:
-            raise DataInvalid(f"the part {name!r} has no image of {', '.join(absent[:10])}")
+            raise DataInvalid(
+                f"{FOLDER_OF.get(name, 'the data')} has no image of {some(absent)}, which the "
+                "other parts have; each part needs every class"
+            )
     train = given.get("train", [])
     if validation is not None:
         if given.keys() != {"train", "held-out"}:
@@ -339,7 +362,7 @@ def split_items(
         return shuffled, "the data's own train, validation and test folders"
     name = "held-out" if "held-out" in given else "choose"
     pool = shuffled[name]
-    halves = stratified([item.label for item in pool], (0.5, 0.5), SPLIT_SEED)
+    halves = stratified([item.label for item in pool], (0.5, 0.5), SPLIT_SEED, FOLDER_OF[name])
     folder = "test" if name == "held-out" else "validation"
     return (
         {
@@ -363,7 +386,9 @@ def _with_validation(
             f"{len(train):,} images of train/"
         )
     share = count / len(train)
-    learnt, kept = stratified([item.label for item in train], (1 - share, share), SPLIT_SEED)
+    learnt, kept = stratified(
+        [item.label for item in train], (1 - share, share), SPLIT_SEED, "train/"
+    )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(held_out))
     return (
         {
@@ -390,6 +415,7 @@ class _Decoded:
 
     images: NDArray[np.uint8]
     items: list[Item] = field(default_factory=list)
+    looks: list[bytes] = field(default_factory=list)
     truths: list[Truth] = field(default_factory=list)
 
 
@@ -401,6 +427,7 @@ class _Read:
     truth: Truth | None = None
     problem: str = ""
     stamp: bytes = b""
+    look: bytes = b""
 
 
 def _read(source: ImageSource, item: Item, pipeline: Pipeline) -> _Read:
@@ -423,7 +450,9 @@ def _read(source: ImageSource, item: Item, pipeline: Pipeline) -> _Read:
             truth = Truth(made.geometry, mask=known.astype(np.uint8))
         else:
             truth = Truth(made.geometry, boxes=known.astype(np.float64))
-    return _Read(np.asarray(made.array, np.uint8), truth, stamp=stamp.digest())
+    pixels = np.ascontiguousarray(made.array, np.uint8)
+    look = hashlib.blake2b(pixels.data, digest_size=16).digest()
+    return _Read(pixels, truth, stamp=stamp.digest(), look=look)
 
 
 def _decode(
@@ -455,6 +484,7 @@ def _decode(
                         continue
                     part.images[len(part.items)] = read.pixels
                     part.items.append(item)
+                    part.looks.append(read.look)
                     hashes.append(read.stamp)
                     if read.truth is not None:
                         part.truths.append(read.truth)
@@ -462,7 +492,9 @@ def _decode(
                 if len(damaged) > max_damaged_share * total:
                     raise DataDamaged(
                         f"{len(damaged)} of the first files cannot be decoded, more than "
-                        f"{max_damaged_share:.0%} of {total}: " + "; ".join(damaged[:_LISTED_FILES])
+                        f"{max_damaged_share:.0%} of {total}: "
+                        + "; ".join(damaged[:_LISTED_FILES])
+                        + ". Mend them, or take them away"
                     )
             part.images = part.images[: len(part.items)]
             result[name] = part
@@ -475,6 +507,15 @@ def _allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
         return np.empty(shape, np.uint8)
     # The file has no name: it disappears with the last reference, whatever happens.
     with tempfile.TemporaryFile() as file:
+        try:
+            # A hole that the disk cannot fill later ends the process without a word.
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape, dtype=np.int64)))
+        except OSError as error:
+            raise DiskFull(
+                f"{int(np.prod(shape, dtype=np.int64)) / 1e9:,.1f} GB of decoded images do not fit "
+                f"into {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to where there is "
+                "space, or take fewer --train-images"
+            ) from error
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 

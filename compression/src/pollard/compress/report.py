@@ -128,7 +128,7 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "chosen": chosen.to_json(),
         "candidates": [m.to_json() for m in run.candidates],
         "dropped_stages": run.dropped,
-        "warnings": run.warnings,
+        "warnings": [*run.data.warnings, *run.warnings],
         "pruning": None if run.pruned is None else _pruning(run.pruned, run.recipe["prune"]),
         "recovery": None if run.history is None else asdict(run.history),
         "layers": _layers(run.layers_before, run.layers_after),

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,36 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pollard.compress import shapes
+from pollard.compress.class_folders import Item, classify, is_regular, walk
 from pollard.compress.errors import DataInvalid
 from pollard.compress.truth import TaskName
 from pollard.runtime.errors import ImageDamaged, ImageTooLarge
 from pollard.runtime.images import ImageLimits
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
-
 # Images that may be drawn, and how far the seeds of two data sets lie apart.
 _FEWEST, _SEEDS = 20, 1_000_000
-
-# Folder names that say which part of the data they hold.
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "choose",
-    "valid": "choose",
-    "validation": "choose",
-    "test": "held-out",
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image of a data set."""
-
-    path: str
-    """Path within the data set; for digits, its number."""
-    label: str
-    part: str
-    """"train", "choose" or "held-out" when the data say so; else empty."""
 
 
 class ImageSource(Protocol):
@@ -54,8 +28,8 @@ class ImageSource(Protocol):
 
     name: str
     items: list[Item]
-    ignored: int
-    """Files of other types beside the images."""
+    notes: list[str]
+    """What was passed over, each a sentence without its full stop."""
 
     def read(self, item: Item) -> bytes | NDArray[np.uint8]:
         """Return the bytes of an image file, or its pixels."""
@@ -81,32 +55,19 @@ class DirectorySource:
     def __init__(self, root: Path) -> None:
         self.name = root.name or str(root)
         self.root = root
-        paths: list[str] = []
-        empty: list[str] = []
-        unreadable: list[str] = []
-
-        def note(error: OSError) -> None:
-            unreadable.append(f"{error.filename} ({error.strerror})")
-
-        for directory, names, files in os.walk(root, onerror=note):
-            names.sort()
-            below = Path(directory).relative_to(root)
-            paths.extend((below / file).as_posix() for file in sorted(files))
-            if not names and not files and not _hidden(below.parts):
-                empty.append(below.as_posix())
-        if unreadable:
-            raise DataInvalid(f"{root}: these folders cannot be read: {_some(unreadable)}")
-        if empty and paths:
-            raise DataInvalid(
-                f"{root}: these folders are empty: {_some(empty)}. A class needs images; take the "
-                "folders away, or fill them"
-            )
-        self._real, self.items, self.ignored = _classify(paths, str(root))
+        paths, passed = walk(root)
+        layout = classify(paths, str(root))
+        self._real, self.items = layout.real, layout.items
+        self.notes = [*passed, *layout.notes]
 
     def read(self, item: Item) -> bytes:
-        """Return the bytes of the file."""
+        """Return the bytes of the file, never more than an image may have."""
+        path = self.root / self._real[item.path]
         try:
-            return (self.root / self._real[item.path]).read_bytes()
+            if not is_regular(path):
+                raise ImageDamaged("it is no file")
+            _check_bytes(path.stat().st_size)
+            return path.read_bytes()
         except OSError as error:
             raise ImageDamaged(f"it cannot be read: {error}") from error
 
@@ -120,15 +81,18 @@ class ZipSource:
             self._zip = zipfile.ZipFile(path)
             paths = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
         except (zipfile.BadZipFile, OSError) as error:
-            raise DataInvalid(f"{path} is not a readable zip file: {error}") from error
-        self._real, self.items, self.ignored = _classify(paths, str(path))
+            raise DataInvalid(
+                f"{path} is not a readable zip file: {error}. Data are a directory or a zip; "
+                "unpack archives of other kinds"
+            ) from error
+        # Of several files of one name the last counts, as it does where they are unpacked.
+        layout = classify(dict.fromkeys(paths), str(path))
+        self._real, self.items, self.notes = layout.real, layout.items, layout.notes
 
     def read(self, item: Item) -> bytes:
         """Return the bytes of the file, never more than an image may have."""
         info = self._zip.getinfo(self._real[item.path])
-        limit = ImageLimits().max_bytes
-        if info.file_size > limit:
-            raise ImageTooLarge(f"it has {info.file_size} bytes, at most {limit} are allowed")
+        _check_bytes(info.file_size)
         try:
             return self._zip.read(info)
         except (
@@ -148,7 +112,7 @@ class DigitsSource:
         from sklearn.datasets import load_digits
 
         self.name = "digits"
-        self.ignored = 0
+        self.notes: list[str] = []
         raw = load_digits()
         self._pixels = [_enlarge(image) for image in raw.images]
         self.items = [Item(f"{i:04d}", str(label), "") for i, label in enumerate(raw.target)]
@@ -165,7 +129,7 @@ class ShapesSource:
 
     def __init__(self, count: int = COUNT, seed: int = 0) -> None:
         self.name = "shapes"
-        self.ignored = 0
+        self.notes: list[str] = []
         self._each, self._seed = count // len(shapes.NAMES), seed
         self.items = [
             Item(f"{label}/{number:03d}", label, "")
@@ -190,7 +154,7 @@ class ScenesSource:
 
     def __init__(self, task: TaskName, count: int = COUNT, seed: int = 0) -> None:
         self.name = "shapes"
-        self.ignored = 0
+        self.notes: list[str] = []
         self.classes = list(shapes.NAMES)
         self._task, self._seed = task, seed
         if task == "segmentation":
@@ -214,13 +178,10 @@ class ScenesSource:
 _scene = functools.lru_cache(maxsize=16)(shapes.draw_scene)
 
 
-def _hidden(parts: Iterable[str]) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+def _check_bytes(count: int) -> None:
+    limit = ImageLimits().max_bytes
+    if count > limit:
+        raise ImageTooLarge(f"it has {count:,} bytes, at most {limit:,} are allowed")
 
 
 def _enlarge(image: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -283,52 +244,3 @@ def _drawn(reference: str | Path, default: int) -> tuple[int, int] | None:
     if not _FEWEST <= count <= _SEEDS:
         raise DataInvalid(f"{reference}: the count is from {_FEWEST} to {_SEEDS}")
     return count, seed
-
-
-def _classify(paths: Iterable[str], where: str) -> tuple[dict[str, str], list[Item], int]:
-    kept: list[tuple[str, tuple[str, ...]]] = []
-    others: Counter[str] = Counter()
-    for path in paths:
-        parts = PurePosixPath(path).parts
-        if _hidden(parts):
-            continue
-        if PurePosixPath(path).suffix.lower() not in EXTENSIONS:
-            others[PurePosixPath(path).suffix.lower() or "no extension"] += 1
-            continue
-        kept.append((path, parts))
-    if not kept:
-        found = ", ".join(f"{n} × {kind}" for kind, n in others.most_common(5))
-        raise DataInvalid(
-            f"{where} holds no images ({', '.join(EXTENSIONS)})"
-            + (f"; it holds {found}" * bool(found))
-        )
-    # A zip often wraps everything in one folder; it says nothing.
-    while all(len(parts) > 2 for _, parts in kept) and len({parts[0] for _, parts in kept}) == 1:
-        kept = [(path, parts[1:]) for path, parts in kept]
-    named = {parts[0].lower() for _, parts in kept if len(parts) > 2}
-    split = "train" in {PARTS.get(name, "") for name in named} and all(
-        len(parts) > 2 and parts[0].lower() in PARTS for _, parts in kept
-    )
-    real: dict[str, str] = {}
-    items: list[Item] = []
-    nested: list[str] = []
-    for path, parts in kept:
-        part = PARTS[parts[0].lower()] if split else ""
-        inner = parts[1:] if split else parts
-        if len(inner) < 2:
-            raise DataInvalid(
-                f"{where}: {path} lies in no class folder; the layout is CLASS/image.jpg, or "
-                "train/CLASS/image.jpg and test/CLASS/image.jpg"
-            )
-        name = "/".join(parts)
-        real[name] = path
-        items.append(Item(name, inner[0], part))
-        if len(inner) > 2:
-            nested.append(path)
-    if nested:
-        raise DataInvalid(
-            f"{where}: images lie in folders inside class folders, and it cannot be told which "
-            f"folder is the class: {_some(nested)}. The layout is CLASS/image.jpg, or "
-            "train/CLASS/image.jpg and test/CLASS/image.jpg"
-        )
-    return real, items, sum(others.values())
