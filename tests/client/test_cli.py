@@ -46,6 +46,19 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str], plugins: Any) -> N
     assert "models" in capsys.readouterr().out
 
 
+def test_summaries_of_commands_are_not_cut(
+    capsys: pytest.CaptureFixture[str], plugins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert _main.run(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "..." not in told.partition("Commands:")[2]
+    assert max(map(len, told.splitlines())) <= 60
+    assert "Show what the services do now: requests, latencies, queues, swaps and rollouts." in (
+        " ".join(told.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "distribution"),
     [

@@ -281,10 +281,19 @@ async def test_a_switch_on_its_way_can_be_given_another_quorum(loaded: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "quorum", [pb.Quorum(), pb.Quorum(servers=-1), pb.Quorum(share=1.5), pb.Quorum(share=-0.1)]
+    ("quorum", "called"),
+    [
+        (pb.Quorum(), "0 servers"),
+        (pb.Quorum(servers=-1), "-1 servers"),
+        (pb.Quorum(share=1.5), "a share of 1.5"),
+        (pb.Quorum(share=-0.1), "a share of -0.1"),
+    ],
 )
-async def test_what_is_no_quorum_is_refused(loaded: Any, helpers: Any, quorum: pb.Quorum) -> None:
+async def test_what_is_no_quorum_is_refused(
+    loaded: Any, helpers: Any, quorum: pb.Quorum, called: str
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await loaded.client.set_alias(2, quorum=quorum)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert helpers.info_of(caught.value).reason == "QUORUM_INVALID"
+    assert f"a quorum of {called} is none" in caught.value.details()

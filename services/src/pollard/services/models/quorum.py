@@ -43,7 +43,7 @@ class Quorum:
             return
         if self.servers == 0 and 0 < self.share <= 1:
             return
-        value = f"{self.servers} servers" if self.servers else f"a share of {self.share:g}"
+        value = f"a share of {self.share:g}" if self.share else f"{self.servers} servers"
         raise InvalidRequest(
             f"a quorum of {value} is none; it is 1 server or more, or a share of the servers above "
             "0, up to 1",

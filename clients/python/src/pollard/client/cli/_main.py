@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from pollard.client.cli._words import fail
 from pollard.client.errors import PollardError, RequestFailed
@@ -35,6 +36,23 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
 }
 
 
+_LONGEST_SUMMARY = 1000
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands whose summaries take as many lines as they need, and are not cut."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [
+            (name, command.get_short_help_str(_LONGEST_SUMMARY))
+            for name, command in commands.items()
+            if command is not None and not command.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 def build_app(command: str = "") -> typer.Typer:
     """Put the command together out of everything that is installed.
 
@@ -44,6 +62,7 @@ def build_app(command: str = "") -> typer.Typer:
     """
     app = typer.Typer(
         name="pollard",
+        cls=_Commands,
         help="Compress convolutional networks, serve them over gRPC, swap them under load.",
         no_args_is_help=True,
         add_completion=False,
