@@ -1,11 +1,11 @@
 """Which worker of pytest-xdist runs what, and when: what takes longest begins first.
 
-    python tests/schedule.py build/tests.xml    write what `--junit-xml build/tests.xml` measured
+    python tests/schedule.py build/test.xml build/long.xml    write what two runs measured
 
-Tests of one file stay together, for they share servers; so do those of the folders that share one
-among their files. How long each takes is in `seconds.json`, as far as it is worth telling: a file
-that is not in it comes last. Without an order a worker may be left alone with the longest at the
-end.
+They are those of `make test` and `make long`, each with `--junit-xml`. Tests of one file stay
+together, for they share servers; so do those of the folders that share one among their files. How
+long each takes is in `seconds.json`, as far as it is worth telling: a file that is not in it comes
+last. Without an order a worker may be left alone with the longest at the end.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ def unit_of(nodeid: str) -> str:
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
-def seconds() -> dict[str, float]:
-    """Return how long each unit took when it was measured last."""
-    read: dict[str, float] = json.loads(SECONDS.read_text())
-    return read
+def seconds(selected: str) -> dict[str, float]:
+    """Return how long each unit took when it was measured last.
+
+    Args:
+        selected: The marks that pytest was asked for: of a unit, some tests may be long.
+    """
+    read: dict[str, dict[str, float]] = json.loads(SECONDS.read_text())
+    return read.get(selected) or dict(sum((Counter(part) for part in read.values()), Counter()))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put what takes longest first, where workers share the tests out."""
     if hasattr(config, "workerinput"):
-        known = seconds()
+        known = seconds(config.option.markexpr)
         items.sort(key=lambda item: -known.get(unit_of(item.nodeid), 0.0))
 
 
@@ -81,4 +85,6 @@ def _files() -> list[Path]:
 
 
 if __name__ == "__main__":
-    SECONDS.write_text(json.dumps(measured(Path(sys.argv[1])), indent=2) + "\n")
+    reports = dict(zip(("not long", "long"), map(Path, sys.argv[1:]), strict=True))
+    found = {selected: measured(report) for selected, report in reports.items()}
+    SECONDS.write_text(json.dumps(found, indent=2) + "\n")

@@ -36,6 +36,7 @@ def test_a_section_leaves_its_figures_and_a_table(tmp_path: Path) -> None:
     assert "| machine: cores" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.long
 def test_a_section_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> None:
     # No machine has this provider, or the test runs where there is a GPU.
     import onnxruntime
@@ -55,6 +56,7 @@ def test_a_section_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> Non
     assert "not whole: environment, correctness" in done.stdout
 
 
+@pytest.mark.long
 def test_a_section_that_is_chosen_has_all_of_the_time_and_its_models(tmp_path: Path) -> None:
     done = _run(
         *("--provider", "cuda", "--tiny", "--only", "compressed", "--minutes", "20"),

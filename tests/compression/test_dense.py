@@ -193,6 +193,7 @@ def test_a_factorised_layer_where_the_parent_has_another_is_refused(tmp_path: Pa
         load_pruned(other, tmp_path)
 
 
+@pytest.mark.long
 def test_a_budget_of_size_is_met_by_ranks_where_they_cost_least(
     data: Dataset, tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_the_same_recipe_gives_the_same_file(digits_parent: Path, tmp_path: Path
     onnx.checker.check_model(onnx.load_from_string(models[0]))
 
 
+@pytest.mark.long
 def test_a_budget_is_met_by_the_file_that_is_shipped(digits_parent: Path, tmp_path: Path) -> None:
     small = recipe(
         digits_parent, target="cpu-fp32", budget=("size=0.2", "macs=0.4"), epochs=2, prune_steps=1

@@ -110,6 +110,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(
         assert result.report[key] == whole.report[key], key
 
 
+@pytest.mark.long
 def test_a_refused_measurement_is_measured_anew(
     finished: tuple[CompressionResult, Path], digits_parent: Path, tmp_path: Path
 ) -> None:

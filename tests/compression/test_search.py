@@ -112,6 +112,7 @@ def test_points_do_not_depend_on_how_many_run_at_a_time_or_which_ends_first(
     assert window(24) == 6
 
 
+@pytest.mark.long
 def test_a_search_whose_time_is_over_ends_with_what_it_has(tmp_path: Path) -> None:
     hurried = Reporter()
     hurried.allow(1e-9)

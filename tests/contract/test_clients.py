@@ -27,6 +27,14 @@ REQUIRED = "POLLARD_REQUIRE_CLIENTS"
 pytestmark = pytest.mark.timeout(1200)
 
 
+def marks_of(language: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a language's tests: another one's runner is built first."""
+    return [] if language.startswith("python") else [pytest.mark.long]
+
+
+EACH = [pytest.param(language, marks=marks_of(language)) for language in LANGUAGES]
+
+
 def read_vectors() -> dict[str, dict[str, Any]]:
     """Return every case by name."""
     found: dict[str, dict[str, Any]] = {}
@@ -44,8 +52,7 @@ PAIRS = [
         language,
         name,
         id=f"{language}-{name}",
-        # Another language's runner is built first.
-        marks=() if language.startswith("python") else pytest.mark.long,
+        marks=marks_of(language),
     )
     for language in LANGUAGES
     for name, case in CASES.items()
@@ -227,7 +234,7 @@ def test_a_client_agrees_with_the_vector(
     assert name not in run.left_open, "a call was left open at the server"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", EACH)
 def test_a_runner_ends_by_itself_and_says_nothing_else(
     run_of: Callable[[str], Run], language: str
 ) -> None:
@@ -238,7 +245,7 @@ def test_a_runner_ends_by_itself_and_says_nothing_else(
     assert run.errors == "" or language == "python-asyncio"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", EACH)
 def test_the_example_program_answers(
     run_of: Callable[[str], Run], builds: ModuleType, live: Any, tmp_path: Path, language: str
 ) -> None:

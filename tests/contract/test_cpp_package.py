@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.long]
 
 VERSION = (Path(__file__).resolve().parents[2] / "VERSION").read_text().strip()
 MAJOR, MINOR = (int(part) for part in VERSION.split(".")[:2])

@@ -300,6 +300,7 @@ def test_no_secret_is_in_any_log_or_page(guarded: Any, admin: str, served: Model
     assert said.count(admin) == 1
 
 
+@pytest.mark.long
 def test_a_viewers_token_is_enough_to_see_what_is_going_on(
     guarded: Any, served: ModelsClient, pollard: Any
 ) -> None:

@@ -220,6 +220,7 @@ def test_killing_the_supervisor_kills_the_services(
     gone(processes)
 
 
+@pytest.mark.long
 def test_it_serves_on_when_nobody_reads_its_log_any_more(tmp_path: Path, pollard: Pollard) -> None:
     import sys
     import time
@@ -270,6 +271,7 @@ def test_a_port_in_use_is_told_and_nothing_is_left_running(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_second_manager_on_one_store_is_refused_and_the_first_goes_on(
     start_up: Callable[..., Any],
 ) -> None:

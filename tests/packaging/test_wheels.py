@@ -21,7 +21,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("protos/python", "runtime", "clients/python", "services", "compression")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 def build(source: Path, out: Path) -> Path:

@@ -76,6 +76,7 @@ async def test_errors_of_streams_come_after_what_was_sent(server):
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@pytest.mark.long
 async def test_a_client_that_pings_every_second_is_not_sent_away(server):
     pinging = [
         ("grpc.keepalive_time_ms", 500),

@@ -142,6 +142,7 @@ async def test_an_upload_survives_kills_at_any_moment(
     assert not list((manager.store / "uploads").iterdir())
 
 
+@pytest.mark.long
 async def test_an_acknowledged_alias_survives_a_kill(manager: Manager) -> None:
     await manager.start()
     for target in (2, 3, 1):

@@ -73,6 +73,7 @@ async def test_a_file_whose_name_is_no_text_is_refused_before_anything_is_sent(
             await client.push(bundle.path, "m")
 
 
+@pytest.mark.long
 async def test_texts_come_back_as_they_were(suite: Any, bundles: Any) -> None:
     models = suite.client.models
     labels = {text: text for text in TEXTS}

@@ -127,6 +127,7 @@ async def following(helpers: Any, cache: Path, addresses: list[str]) -> AsyncIte
         await agent.stop()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("off_seconds", [0, -3600], ids=["in step", "an hour behind"])
 async def test_the_other_goes_on_when_the_leader_is_killed_in_the_middle_of_a_switch(
     managers: list[Manager], tmp_path: Path, helpers: Any

@@ -68,6 +68,7 @@ async def test_a_renewed_certificate_is_shown(start: Start, make_authority) -> N
     await is_refused(server.address, TlsFiles(ca=first.ca))
 
 
+@pytest.mark.long
 async def test_a_certificate_that_ends_while_it_is_shown(
     start: Start, make_authority, capsys: Any
 ) -> None:
