@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from pollard.bundle.v1 import bundle_pb2
 from pollard.compress import augmentation, augmentation_truth
@@ -125,7 +126,7 @@ def test_augmentation_moves_boxes_and_masks_with_the_pixels(how) -> None:
     drawn = augmentation.draw(how, len(masks_of), SPEC, generator)
     # Pixels that say their class: what is done to them must be done to the mask.
     painted = np.repeat((masks_of.labels[..., None] % 255) * 30, 3, axis=3).astype(np.uint8)
-    moved = augmentation.apply(painted, drawn)[..., 0]
+    moved = augmentation.apply(torch.from_numpy(painted), drawn)[..., 0].numpy()
     masks = augmentation_truth.move(masks_of.labels, drawn, "segmentation", SPEC)
     known = masks != 255
     assert (np.abs(moved[known].astype(int) - masks[known] * 30) < 15).mean() > 0.97

@@ -119,7 +119,7 @@ def test_augmentation_moves_pixels_and_invents_none(kind: str, seed: int) -> Non
     images = generator.integers(1, 256, (6, 20, 16, 3)).astype(np.uint8)
     spec = InputSpec(20, 16, 3, (0.0,) * 3, (1.0,) * 3, augmentation=kind)  # type: ignore[arg-type]
     drawn = augmentation.draw(augmentation.of_spec(spec), len(images), spec, generator)
-    moved = augmentation.apply(images, drawn)
+    moved = augmentation.apply(torch.from_numpy(images), drawn).numpy()
     assert moved.shape == images.shape
     assert moved.dtype == np.uint8
     for before, after in zip(images, moved, strict=True):

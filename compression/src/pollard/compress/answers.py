@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from pollard.bundle.v1 import bundle_pb2
 from pollard.client import ImageLike, Prediction
 from pollard.client.environment import connection
+from pollard.compress import accelerator
 from pollard.compress.data import PartName, load_part, part_items
 from pollard.compress.errors import DataInvalid, LabelsMismatch, UsageInvalid
 from pollard.compress.evaluate import predict_part, session_predictor, torch_predictor
-from pollard.compress.models import load_model, resolve
+from pollard.compress.models import device_for, load_model, resolve
 from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
@@ -57,6 +58,7 @@ def answer(
     spec: InputSpec | None = None,
     part: PartName = "held-out",
     threads: int | None = None,
+    device: str = "auto",
     batch_size: int = BATCH,
     reporter: Reporter | None = None,
 ) -> Answers:
@@ -72,6 +74,7 @@ def answer(
         spec: What a factory's model or an `.onnx` file with float input takes.
         part: Which images.
         threads: PyTorch's or ONNX Runtime's.
+        device: Of a PyTorch model, as for :func:`pollard.compress.accelerator.find`.
         batch_size: Images of a call.
         reporter: Told of progress.
 
@@ -95,7 +98,8 @@ def answer(
         )
     source = resolve(model, spec)
     require_weights(weights, source)
-    with torch_threads(threads):
+    place = device_for(source, device, reporter)
+    with torch_threads(threads), accelerator.on(place):
         images, classes, damaged = load_part(data, source.spec, part, reporter=reporter)
         loaded = load_model(source, weights, classes=len(classes))
         logits = predict_part(torch_predictor(loaded.module, source.spec), images, batch_size)

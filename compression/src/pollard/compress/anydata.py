@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pollard.compress import bundling, export, quantize
+from pollard.compress import accelerator, bundling, export, quantize
+from pollard.compress.accelerator import placed
 from pollard.compress.anydata_cuts import (
     RECALIBRATION_BATCHES,
     Batches,
     Loss,
     batch_gradients,
+    moved_batches,
     shrink_by_batches,
 )
 from pollard.compress.anydata_eight_bits import (
@@ -204,7 +206,8 @@ def compress_model(
     """Compress a trained module with the caller's own data, loss and metric.
 
     Args:
-        model: Trained; takes one float tensor and gives one. It is not changed.
+        model: Trained; takes one float tensor and gives one. It is not changed. If it is on a
+            GPU, recovery and all that looks at its outputs run there.
         train_data: Recovery and calibration go through it.
         eval_fn: The metric that everything is chosen by.
         recipe: What to do.
@@ -221,9 +224,10 @@ def compress_model(
         CompressionError: the model cannot be pruned, exported or quantized.
     """
     reporter = reporter or Reporter()
-    first = _first(train_data, example_input)
-    parent = copy.deepcopy(model).eval()
-    with bundling.staging(Path(out)) as stage:
+    example_input = example_input.cpu()
+    first = _first(train_data, example_input).cpu()
+    parent = copy.deepcopy(model).eval().cpu()
+    with accelerator.on(accelerator.home_of(model)), bundling.staging(Path(out)) as stage:
         modules = {"parent": parent}
         pruned: Pruned | None = None
 
@@ -348,6 +352,20 @@ def _recover(
     reporter: Reporter,
 ) -> None:
     """Fit ``module`` in place; it ends with the best state by the metric."""
+    with placed(module, parent) as device:
+        _fit(module, parent, data, eval_fn, loss_fn, recipe, reporter, device)
+
+
+def _fit(
+    module: nn.Module,
+    parent: nn.Module,
+    data: Batches,
+    eval_fn: Evaluate,
+    loss_fn: Loss,
+    recipe: ModelRecipe,
+    reporter: Reporter,
+    device: torch.device,
+) -> None:
     seed_everything(recipe.seed)
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = sum(1 for _ in data)
@@ -359,7 +377,7 @@ def _recover(
     with reporter.step("Recovering", steps * recipe.epochs) as step:
         for _ in range(recipe.epochs):
             module.train()
-            for inputs, targets in data:
+            for inputs, targets in moved_batches(data, device):
                 outputs = module(inputs)
                 loss = (1 - recipe.distill_weight) * loss_fn(outputs, targets)
                 if recipe.distill_weight:

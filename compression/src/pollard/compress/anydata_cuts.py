@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pollard.compress.accelerator import moved, placed
 from pollard.compress.groups import Gradients, Prunable
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned
@@ -105,13 +106,20 @@ def batch_gradients(data: Batches, loss_fn: Loss) -> Gradients:
 
     def add(module: nn.Module) -> None:
         module.eval()
-        for inputs, targets in itertools.islice(data, _PROBES):
-            loss_fn(module(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        with placed(module) as device:
+            for inputs, targets in moved_batches(itertools.islice(data, _PROBES), device):
+                loss_fn(module(inputs), targets).backward()  # type: ignore[no-untyped-call]
 
     return add
 
 
+def moved_batches(data: Batches, device: torch.device) -> Iterator[tuple[Tensor, Any]]:
+    """Yield batches with their tensors on a device."""
+    for inputs, targets in data:
+        yield inputs.to(device), moved(targets, device)
+
+
 def _outputs(module: nn.Module, probes: Sequence[Tensor]) -> Tensor:
     module.eval()
-    with torch.no_grad():
-        return torch.cat([module(inputs) for inputs in probes])
+    with placed(module) as device, torch.no_grad():
+        return torch.cat([module(inputs.to(device)) for inputs in probes])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pollard.compress import export, quantize
+from pollard.compress.accelerator import CPU, placed
 from pollard.compress.anydata_cuts import Batches
 from pollard.compress.eight_bits import search
 from pollard.compress.errors import DataInvalid
@@ -45,21 +46,31 @@ def score(eval_fn: Evaluate, predict: Predict) -> float:
     Raises:
         DataInvalid: it is no finite number.
     """
-    if isinstance(predict, nn.Module):
-        predict.eval()
     with torch.no_grad():
-        value = float(eval_fn(predict))
+        if isinstance(predict, nn.Module):
+            with placed(predict.eval()) as device:
+                value = float(eval_fn(_answers_beside(predict, device)))
+        else:
+            value = float(eval_fn(predict))
     if not math.isfinite(value):
         raise DataInvalid(f"eval_fn gave {value}; it must give a finite number")
     return value
+
+
+def _answers_beside(module: nn.Module, device: torch.device) -> Predict:
+    """Return what answers with a module on a device, and gives outputs back where inputs are."""
+    if device == CPU:
+        return module
+    return lambda inputs: module(inputs.to(device)).to(inputs.device)
 
 
 def predictor(session: Session) -> Predict:
     """Return a function that answers with an ONNX file with the module's own input."""
 
     def predict(inputs: Tensor) -> Tensor:
-        feeds = {export.CORE_INPUT: inputs.detach().float().contiguous().numpy()}
-        return torch.from_numpy(np.asarray(session.run(feeds, [OUTPUT])[OUTPUT]))
+        feeds = {export.CORE_INPUT: inputs.detach().cpu().float().contiguous().numpy()}
+        answer = torch.from_numpy(np.asarray(session.run(feeds, [OUTPUT])[OUTPUT]))
+        return answer.to(inputs.device)
 
     return predict
 
@@ -119,7 +130,7 @@ class Reader:
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         """Return the next batch by input name, or None at the end."""
         batch = next(self._batches, None)
-        return None if batch is None else {export.CORE_INPUT: batch[0].float().numpy()}
+        return None if batch is None else {export.CORE_INPUT: batch[0].cpu().float().numpy()}
 
 
 def quantize_module(

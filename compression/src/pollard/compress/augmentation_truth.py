@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from pollard.compress.augmentation import Augment, Drawn
+from pollard.compress.augmentation import Augment, Drawn, move_pixels
 from pollard.compress.errors import UsageInvalid
 from pollard.compress.spec import InputSpec
 from pollard.compress.truth import NOTHING, TaskName
@@ -77,23 +77,13 @@ def _boxes(labels: NDArray[np.float32], drawn: Drawn, spec: InputSpec) -> NDArra
 
 
 def _masks(labels: NDArray[np.uint8], drawn: Drawn, spec: InputSpec) -> NDArray[np.uint8]:
-    count, height, width = labels.shape
     del spec
-    if drawn.rows is not None and drawn.columns is not None:
-        y, x = drawn.reach
-        padded = np.pad(labels, ((0, 0), (y, y), (x, x)), constant_values=UNSEEN)
-        rows = drawn.rows[:, None] + np.arange(height)
-        columns = drawn.columns[:, None] + np.arange(width)
-        if drawn.mirrored is not None:
-            columns[drawn.mirrored] = columns[drawn.mirrored, ::-1]
-        labels = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    elif drawn.mirrored is not None:
-        labels = labels.copy()
-        labels[drawn.mirrored] = labels[drawn.mirrored, :, ::-1]
+    masks = move_pixels(torch.from_numpy(labels)[..., None], drawn, fill=UNSEEN)[..., 0]
     if drawn.matrices is None:
-        return labels
+        plain: NDArray[np.uint8] = masks.numpy()
+        return plain
     # Outside of the image the sampler gives 0.
-    values = torch.from_numpy(labels.astype(np.float32) - UNSEEN)[:, None]
+    values = masks[:, None].float() - UNSEEN
     grid = functional.affine_grid(
         torch.from_numpy(drawn.matrices), list(values.shape), align_corners=False
     )

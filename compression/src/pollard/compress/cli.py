@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
+from pollard.compress.cli_common import Device, errors, make_reporter, make_spec, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,6 +243,7 @@ def compress(
     train_images: _TrainImages = None,
     seed: _Seed = 0,
     threads: _Threads = None,
+    device: Device = "auto",
     input_size: _Size = None,
     mean: _Mean = "0",
     std: _Std = "1",
@@ -302,6 +303,7 @@ def compress(
             "factorize": factorize,
             "seed": seed,
             "threads": threads,
+            "device": device,
         }
         if budget and _given(context, "prune"):
             raise UsageInvalid("--prune and --budget exclude each other; --budget macs= is a share")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
     from pollard.compress.progress import Reporter
     from pollard.compress.spec import InputSpec
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="What PyTorch computes on: auto (a GPU where it can use one), cpu, cuda, or cuda:N.",
+    ),
+]
 
 
 def make_spec(size: str | None, mean: str, std: str) -> InputSpec | None:

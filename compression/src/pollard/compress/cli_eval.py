@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pollard.compress.cli_common import Device
+
 
 class PartChoice(StrEnum):
     """Parts of a data set."""
@@ -74,6 +76,7 @@ def evaluate(
         int | None,
         typer.Option("--threads", min=1, help="Threads of a call; PyTorch takes all cores."),
     ] = None,
+    device: Device = "auto",
     plot: Annotated[
         Path | None,
         typer.Option("--plot", help="Write mistakes and calibration to this .html file."),
@@ -107,6 +110,7 @@ def evaluate(
             spec=make_spec(input_size, mean, std),
             part=part.value,
             threads=threads,
+            device=device,
             batch_size=batch_size,
             reporter=make_reporter(console),
         )

@@ -8,6 +8,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from pollard.compress.cli_common import Device
+
 
 def train(
     model: Annotated[
@@ -122,6 +124,7 @@ def train(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
     ] = None,
+    device: Device = "auto",
     ray: Annotated[
         str,
         typer.Option(
@@ -146,7 +149,8 @@ def train(
 ) -> None:
     """Train a model, from scratch or from other weights, and write its best epoch.
 
-    Under torchrun the processes share each batch:
+    Under torchrun the processes share each batch, each with a GPU of its own
+    where there are GPUs:
     torchrun --nproc-per-node 2 --no-python pollard train ...
     """
     from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
@@ -200,6 +204,11 @@ def train(
         }
         if ray and threads is not None:
             raise UsageInvalid("--threads and --ray exclude each other: a process has one core")
+        if ray and device not in ("auto", "cpu"):
+            raise UsageInvalid(
+                "on a Ray cluster every core of a processor trains; several GPUs are used with "
+                "torchrun, as pollard train --help says"
+            )
         if ray:
             from pollard.compress.cluster_training import train_on_cluster
 
@@ -208,7 +217,15 @@ def train(
             )
         else:
             result = training.train(
-                model, data, out, options=options, resume=resume, threads=threads, **here, **how
+                model,
+                data,
+                out,
+                options=options,
+                resume=resume,
+                threads=threads,
+                device=device,
+                **here,
+                **how,
             )
         if not training.leads():
             return

@@ -95,7 +95,15 @@ def train_on_cluster(
                 others.begin()
                 try:
                     return train(
-                        model, data, out, options=options, resume=resume, threads=1, **here, **how
+                        model,
+                        data,
+                        out,
+                        options=options,
+                        resume=resume,
+                        threads=1,
+                        device="cpu",
+                        **here,
+                        **how,
                     )
                 except RuntimeError as error:
                     # What carries gradients between processes has no errors of its own kind.
@@ -202,7 +210,9 @@ class _Member:
             if job.checkpoint:
                 checkpoint_beside(out).write_bytes(job.checkpoint)
             with _rank(rank, size, meeting):
-                train(job.model, job.data, out, options=options, threads=1, **job.how)
+                train(
+                    job.model, job.data, out, options=options, threads=1, device="cpu", **job.how
+                )  # fmt: skip
 
 
 def _digest_of(job: Job) -> str:

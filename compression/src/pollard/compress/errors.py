@@ -6,6 +6,7 @@
     ├── UsageInvalid               exit code 2: the command asks for something impossible
     │   ├── ModelUnknown             no such zoo model, module or factory
     │   ├── OutputExists             the output holds something already
+    │   ├── DeviceUnusable           PyTorch cannot compute on the device that is asked for
     │   └── CacheUnusable            finished stages cannot be kept where they should be
     ├── WeightsInvalid             the weights are unreadable or do not fit the model
     ├── DataInvalid                the data cannot be used
@@ -56,6 +57,10 @@ class ModelUnknown(UsageInvalid):
 
 class OutputExists(UsageInvalid):
     """The output holds something already and overwriting was not asked for."""
+
+
+class DeviceUnusable(UsageInvalid):
+    """PyTorch cannot compute on the device that is asked for."""
 
 
 class CacheUnusable(UsageInvalid):

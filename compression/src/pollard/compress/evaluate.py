@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pollard.compress.accelerator import in_full, placed
 from pollard.compress.data import Part
 from pollard.compress.spec import InputSpec
 from pollard.runtime.sessions import Session
@@ -112,17 +113,23 @@ def paired_drop(parent: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> Drop
     return Drop(100 * (lost - won) / samples, 100 * (centre - half), 100 * (centre + half))
 
 
+class TorchPredictor:
+    """Answers with a PyTorch module in evaluation mode, on the device that is in use."""
+
+    def __init__(self, module: nn.Module, spec: InputSpec) -> None:
+        self.module, self._spec = module, spec
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.module.eval()
+        with placed(self.module) as device, in_full(device), torch.inference_mode():
+            given = self.module(self._spec.normalize(images, device))
+            outputs = given if isinstance(given, tuple | list) else (given,)
+            return pack([each.float().cpu().numpy() for each in outputs])
+
+
 def torch_predictor(module: nn.Module, spec: InputSpec) -> Predict:
     """Return a function that answers with a PyTorch module in evaluation mode."""
-
-    def predict(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        module.eval()
-        with torch.inference_mode():
-            given = module(spec.normalize(images))
-        outputs = given if isinstance(given, tuple | list) else (given,)
-        return pack([each.float().numpy() for each in outputs])
-
-    return predict
+    return TorchPredictor(module, spec)
 
 
 def session_predictor(session: Session) -> Predict:
@@ -144,7 +151,10 @@ def pack(outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def predict_part(predict: Predict, part: Part, batch_size: int = 64) -> NDArray[np.float32]:
     """Return the answers for a whole part, as :data:`Predict` gives them."""
-    return np.concatenate([predict(images) for images, _ in part.batches(batch_size)])
+    # Not to and fro for each batch.
+    modules = (predict.module,) if isinstance(predict, TorchPredictor) else ()
+    with placed(*modules):
+        return np.concatenate([predict(images) for images, _ in part.batches(batch_size)])
 
 
 def right_answers(logits: NDArray[np.float32], part: Part) -> NDArray[np.bool_]:

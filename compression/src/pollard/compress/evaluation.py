@@ -90,6 +90,7 @@ def evaluate(
     spec: InputSpec | None = None,
     part: PartName = "held-out",
     threads: int | None = None,
+    device: str = "auto",
     batch_size: int = BATCH,
     reporter: Reporter | None = None,
 ) -> Evaluation | TaskEvaluation:
@@ -105,6 +106,7 @@ def evaluate(
         spec: What a factory's model takes.
         part: Which images; the held-out part has chosen nothing.
         threads: Of one call.
+        device: Of a PyTorch model, as for :func:`pollard.compress.accelerator.find`.
         batch_size: Images of a call.
         reporter: Told of progress.
 
@@ -119,7 +121,7 @@ def evaluate(
         def find(name: str, its_weights: str, address: str) -> evaluation_tasks.Found:
             return evaluation_tasks.find(
                 name, data, task, weights=its_weights, server=address, spec=spec, part=part,
-                threads=threads, batch_size=batch_size, reporter=reporter,
+                threads=threads, device=device, batch_size=batch_size, reporter=reporter,
             )  # fmt: skip
 
         rival = find(against, against_weights, "") if against else None
@@ -128,7 +130,7 @@ def evaluate(
     def ask(name: str, its_weights: str, address: str) -> Answers:
         return answer(
             name, data, weights=its_weights, server=address, spec=spec, part=part,
-            threads=threads, batch_size=batch_size, reporter=reporter,
+            threads=threads, device=device, batch_size=batch_size, reporter=reporter,
         )  # fmt: skip
 
     first = ask(model, weights, server)

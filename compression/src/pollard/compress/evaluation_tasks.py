@@ -19,6 +19,7 @@ from PIL import Image
 from pollard.bundle.v1 import bundle_pb2
 from pollard.client import Prediction, RequestFailed, VisionClient
 from pollard.client.environment import connection
+from pollard.compress import accelerator
 from pollard.compress.answers import check_labels, file_input, served_name
 from pollard.compress.average_precision import Boxes, pairs
 from pollard.compress.data import Part, PartName, load_part, part_items
@@ -31,7 +32,7 @@ from pollard.compress.evaluate import (
     torch_predictor,
     wilson_share,
 )
-from pollard.compress.models import load_model, resolve
+from pollard.compress.models import device_for, load_model, resolve
 from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
@@ -166,6 +167,7 @@ def find(
     spec: InputSpec | None = None,
     part: PartName = "held-out",
     threads: int | None = None,
+    device: str = "auto",
     batch_size: int = 16,
     reporter: Reporter | None = None,
 ) -> Found:
@@ -180,6 +182,7 @@ def find(
         spec: What a factory's model or an `.onnx` file with float input takes.
         part: Which images.
         threads: Of one call.
+        device: Of a PyTorch model, as for :func:`pollard.compress.accelerator.find`.
         batch_size: Images of a call.
         reporter: Told of progress.
 
@@ -217,7 +220,8 @@ def find(
     require_weights(weights, source)
     manifest = bundle_pb2.Manifest()
     task_of(task).describe(manifest, ())
-    with torch_threads(threads):
+    place = device_for(source, device, reporter)
+    with torch_threads(threads), accelerator.on(place):
         images, classes, damaged = load_part(data, source.spec, part, reporter, task=task)
         loaded = load_model(source, weights, classes=len(classes))
         answers = predict_part(torch_predictor(loaded.module, source.spec), images, batch_size)

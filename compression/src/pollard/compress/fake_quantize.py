@@ -54,7 +54,8 @@ class FakeQuantized(nn.Module):
     ) -> None:
         super().__init__()
         self._graph = _FakeGraph(quantized)
-        self._shift = torch.from_numpy(prepared.shift.astype(np.float32))
+        shift = torch.from_numpy(prepared.shift.astype(np.float32))
+        self.register_buffer("_shift", shift, persistent=False)
         wide = depthwise_overrides(core, prepared.config)
         floats = {tensor.name: tensor for tensor in core.graph.initializer}
         kinds = {tensor.name: tensor.data_type for tensor in quantized.graph.initializer}
@@ -85,7 +86,8 @@ class FakeQuantized(nn.Module):
         for output, _, attribute, axis, most in self._weights:
             weight: Tensor = getattr(self, attribute)
             values[output] = weight if axis is None else fake_weight(weight, axis, most)
-        return self._graph.run(x - self._shift.reshape(1, -1, 1, 1), values=values)
+        shift: Tensor = self.get_buffer("_shift")
+        return self._graph.run(x - shift.reshape(1, -1, 1, 1), values=values)
 
     def write(self, core: onnx.ModelProto) -> onnx.ModelProto:
         """Return a copy of a float graph with the weights as they are now."""
@@ -93,7 +95,7 @@ class FakeQuantized(nn.Module):
         model.CopyFrom(core)
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         for _, name, attribute, _, _ in self._weights:
-            value: NDArray[np.float32] = getattr(self, attribute).detach().numpy()
+            value: NDArray[np.float32] = getattr(self, attribute).detach().cpu().numpy()
             tensors[name].CopyFrom(numpy_helper.from_array(value, name))
         return model
 
@@ -147,10 +149,10 @@ class _FakeGraph(TorchGraph):
         self, node: onnx.NodeProto, inputs: Inputs, attributes: Attributes
     ) -> Tensor | list[Tensor]:
         if node.op_type == "QuantizeLinear":
-            x, scale, zero = inputs[0], inputs[1], inputs[2]
+            x = inputs[0]
             assert x is not None  # noqa: S101 - the quantizer writes all three
-            assert scale is not None  # noqa: S101
-            assert zero is not None  # noqa: S101
+            # From the processor's memory: asking a GPU would wait for all that it computes.
+            scale, zero = (self.constants[name] for name in node.input[1:3])
             limits = torch.iinfo(zero.dtype)
             return torch.fake_quantize_per_tensor_affine(
                 x, float(scale), int(zero), limits.min, limits.max

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pollard.compress.errors import LabelsMismatch, ModelUnknown, UsageInvalid, WeightsInvalid
+from pollard.compress import accelerator
+from pollard.compress.accelerator import placed
+from pollard.compress.errors import (
+    CompressionError,
+    DeviceUnusable,
+    LabelsMismatch,
+    ModelUnknown,
+    UsageInvalid,
+    WeightsInvalid,
+    first_line,
+)
+from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
 from pollard.compress.tasks import task_of
 from pollard.compress.truth import TASKS, TaskName
@@ -103,6 +114,36 @@ class Source:
                 "factory run the model once on an example before it returns it"
             )
         return model
+
+
+def device_for(source: Source, name: str, reporter: Reporter) -> torch.device:
+    """Return the device of a name that a model can be computed on.
+
+    Args:
+        source: Which model.
+        name: As for :func:`pollard.compress.accelerator.find`; "auto" is the processor where
+            the model does not run on the GPU.
+        reporter: Told of that.
+
+    Raises:
+        DeviceUnusable: there is no such device, or the model does not run on it.
+    """
+    device = accelerator.find(name)
+    # Only code that others wrote can make tensors in the processor's memory.
+    if device == accelerator.CPU or source.file is not None or source.reference.startswith("zoo:"):
+        return device
+    try:
+        with accelerator.on(device):
+            _run(source.build(0), source)
+    except CompressionError as error:
+        # As it is given, or for another reason than the device.
+        _run(source.build(0), source)
+        why = f"the model does not run on {accelerator.describe(device)} ({first_line(error)})"
+        if name != "auto":
+            raise DeviceUnusable(f"{why}; give --device cpu") from error
+        reporter.say(f"PyTorch computes on the processor: {why}")
+        return accelerator.CPU
+    return device
 
 
 @dataclass
@@ -324,8 +365,8 @@ def _count_classes(module: nn.Module, source: Source) -> int:
 def _run(module: nn.Module, source: Source) -> object:
     spec = source.spec
     try:
-        with torch.inference_mode():
-            return module.eval()(torch.zeros(2, spec.channels, spec.height, spec.width))
+        with placed(module.eval()) as device, torch.inference_mode():
+            return module(torch.zeros(2, spec.channels, spec.height, spec.width).to(device))
     except Exception as error:
         raise ModelUnknown(
             f"{source.reference} does not take [batch, {spec.channels}, {spec.height}, "

@@ -52,8 +52,9 @@ class OnnxModule(nn.Module):
         """Return the logits; no gradient comes back from here."""
         if self._session is None:
             self._session = open_session(self.core.SerializeToString())
-        feeds = {_INPUT: x.detach().contiguous().numpy()}
-        return torch.from_numpy(np.asarray(self._session.run(feeds, [_OUTPUT])[_OUTPUT]))
+        feeds = {_INPUT: x.detach().cpu().contiguous().numpy()}
+        answer = torch.from_numpy(np.asarray(self._session.run(feeds, [_OUTPUT])[_OUTPUT]))
+        return answer.to(x.device)
 
     def extra_repr(self) -> str:
         """Tell two files apart."""

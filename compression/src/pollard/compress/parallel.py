@@ -79,13 +79,18 @@ class Team:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
-    """Join the processes that torchrun has started; alone without it."""
+def team(device: torch.device) -> Iterator[Team]:
+    """Join the processes that torchrun has started; alone without it.
+
+    Args:
+        device: Where this process computes: GPUs add gradients up among themselves, by NCCL.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield Team()
         return
-    distributed.init_process_group("gloo")
+    by_nccl = device.type == "cuda" and distributed.is_nccl_available()
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if by_nccl else "gloo")
     try:
         yield Team(distributed.get_rank(), distributed.get_world_size())
     finally:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pollard.compress import bundling, kept_weights, report, verify
+from pollard.compress import accelerator, bundling, kept_weights, report, verify
 from pollard.compress.candidates import build
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.devices import CUDA, Device, find_device
 from pollard.compress.errors import GateRefused, UsageInvalid
 from pollard.compress.macs import layer_costs
-from pollard.compress.models import LoadedModel, Source, load_model, resolve
+from pollard.compress.models import LoadedModel, Source, device_for, load_model, resolve
 from pollard.compress.progress import Reporter
 from pollard.compress.recipe import Recipe
 from pollard.compress.run_stages import Run, open_stages
@@ -106,6 +106,7 @@ def compress(
 
     Raises:
         UsageInvalid: something impossible is asked for.
+        DeviceUnusable: PyTorch cannot compute on the device that is asked for.
         GateRefused: nothing holds the gate and is faster than the parent.
         CompressionError: any other failure; see :mod:`pollard.compress.errors`.
     """
@@ -124,7 +125,7 @@ def compress(
     if recipe.prunes:
         source.require_pytorch("pruning")
     machine = Machine.detect()
-    recipe = _fill_in(recipe, source, machine)
+    recipe = _fill_in(recipe, source, machine, reporter)
     reporter.allow(None if recipe.max_time is None else 60 * recipe.max_time)
     device = find_device(recipe.target, machine)
     if device.why_not:
@@ -133,8 +134,14 @@ def compress(
             "float16 emulated on the processor; nothing is timed, and whether the file is faster "
             "on a GPU is not known"
         )
-    with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
+    place = torch.device(recipe.device)
+    with (
+        accelerator.on(place),
+        torch_threads(recipe.threads),
+        bundling.staging(out, force=force) as stage,
+    ):
         data, parent = _load(recipe, source, reporter)
+        accelerator.tell(place, reporter)
         stages = open_stages(recipe, parent, data, machine, cache, fresh=fresh, reporter=reporter)
         run = Run(recipe, parent, data, machine, stages, reporter, device, ray)
         found = None
@@ -233,7 +240,8 @@ def bundle_parent(
     if keep_weights:
         source.require_pytorch("keeping weights to train on")
     machine = Machine.detect()
-    recipe = _fill_in(recipe, source, machine)
+    # Little is computed in PyTorch: not worth a GPU's while.
+    recipe = _fill_in(dataclasses.replace(recipe, device="cpu"), source, machine, reporter)
     device = find_device(recipe.target, machine)
     with torch_threads(recipe.threads), bundling.staging(out, force=force) as stage:
         data, parent = _load(recipe, source, reporter)
@@ -285,7 +293,7 @@ def require_weights(weights: str, source: Source) -> None:
     raise UsageInvalid("give the trained parent's weights with --weights")
 
 
-def _fill_in(recipe: Recipe, source: Source, machine: Machine) -> Recipe:
+def _fill_in(recipe: Recipe, source: Source, machine: Machine, reporter: Reporter) -> Recipe:
     """Replace every default that depends on the model or the machine by its value."""
     defaults = source.training
     return dataclasses.replace(
@@ -301,6 +309,7 @@ def _fill_in(recipe: Recipe, source: Source, machine: Machine) -> Recipe:
         ),
         vnni=machine.has_vnni if recipe.vnni is None else recipe.vnni,
         threads=recipe.threads or torch.get_num_threads(),
+        device=str(device_for(source, recipe.device, reporter)),
         spec=source.spec,
     )
 

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from pollard.compress import half
+from pollard.compress import accelerator, half
+from pollard.compress.accelerator import placed
 from pollard.compress.candidates import Candidate, build, build_half
 from pollard.compress.data import Part, split_items
 from pollard.compress.devices import CUDA, Device, find_device, open_on
 from pollard.compress.errors import DataInvalid
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
-from pollard.compress.models import LoadedModel, load_model, resolve
+from pollard.compress.models import LoadedModel, device_for, load_model, resolve
 from pollard.compress.pipeline import require_weights, torch_threads
+from pollard.compress.progress import Reporter
 from pollard.compress.prune import ROUNDING, Pruned, prune
 from pollard.compress.quantize import QuantizeConfig
 from pollard.compress.recipe import Recipe
@@ -155,7 +157,8 @@ def make_plan(recipe: Recipe) -> Plan:
         images["train"] = min(images["train"], recipe.max_train_images)
     parent = load_model(source, recipe.weights, classes=len(labels))
     epochs = source.training.recover_epochs if recipe.epochs is None else recipe.epochs
-    with torch_threads(recipe.threads):
+    place = device_for(source, recipe.device, Reporter())
+    with torch_threads(recipe.threads), accelerator.on(place):
         pruned = None
         recovery = 0.0
         if recipe.budget:
@@ -198,17 +201,19 @@ def _planned(recipe: Recipe) -> Recipe:
 
 def _step_seconds(parent: LoadedModel, pruned: Pruned, batch: int) -> float:
     """Median time of a step of distillation."""
-    inputs = parent.spec.normalize(
-        np.resize(probe_images(parent.spec), (batch, *parent.spec.shape))
-    )
+    pixels = np.resize(probe_images(parent.spec), (batch, *parent.spec.shape))
     pruned.module.train()
     times: list[float] = []
-    for _ in range(4):
-        started = time.perf_counter()
-        with torch.no_grad():
-            parent.module(inputs)
-        pruned.module(inputs).square().mean().backward()
-        times.append(time.perf_counter() - started)
+    with placed(parent.module, pruned.module) as device:
+        inputs = parent.spec.normalize(pixels, device)
+        for _ in range(4):
+            started = time.perf_counter()
+            with torch.no_grad():
+                parent.module(inputs)
+            loss = pruned.module(inputs).square().mean()
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - started)
     pruned.module.zero_grad(set_to_none=True)
     pruned.module.eval()
     return float(np.median(times[1:]))

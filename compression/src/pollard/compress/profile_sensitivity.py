@@ -94,7 +94,12 @@ def profile_sensitivity(
     reporter = reporter or Reporter()
     machine = Machine.detect()
     recipe = Recipe(
-        loaded.source.reference, reference, "", threads=torch.get_num_threads(), spec=loaded.spec
+        loaded.source.reference,
+        reference,
+        "",
+        threads=torch.get_num_threads(),
+        device="cpu",
+        spec=loaded.spec,
     )
     stages = open_stages(recipe, loaded, data, machine, folder, fresh=fresh, reporter=reporter)
     reduce_range = not machine.has_vnni

@@ -98,6 +98,9 @@ class Recipe:
     threads: int | None = None
     """PyTorch's threads; all cores when None. Their number changes the order of
     summation and with it the last bits of the result."""
+    device: str = "auto"
+    """What PyTorch trains and tries networks on, as for
+    :func:`pollard.compress.accelerator.find`; files are judged on what they are for."""
     spec: InputSpec | None = None
     """What the model takes; needed for factories."""
 

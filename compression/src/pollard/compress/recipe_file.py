@@ -81,6 +81,11 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
     ),
     "seed": (_COUNT, False, "Seed of every random choice."),
     "threads": (_COUNT, True, "PyTorch's threads; null: all cores."),
+    "device": (
+        _TEXT,
+        False,
+        "What PyTorch trains on: auto (a GPU where it can use one), cpu, cuda or cuda:N.",
+    ),
     "spec": (
         "a mapping",
         True,

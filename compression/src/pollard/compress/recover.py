@@ -7,6 +7,7 @@ import math
 
 from torch import nn
 
+from pollard.compress.accelerator import placed
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset
 from pollard.compress.progress import Reporter
@@ -44,21 +45,22 @@ def recover(
         OSError: the checkpoint cannot be written.
         TrainingDiverged: see :func:`pollard.compress.training.fit`.
     """
-    recalibrate_batch_norm(pruned, data.train, spec)
-    history = fit(
-        pruned,
-        data,
-        spec,
-        config,
-        teacher=parent,
-        reporter=reporter,
-        title="Recovering accuracy",
-        checkpoint=checkpoint,
-        seconds=seconds,
-    )
-    before = choose_accuracy(pruned, spec, data.choose)
-    kept = copy.deepcopy(pruned.state_dict())
-    recalibrate_batch_norm(pruned, data.train, spec)
-    if choose_accuracy(pruned, spec, data.choose) < before:
-        pruned.load_state_dict(kept)
+    with placed(pruned, parent):
+        recalibrate_batch_norm(pruned, data.train, spec)
+        history = fit(
+            pruned,
+            data,
+            spec,
+            config,
+            teacher=parent,
+            reporter=reporter,
+            title="Recovering accuracy",
+            checkpoint=checkpoint,
+            seconds=seconds,
+        )
+        before = choose_accuracy(pruned, spec, data.choose)
+        kept = copy.deepcopy(pruned.state_dict())
+        recalibrate_batch_norm(pruned, data.train, spec)
+        if choose_accuracy(pruned, spec, data.choose) < before:
+            pruned.load_state_dict(kept)
     return history

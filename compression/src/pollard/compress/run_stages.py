@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import pollard.compress
 import pollard.runtime.bundle
-from pollard.compress import bundling, half, verify
+from pollard.compress import accelerator, bundling, half, verify
 from pollard.compress.candidates import Candidate, Tuning, build, build_half
 from pollard.compress.codec import decode, encode
 from pollard.compress.cut_files import load_cut, recover_stage, save_cut
@@ -264,6 +265,7 @@ def open_stages(
         "processor": machine.processor,
         "cpu_features": sorted(f for f in machine.cpu_features if f.startswith("avx")),
         "threads": recipe.threads,
+        "trained_on": accelerator.describe(torch.device(recipe.device)),
         "data": data.digest,
         "model": parent.source.reference,
         "model_code": _code_digest(parent.module),

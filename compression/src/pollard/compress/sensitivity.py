@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pollard.compress.accelerator import placed
 from pollard.compress.data import Dataset
 from pollard.compress.dense import DenseLayer
 from pollard.compress.evaluate import predict_part, torch_predictor
@@ -69,14 +70,17 @@ def measure_sensitivities(
     probe = data.choose.take(slice(images))
     task = task_of(data.task)
     wanted = predict_part(torch_predictor(teacher, spec), probe)
-    return measure_losses(
-        prunable,
-        blocks,
-        lambda module: task.divergence(wanted, predict_part(torch_predictor(module, spec), probe)),
-        lambda module: recalibrate_batch_norm(module, data.train, spec, images),
-        dense=dense,
-        reporter=reporter,
-    )
+
+    def distance(module: nn.Module) -> float:
+        return task.divergence(wanted, predict_part(torch_predictor(module, spec), probe))
+
+    def recalibrate(module: nn.Module) -> None:
+        recalibrate_batch_norm(module, data.train, spec, images)
+
+    with placed(prunable.module):
+        return measure_losses(
+            prunable, blocks, distance, recalibrate, dense=dense, reporter=reporter
+        )
 
 
 def measure_losses(
@@ -184,7 +188,7 @@ def _silence(module: nn.Module, lost: Mapping[str, list[int]]) -> None:
             transposed = isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1
             for parameter in layer.parameters(recurse=False):
                 rows = parameter.transpose(0, 1) if transposed and parameter.ndim > 1 else parameter
-                rows[indices] = 0
+                rows.index_fill_(0, torch.tensor(indices).to(rows.device), 0)
 
 
 def _flatten(module: nn.Module, layer: DenseLayer, rank: int) -> None:

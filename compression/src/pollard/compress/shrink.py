@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pollard.compress.accelerator import placed
 from pollard.compress.blocks import find_blocks, without
 from pollard.compress.budget import Budget, parse_budgets
 from pollard.compress.cut_files import Recovered, load_cut, recover_stage, save_cut
@@ -440,13 +441,14 @@ def loss_gradients(data: Dataset, spec: InputSpec, images: int = 256) -> Gradien
 
     def add(module: nn.Module) -> None:
         module.eval()
-        for start in range(0, min(images, len(data.train)), 64):
-            piece = data.train.images[start : min(images, start + 64)]
-            labels = torch.from_numpy(data.train.labels[start : start + len(piece)])
-            outputs = module(spec.normalize(np.ascontiguousarray(piece)))
-            size = (spec.height, spec.width)
-            loss = task_of(data.task).loss(outputs, labels, size, FitConfig(0))
-            loss.backward()  # type: ignore[no-untyped-call]
+        with placed(module) as device:
+            for start in range(0, min(images, len(data.train)), 64):
+                piece = data.train.images[start : min(images, start + 64)]
+                labels = torch.from_numpy(data.train.labels[start : start + len(piece)]).to(device)
+                outputs = module(spec.normalize(np.ascontiguousarray(piece), device))
+                size = (spec.height, spec.width)
+                loss = task_of(data.task).loss(outputs, labels, size, FitConfig(0))
+                loss.backward()  # type: ignore[no-untyped-call]
 
     return add
 

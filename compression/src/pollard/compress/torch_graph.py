@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
+from pollard.compress import accelerator
 from pollard.compress.errors import QuantizeFailed
 
 Inputs = list[Tensor | None]
@@ -41,6 +42,7 @@ class TorchGraph:
             tensor.name: torch.from_numpy(np.array(numpy_helper.to_array(tensor)))
             for tensor in model.graph.initializer
         }
+        self._elsewhere: dict[torch.device, dict[str, Tensor]] = {}
         self.input = model.graph.input[0].name
         self.output = model.graph.output[0].name
         self._attributes = [
@@ -67,11 +69,12 @@ class TorchGraph:
                 are not run.
         """
         known: dict[str, Any] = {self.input: inputs, **(values or {})}
+        constants = self._on(inputs.device)
         kept = set(values or ())
         for index, node in enumerate(self.nodes):
             if node.output[0] not in kept:
                 taken: Inputs = [
-                    None if not name else known[name] if name in known else self.constants[name]
+                    None if not name else known[name] if name in known else constants[name]
                     for name in node.input
                 ]
                 made = self._apply(node, taken, self._attributes[index])
@@ -84,6 +87,17 @@ class TorchGraph:
                 known.pop(name, None)
         result: Tensor = known[self.output]
         return result
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the constants where the inputs are; shapes and axes stay where they are read."""
+        if device == accelerator.CPU:
+            return self.constants
+        if device not in self._elsewhere:
+            self._elsewhere[device] = {
+                name: value if value.dtype == torch.int64 else value.to(device)
+                for name, value in self.constants.items()
+            }
+        return self._elsewhere[device]
 
     def _apply(
         self, node: onnx.NodeProto, inputs: Inputs, attributes: Attributes

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pollard.compress import augmentation_truth, kept_weights
+from pollard.compress import accelerator, augmentation_truth, kept_weights
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint, checkpoint_beside
 from pollard.compress.curves import EpochTable, Observers, TensorBoard, write_page
 from pollard.compress.data import Dataset, load_data
 from pollard.compress.errors import LabelsMismatch, OutputExists, UsageInvalid
 from pollard.compress.evaluate import Accuracy, Predict, predict_part, torch_predictor
-from pollard.compress.models import Source, load_model, resolve, save_state
+from pollard.compress.models import Source, device_for, load_model, resolve, save_state
 from pollard.compress.parallel import Team, team
 from pollard.compress.pipeline import torch_threads
 from pollard.compress.progress import Reporter
@@ -152,6 +152,7 @@ def train(
     validation: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    device: str = "auto",
     spec: InputSpec | None = None,
     classes: int | None = None,
     force: bool = False,
@@ -178,6 +179,7 @@ def train(
         validation: As for :func:`pollard.compress.data.load_data`.
         seed: Of initialisation, order and augmentation.
         threads: PyTorch's threads.
+        device: As for :func:`pollard.compress.accelerator.find`.
         spec: What the model takes.
         classes: Number of classes that the data must have.
         force: Replace a file that is there, and forget an unfinished run.
@@ -192,6 +194,7 @@ def train(
     Raises:
         OutputExists: the file is there, or an unfinished run.
         UsageInvalid: the unfinished run has another recipe; the differences are named.
+        DeviceUnusable: there is no such device.
         TrainingDiverged: the loss was not finite.
         CompressionError: the model or the data cannot be used.
     """
@@ -208,7 +211,8 @@ def train(
     source = resolve(model, spec)
     source.require_pytorch("training")
     config = options.fill_in(source, seed)
-    with team() as processes, torch_threads(threads):
+    place = device_for(source, device, reporter or Reporter())
+    with accelerator.on(place), team(place) as processes, torch_threads(threads):
         reporter = reporter if reporter is not None and processes.leads else Reporter()
         dataset = load_data(
             data, source.spec, task=source.task, max_train_images=max_train_images,
@@ -221,6 +225,7 @@ def train(
             )
         seed_everything(seed)
         loaded = load_model(source, classes=len(dataset.classes), auxiliary=True)
+        accelerator.tell(place, reporter)
         frozen = _begin_from(options, loaded.module, source, reporter)
         recipe = _recipe(source, dataset, config, options)
         checkpoint = Checkpoint(path, recipe, every_seconds=checkpoint_seconds)

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pollard.compress import augmentation, augmentation_truth
+from pollard.compress.accelerator import (
+    device_chance,
+    home_of,
+    moved,
+    placed,
+    set_device_chance,
+    used,
+)
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint
 from pollard.compress.data import Dataset, Part
@@ -158,71 +166,75 @@ def fit(
             are not finite, or nothing good was reached from scratch.
     """
     reporter, team = reporter or Reporter(), team or Team()
-    # Channels last is the order that convolutions run fastest in; outputs follow the weights.
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run.begin(module, data, spec, config, team)
-    if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        run.restore(saved)
-    history, total = run.history, run.total
-    diverged, pace = "", Pace(seconds)
-    if teacher is not None:
-        teacher.eval()
-    with reporter.step(title, total) as step:
-        step.advance(run.done)
-        while run.done < run.total and not history.stopped:
-            module.train()
-            if frozen is not None:
-                frozen.apply(module, run.epoch)
-            while run.position < len(data.train) and run.done < run.total:
-                inputs, labels, mixed, weight = run.batch(data.train, spec, config)
-                loss = _loss(module, teacher, inputs, labels, config, data.task, mixed)
-                value = team.sum(weight * loss.item())
-                if not math.isfinite(value):
-                    diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
-                    break
-                run.learn(weight * loss, value)
-                if math.isfinite(seconds):
-                    left = run.total - run.done
-                    # By one clock: processes that disagree would wait for each other for ever.
-                    fit_in = round(team.sum(pace.fitting(left) if team.leads else 0))
-                    if fit_in < left:
-                        run.shorten(run.done + fit_in, config)
-                step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
-                if observer is not None:
-                    observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
-                if checkpoint is not None and team.leads and checkpoint.due:
-                    checkpoint.save(run.state())
-            if not history.stopped:
-                team.average_statistics(module)
-                with run.judged():
-                    run.end_epoch(choose_accuracy(module, spec, data.choose, team))
-                if observer is not None:
-                    last = run.epoch - 1
-                    score, better = history.choose_accuracy[-1], history.best_epoch == last
-                    observer.epoch(last, history.loss[-1], score, better)
-                waited = run.epoch - 1 - history.best_epoch
-                if config.patience and waited >= config.patience and run.done < run.total:
-                    history.stopped = f"no epoch of the last {waited} was better"
-                if checkpoint is not None and team.leads and checkpoint.due:
-                    checkpoint.save(run.state())
-    if diverged and history.best_epoch == 0 and teacher is None:
-        raise TrainingDiverged(
-            f"{history.stopped}, before any good state; lower the learning rate "
-            f"(it is {config.learning_rate:g})"
-        )
-    if history.stopped:
-        reporter.say(
-            f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
-        )
-    if run.total < total and not history.stopped:
-        history.stopped = f"{run.total:,} of {total:,} steps fitted into the time that was given"
-        reporter.say(f"{title} was shortened: {history.stopped}")
-    module.load_state_dict(run.best_state)
-    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if frozen is not None:
-        module.requires_grad_(True)
-    module.eval()
-    return history
+    with placed(module, *(() if teacher is None else (teacher,))):
+        # Channels last is the order that convolutions run fastest in; outputs follow the weights.
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        run = _Run.begin(module, data, spec, config, team)
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            run.restore(saved)
+        history, total = run.history, run.total
+        diverged, pace = "", Pace(seconds)
+        if teacher is not None:
+            teacher.eval()
+        with reporter.step(title, total) as step:
+            step.advance(run.done)
+            while run.done < run.total and not history.stopped:
+                module.train()
+                if frozen is not None:
+                    frozen.apply(module, run.epoch)
+                while run.position < len(data.train) and run.done < run.total:
+                    inputs, labels, mixed, weight = run.batch(data.train, spec, config)
+                    loss = _loss(module, teacher, inputs, labels, config, data.task, mixed)
+                    value = team.sum(weight * loss.item())
+                    if not math.isfinite(value):
+                        diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
+                        break
+                    run.learn(weight * loss, value)
+                    if math.isfinite(seconds):
+                        left = run.total - run.done
+                        # By one clock: processes that disagree would wait for each other for ever.
+                        fit_in = round(team.sum(pace.fitting(left) if team.leads else 0))
+                        if fit_in < left:
+                            run.shorten(run.done + fit_in, config)
+                    step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
+                    if observer is not None:
+                        observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
+                    if checkpoint is not None and team.leads and checkpoint.due:
+                        checkpoint.save(run.state())
+                if not history.stopped:
+                    team.average_statistics(module)
+                    with run.judged():
+                        run.end_epoch(choose_accuracy(module, spec, data.choose, team))
+                    if observer is not None:
+                        last = run.epoch - 1
+                        score, better = history.choose_accuracy[-1], history.best_epoch == last
+                        observer.epoch(last, history.loss[-1], score, better)
+                    waited = run.epoch - 1 - history.best_epoch
+                    if config.patience and waited >= config.patience and run.done < run.total:
+                        history.stopped = f"no epoch of the last {waited} was better"
+                    if checkpoint is not None and team.leads and checkpoint.due:
+                        checkpoint.save(run.state())
+        if diverged and history.best_epoch == 0 and teacher is None:
+            raise TrainingDiverged(
+                f"{history.stopped}, before any good state; lower the learning rate "
+                f"(it is {config.learning_rate:g})"
+            )
+        if history.stopped:
+            reporter.say(
+                f"{title} stopped: {history.stopped}; the state of epoch "
+                f"{history.best_epoch} is kept"
+            )
+        if run.total < total and not history.stopped:
+            history.stopped = (
+                f"{run.total:,} of {total:,} steps fitted into the time that was given"
+            )
+            reporter.say(f"{title} was shortened: {history.stopped}")
+        module.load_state_dict(run.best_state)
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        if frozen is not None:
+            module.requires_grad_(True)
+        module.eval()
+        return history
 
 
 def recalibrate_batch_norm(
@@ -231,7 +243,7 @@ def recalibrate_batch_norm(
     """Measure the batch-norm statistics anew; weights stay as they are."""
     starts = range(0, min(images, len(data)), batch_size)
     pieces = (data.images[start : start + batch_size] for start in starts)
-    recalibrate_by(module, (spec.normalize(piece) for piece in pieces))
+    recalibrate_by(module, (spec.normalize(piece, used()) for piece in pieces))
 
 
 def recalibrate_by(module: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -244,10 +256,10 @@ def recalibrate_by(module: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
     module.train()
-    with torch.no_grad():
+    with placed(module) as device, torch.no_grad():
         for inputs in batches:
             if len(inputs) > 1:
-                module(inputs)
+                module(inputs.to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()
@@ -346,21 +358,30 @@ class _Run:
         how = augmentation.of_spec(spec) if config.augment is None else config.augment
         drawn = augmentation.draw(how, len(chosen), spec, self.generator)
         own = self.team.share(len(chosen))
-        images = augmentation.apply(part.images[chosen[own]], drawn.part(own))
+        images = augmentation.apply(self._pixels(part, chosen[own]), drawn.part(own))
         inputs = spec.normalize(images)
         truth = augmentation_truth.move(part.labels[chosen[own]], drawn.part(own), part.task, spec)
-        labels = torch.from_numpy(truth)
+        labels = torch.from_numpy(truth).to(self.device)
         mixed = None
         if drawn.partner is not None:
             partners = drawn.partner[own]
             if self.team.size == 1:
-                others = inputs[torch.from_numpy(partners)]
+                others = inputs[torch.from_numpy(partners).to(self.device)]
             else:
-                pixels = part.images[chosen[partners]]
+                pixels = self._pixels(part, chosen[partners])
                 others = spec.normalize(augmentation.apply(pixels, drawn.part(partners)))
             inputs = augmentation.mix(inputs, others, drawn)
-            mixed = (torch.from_numpy(part.labels[chosen[partners]]), drawn.share)
+            theirs = torch.from_numpy(part.labels[chosen[partners]])
+            mixed = (theirs.to(self.device), drawn.share)
         return inputs, labels, mixed, self.team.weight(len(chosen))
+
+    def _pixels(self, part: Part, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(part.images[chosen]).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return home_of(self.module)
 
     def learn(self, loss: Tensor, value: float) -> None:
         """Take a step down this share's loss; ``value`` is that of all shares."""
@@ -416,6 +437,7 @@ class _Run:
             # The counters of NumPy's generators have 128 bits.
             "generator": json.dumps(self.generator.bit_generator.state),
             "torch_generator": torch.get_rng_state(),
+            "device_generator": device_chance(self.device),
             "history": asdict(self.history),
             "best": self.best,
             "best_state": self.best_state,
@@ -433,12 +455,13 @@ class _Run:
         self.schedule.load_state_dict(saved["schedule"])
         self.generator.bit_generator.state = json.loads(saved["generator"])
         torch.set_rng_state(saved["torch_generator"])
+        set_device_chance(self.device, saved.get("device_generator"))
         self.history = History(**saved["history"])
         self.best, self.best_state = saved["best"], saved["best_state"]
         self.order = saved["order"].numpy()
         self.epoch, self.position = saved["epoch"], saved["position"]
         self.losses = list(saved["losses"])
-        self.mean = saved.get("mean", {})
+        self.mean = moved(saved.get("mean", {}), self.device)
         self.total = saved.get("total", self.total)
 
 
@@ -453,7 +476,8 @@ def _loss(
 ) -> Tensor:
     task, second = task_of(task_name), None
     outputs: Outputs
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+    kind = inputs.device.type
+    with torch.autocast(kind, torch.bfloat16) if config.bf16 else nullcontext():
         if teacher is None and isinstance(module, InceptionV3):
             outputs, second = module.forward_with_auxiliary(inputs)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pollard.compress import accelerator
 from pollard.compress.candidates import PARENT_FLOAT, Candidate
 from pollard.compress.data import Dataset, Part
 from pollard.compress.devices import PROCESSOR, Device, open_on
@@ -135,6 +136,7 @@ def measure(
         device: What to run them on.
         rounds: Turns of the interleaved timing.
     """
+    accelerator.free(accelerator.used())
     sessions = [open_on(device, candidate) for candidate in candidates]
     timings, medians = _time_all(sessions, part, device, rounds)
     task, classes = task_of(part.task), len(data.classes)

@@ -87,7 +87,7 @@ class Detection:
         del options, mixed  # refused before
         boxes, scores = outputs
         middles, stride = cells(boxes.shape[1], size)
-        owner = _owners(truth, middles, stride)
+        owner = _owners(truth, middles.to(truth.device), stride)
         inside = owner >= 0
         count = inside.sum().clamp(min=1)
         picked = owner.clamp(min=0)[..., None].expand(*owner.shape, 5)
@@ -96,7 +96,9 @@ class Detection:
         with torch.no_grad():
             overlap = _overlaps(boxes[inside], wanted[:, :4])[0]
             rows = quality[inside]
-            rows[torch.arange(len(wanted)), wanted[:, 4].long()] = overlap.clamp(0, 1)
+            rows[torch.arange(len(wanted), device=rows.device), wanted[:, 4].long()] = (
+                overlap.clamp(0, 1)
+            )
             quality[inside] = rows
         found = _focal(scores, quality).sum() / count
         placed = (1 - _overlaps(boxes[inside], wanted[:, :4])[1]).sum() / count

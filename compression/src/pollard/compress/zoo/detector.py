@@ -70,8 +70,8 @@ class SmallFcos(nn.Module):
         height, width = distances.shape[2:]
         # A logarithm is rounded by the same share of a small distance and of a large one.
         away = distances.clamp(max=_REACH).exp() * self.stride
-        x = (torch.arange(width, dtype=away.dtype) + 0.5) * self.stride
-        y = (torch.arange(height, dtype=away.dtype) + 0.5) * self.stride
+        x = (torch.arange(width, dtype=away.dtype, device=away.device) + 0.5) * self.stride
+        y = (torch.arange(height, dtype=away.dtype, device=away.device) + 0.5) * self.stride
         middle_y, middle_x = torch.meshgrid(y, x, indexing="ij")
         middles = torch.stack([middle_x, middle_y])
         boxes = torch.cat([middles - away[:, :2], middles + away[:, 2:]], 1)

@@ -1,0 +1,121 @@
+"""Which device is chosen, what is said where there is none, and that nothing is left on one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from pollard.compress import accelerator
+from pollard.compress.accelerator import CPU, find, moved, on
+from pollard.compress.cli import register
+from pollard.compress.errors import CompressionError, DeviceUnusable
+
+TESTS = Path(__file__).resolve().parents[1]
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def invoke(*arguments: object) -> Result:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_training_and_compression_run_on_a_second_device() -> None:
+    folder = TESTS / "accelerator"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def test_the_processor_computes_where_nothing_else_is_chosen() -> None:
+    assert accelerator.used() == CPU
+    assert find("cpu") == CPU
+    with on(CPU):
+        assert accelerator.used() == CPU
+
+
+@needs_no_gpu
+def test_without_a_gpu_auto_is_the_processor() -> None:
+    assert find("auto") == CPU
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error_with_its_cure(name: str) -> None:
+    with pytest.raises(DeviceUnusable, match=r"PyTorch \S+ finds no GPU here: .*--device cpu"):
+        find(name)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CUDA", "0"])
+def test_what_is_no_device_is_refused_with_those_there_are(name: str) -> None:
+    with pytest.raises(DeviceUnusable, match="auto, cpu, cuda, or cuda:N"):
+        find(name)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "small-cnn-28", "--data", "shapes:40", "--out", "w.safetensors"),
+        ("compress", "small-cnn-28", "--data", "shapes:40", "--out", "b", "--weights", "w.pt"),
+        ("eval", "small-cnn-28", "--data", "shapes:40", "--weights", "w.pt"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_refuse_a_gpu_that_is_not_there_and_write_nothing(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*command, "--device", "cuda")
+    assert done.exit_code == 2, done.output
+    assert "finds no GPU here" in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_and_a_gpu_exclude_each_other(tmp_path: Path) -> None:
+    done = invoke(
+        "train", "small-cnn-28", "--data", "shapes:40", "--out", tmp_path / "w.safetensors",
+        "--ray", "local", "--device", "cuda",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "torchrun" in done.output
+
+
+def test_memory_that_is_short_is_told_with_its_cure() -> None:
+    told = r"not enough memory: CUDA out of .*--batch-size"
+    with pytest.raises(CompressionError, match=told), on(CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+    assert accelerator.used() == CPU
+
+
+def test_a_device_that_fails_is_told() -> None:
+    told = "failed: CUDA error: an illegal memory access"
+    with pytest.raises(CompressionError, match=told), on(CPU):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_everything_within_a_batch_is_moved() -> None:
+    tensor = torch.ones(2)
+    batch = {"a": [tensor, 3], "b": (tensor, {"c": tensor}), "d": "text", "e": None}
+    found = moved(batch, torch.device("meta"))
+    assert found["a"][0].is_meta
+    assert found["a"][1] == 3
+    assert found["b"][0].is_meta
+    assert found["b"][1]["c"].is_meta
+    assert (found["d"], found["e"]) == ("text", None)
+    assert isinstance(found["b"], tuple)
+    assert not tensor.is_meta
