@@ -35,10 +35,15 @@ SECTIONS = {
     "gate": 40.0,
     "memory": 60.0,
     "replicas": 60.0,
+    "shared_memory": 40.0,
+    "training": 60.0,
+    "compress": 90.0,
 }
 """Sections in their order, with the seconds that each may take."""
 
-_WITH_MODELS = frozenset(SECTIONS) - {"environment", "models", "replicas"}
+_WITH_MODELS = frozenset(SECTIONS) - {
+    "environment", "models", "replicas", "training", "compress"
+}  # fmt: skip
 _WITH_ZOO = frozenset({"models", "correctness", "gate"})
 """Sections that measure the models that `models` makes, and those that need the zoo's, too."""
 

@@ -22,6 +22,9 @@ WHEELS = (
 )
 """3.3 MB."""
 
+FOR_COMPRESS = ("narwhals==2.28.0", "plotly==7.1.0", "safetensors==0.8.0")
+"""What the sections `training` and `compress` need besides: 11 MB."""
+
 IF_OLDER = ("grpcio==1.85.1", "protobuf==6.33.6")
 """Where those that are there are older than what is expected: 8 MB more."""
 
@@ -39,6 +42,8 @@ def instructions() -> str:
         [
             "# Where there is a network:",
             f"{download} {' '.join(WHEELS)}",
+            "# Only for the sections training and compress:",
+            f"{download} {' '.join(FOR_COMPRESS)}",
             "# Only if the machine has grpcio before 1.81.1 or protobuf before 6.33:",
             f"{download} {' '.join(IF_OLDER)}",
             "# On the machine with the GPU, in the root of the repository, with `wheels` there:",

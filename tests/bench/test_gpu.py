@@ -69,6 +69,15 @@ def test_a_section_that_is_chosen_has_all_of_the_time_and_its_models(tmp_path: P
     assert {"parent", "other", "pruned"} == set(sections["models"]["data"]["made"])
 
 
+@pytest.mark.long
+def test_tensors_in_shared_memory_are_answered_as_those_in_requests(tmp_path: Path) -> None:
+    done = _run("--provider", "cpu", "--only", "shared_memory", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())["sections"]["shared_memory"]["data"]
+    assert {row["way"] for row in found["shared"]} == {"in the request", "shared, host"}
+    assert all(row["failed"] == 0 and row["requests"] > 0 for row in found["shared"])
+
+
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     done = _run("--provider", "cpu", "--minutes", "0.01", "--out", str(tmp_path))
     assert done.returncode == 1
