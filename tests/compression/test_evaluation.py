@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from sklearn.metrics import classification_report
 from typer.testing import CliRunner, Result
 
 from pollard.compress import evaluation
-from pollard.compress.answers import answer
+from pollard.compress.answers import Answers, answer
 from pollard.compress.cli import register
 from pollard.compress.data import load_data
 from pollard.compress.errors import LabelsMismatch, UsageInvalid
+from pollard.compress.evaluation_page import render, rich_table
 from pollard.compress.export import attach_pixels, export_core, serialize
 from pollard.compress.models import load_model
 from pollard.compress.zoo import find
@@ -77,6 +80,19 @@ def test_the_command_says_and_draws_it(
     assert figures["top5"]["value"] >= figures["accuracy"]["value"]
     page = (tmp_path / "made" / "e.html").read_text()
     assert "as sure as right" in page
+
+
+def test_names_of_classes_are_no_markup() -> None:
+    names = ["[red]", "[/b]"]
+    scores = np.array([[0.9, 0.1], [0.8, 0.2]])
+    found = evaluation.judge(Answers("m", scores, np.array([0, 1], np.int64), names, "d/all", []))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(rich_table(found))
+    written = console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
+    assert all(name in written for name in names)
+    page = render(found)
+    assert "The most frequent mistakes" in page
+    assert "<td>[/b]</td><td>[red]</td><td>1</td>" in page
 
 
 def test_parts_are_those_of_training(digits_parent: Path) -> None:

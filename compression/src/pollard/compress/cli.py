@@ -328,7 +328,7 @@ def compress(
 
             Recipe(**{"model": "", "data": "", "weights": "", **fields})
             init.write_text(recipe_file.render(fields), encoding="utf-8")
-            console.print(f"Recipe: {init}", highlight=False)
+            console.print(f"Recipe: {init}", highlight=False, markup=False)
             return
         for name, flag in (("model", "MODEL"), ("data", "--data")):
             if not fields.get(name):
@@ -360,13 +360,16 @@ def compress(
         )
         write_json(json_file, result.report)
         _print_comparison(console, result.report)
-        console.print(f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False)
+        console.print(
+            f"Bundle: {out}\nReport: {out / 'report.html'}", highlight=False, markup=False
+        )
         _say_signed(console, result.signed_by)
         reused = sum(done.reused for done in result.stages.done)
         console.print(
             f"Stages: {reused} of {len(result.stages.done)} were finished before; all that are "
             f"kept take {result.stages.size_bytes / 1e6:,.1f} MB in {result.stages.folder}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
@@ -434,6 +437,7 @@ def bundle(
                 f"{variant.size_bytes:,} bytes; without data no accuracy was measured\n"
                 f"Bundle: {out}",
                 highlight=False,
+                markup=False,
             )
             _say_signed(console, signed)
             return
@@ -458,6 +462,7 @@ def bundle(
             f"{result.report['summary']['size_bytes']:,} bytes\n"
             f"Bundle: {out}\nReport: {out / 'report.html'}",
             highlight=False,
+            markup=False,
         )
         _say_signed(console, signed)
 
@@ -470,7 +475,9 @@ def _signer(key: Path | None) -> Callable[[Path], str] | None:
 
 def _say_signed(console: Console, fingerprint: str) -> None:
     if fingerprint:
-        console.print(f"Signed with the key {fingerprint}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Signed with the key {fingerprint}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _stages_kept() -> str:
@@ -479,6 +486,8 @@ def _stages_kept() -> str:
 
 def _print_comparison(console: Console, report: dict[str, Any]) -> None:
     from rich.table import Table
+
+    from pollard.compress import report_device, report_parts
 
     parent, chosen = report["parent"], report["chosen"]
     drop, speed = chosen["drop_points"], chosen["speedup"]
@@ -493,14 +502,14 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
         f"({0.0 - drop['upper']:+.2f} to {0.0 - drop['lower']:+.2f})",
     )
     for before, after in zip(parent["latency"], chosen["latency"], strict=True):
-        faster = before["p50_us"] / after["p50_us"]
+        times = report_device.times_faster(report, before, after)
         judged = before["batch_size"] == chosen["judged_batch"]
         bound = f" (lower bound {speed['lower']:.2f})" if judged else ""
         table.add_row(
             f"latency, batch {before['batch_size']}",
             f"{before['p50_us']:.1f} µs",
             f"{after['p50_us']:.1f} µs",
-            f"{faster:.2f} × faster{bound}",
+            f"{report_parts.faster(times)}{bound}",
         )
     if not chosen["latency"]:
         table.add_row("latency on a GPU", "–", "–", "not measured")
@@ -521,7 +530,10 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
             f"Not timed: {why}. Whether it is faster on a GPU is not known: compress it there, or "
             "measure it there, before it goes into service.",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     for stage in report["dropped_stages"]:
-        console.print(f"Without the stage {stage['stage']}: {stage['why']}.", highlight=False)
+        console.print(
+            f"Without the stage {stage['stage']}: {stage['why']}.", highlight=False, markup=False
+        )

@@ -122,4 +122,4 @@ def evaluate(
         for line in evaluation_page.lines(found):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         if plot is not None:
-            console.print(f"Plots: {plot}", highlight=False)
+            console.print(f"Plots: {plot}", highlight=False, markup=False)

@@ -117,7 +117,7 @@ def profile(
         if parts is not None:
             console.print(rich_sensitivity(found["sensitivity"]))
         for each in found["targets"]:
-            console.print(agreement_text(each), highlight=False, soft_wrap=True)
+            console.print(agreement_text(each), highlight=False, markup=False, soft_wrap=True)
         if plot is not None:
             write_durably(plot.absolute(), render_profile(found).encode())
-            console.print(f"Plots: {plot}", highlight=False)
+            console.print(f"Plots: {plot}", highlight=False, markup=False)

@@ -231,4 +231,4 @@ def train(
             return
         write_json(json_file, result.to_json())
         found = result.accuracy
-        console.print(f"{found.title} {found}\nWeights: {out}", highlight=False)
+        console.print(f"{found.title} {found}\nWeights: {out}", highlight=False, markup=False)

@@ -35,8 +35,8 @@ class Observers:
 class EpochTable:
     """A line an epoch, above the progress bar on a terminal."""
 
-    def __init__(self, reporter: Reporter, epochs: int) -> None:
-        self._reporter, self._epochs = reporter, epochs
+    def __init__(self, reporter: Reporter, epochs: int, metric: str = "accuracy") -> None:
+        self._reporter, self._epochs, self._metric = reporter, epochs, metric
         self._rate, self._begun, self._headed = 0.0, time.monotonic(), False
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
@@ -46,7 +46,7 @@ class EpochTable:
     def epoch(self, epoch: int, loss: float, score: float, best: bool) -> None:
         """Tell of the epoch."""
         if not self._headed:
-            self._reporter.say("  epoch      loss   accuracy   learning rate   seconds")
+            self._reporter.say(f"  epoch      loss {self._metric:>10}   learning rate   seconds")
             self._headed = True
         now = time.monotonic()
         self._reporter.say(
@@ -94,13 +94,13 @@ def write_page(path: Path, name: str, history: History, found: Accuracy) -> None
         }
     }
     cards = [
-        card("accuracy", f"{found.value:.2%}", f"held out, n = {found.samples}"),
+        card(found.metric, f"{found.value:.2%}", f"held out, n = {found.samples}"),
         card("best epoch", str(history.best_epoch), f"of {len(history.loss)}"),
     ]
     sections = [
         f"<h1>Training of {html.escape(name)}</h1>{stopped}",
         f"<div class='cards'>{''.join(cards)}</div>",
-        panel(curves(content)),
+        panel(curves(content, found.metric)),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, page(f"{name} – Pollard training", sections).encode())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import plotly.graph_objects as go
+from rich.markup import escape
 from rich.table import Table
 
 from pollard.compress.evaluation import Evaluation
@@ -33,7 +34,7 @@ def rich_table(found: Evaluation | TaskEvaluation) -> Table:
         told.add_column(column, justify="right", no_wrap=True)
     for one in shown:
         told.add_row(
-            one.label, f"{one.precision:.2%}", f"{one.recall:.2%}", f"{one.f1:.2%}",
+            escape(one.label), f"{one.precision:.2%}", f"{one.recall:.2%}", f"{one.f1:.2%}",
             f"{one.support:,}",
         )  # fmt: skip
     told.add_section()
@@ -49,7 +50,7 @@ def _task_table(found: TaskEvaluation) -> Table:
     for column in list(found.classes[0])[1:]:
         told.add_column(column, justify="right", no_wrap=True)
     for one in found.classes[:_SHOWN]:
-        told.add_row(*_cells(one))
+        told.add_row(*map(escape, _cells(one)))
     return told
 
 
@@ -137,7 +138,11 @@ def render(found: Evaluation | TaskEvaluation) -> str:
     cards = [
         card("accuracy", f"{n.value:.2%}", f"n = {n.samples}, {n.lower:.2%} to {n.upper:.2%}"),
         card("macro F1", f"{found.macro['f1']:.2%}", "mean over the classes"),
-        card("calibration error", f"{found.calibration.error:.2%}", "said against right"),
+        card(
+            "calibration error",
+            f"{found.calibration.error:.2%}",
+            "confidence against accuracy, mean gap",
+        ),
         card("log loss", f"{found.log_loss:.4f}", "nats"),
     ]
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in lines(found))
@@ -146,12 +151,23 @@ def render(found: Evaluation | TaskEvaluation) -> str:
         f"<div class='cards'>{''.join(cards)}</div><ul>{notes}</ul>",
         "<h2>Mistakes</h2>",
         panel(confusion_map(names, found.confusion.tolist(), "")),
+        *_mistakes(found),
         "<h2>Calibration</h2>",
         panel(reliability(found)),
         "<h2>Classes</h2>",
         panel(table(("class", "precision", "recall", "F1", "images"), rows)),
     ]
     return page(f"{found.model} – Pollard evaluation", sections)
+
+
+def _mistakes(found: Evaluation) -> list[str]:
+    """List the most frequent mistakes, which are hard to find in a map of many classes."""
+    rows = [(true, answer, f"{n:,}") for true, answer, n in found.mistakes()]
+    if not rows:
+        return []
+    heads = ("true class", "answered", "images")
+    inner = panel(table(heads, rows))
+    return [f"<details><summary>The most frequent mistakes</summary>{inner}</details>"]
 
 
 def reliability(found: Evaluation) -> str:
@@ -165,7 +181,7 @@ def reliability(found: Evaluation) -> str:
             width=[one.upper - one.lower for one in bins],
             text=[str(one.samples) for one in bins],
             marker={"color": BLUE},
-            name="right",
+            name="answers",
             hovertemplate="%{text} answers, %{y:.1%} right<extra></extra>",
         )
     )
@@ -174,6 +190,6 @@ def reliability(found: Evaluation) -> str:
                    name="as sure as right")
     )  # fmt: skip
     figure.update_xaxes(title="confidence", range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(title="right", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(title="accuracy", range=[0, 1], tickformat=".0%")
     figure.update_layout(legend={"orientation": "h", "y": 1.12})
     return plot(figure, 360)

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from pollard.compress.report_parts import (
@@ -35,7 +36,9 @@ def rich_table(content: dict[str, Any]) -> Table:
         told.add_column(title, justify="right", no_wrap=True)
     for name, kind, channels, _, macs, parameters, *times in _rows(content):
         short = kind.replace(" + Relu", "").replace(" + Clip", "").replace(" /", "/")
-        told.add_row(name, f"{short} {channels.replace(' ', '')}", macs, parameters, *times)
+        told.add_row(
+            escape(name), escape(f"{short} {channels.replace(' ', '')}"), macs, parameters, *times
+        )
     first = content["targets"][0]["operations"]
     told.add_section()
     macs, parameters = (count_text(sum(op[key] for op in first)) for key in ("macs", "parameters"))
@@ -71,7 +74,7 @@ def rich_sensitivity(content: dict[str, Any]) -> Table:
             told.add_section()
             told.add_row(f"[bold]{heading}[/bold]", "", "")
         for part in rows:
-            told.add_row(part["name"], part["change"], f"{part['loss']:.5f}")
+            told.add_row(escape(part["name"]), escape(part["change"]), f"{part['loss']:.5f}")
     return told
 
 
@@ -86,8 +89,12 @@ def render_profile(content: dict[str, Any]) -> str:
         f"<p class='muted'>{html.escape(machine['processor'])}, onnxruntime "
         f"{html.escape(machine['onnxruntime'])}, {content['batch']} image(s), "
         f"{_threads(content)}. Each operator was timed by itself.</p><ul>{notes}</ul>",
+        "<h2>Where the time goes</h2>",
         panel(latency_bars(content["targets"])),
+        "<h2>Time for what is computed</h2><p class='muted'>Each convolution and dense layer by "
+        "its multiply-accumulates. What lies high takes long for what it computes.</p>",
         panel(scatter(content["targets"])),
+        "<h2>All operators</h2>",
         panel(table((*heads, *targets), _rows(content))),
         *(_sensitivity(content["sensitivity"]) if "sensitivity" in content else ()),
     ]
@@ -118,7 +125,7 @@ def _sensitivity(content: dict[str, Any]) -> list[str]:
             )
         )
         figure.update_xaxes(type="category", tickangle=-45)
-        figure.update_yaxes(title="nats an image", rangemode="tozero")
+        figure.update_yaxes(title="nats an image", rangemode="tozero", exponentformat="power")
         figure.update_layout(title={"text": heading, "font": {"size": 13}})
         sections.append(panel(plot(figure, 360)))
     return sections
@@ -135,6 +142,7 @@ def scatter(targets: list[dict[str, Any]]) -> str:
                 y=[row["latency_us"] for row in rows],
                 text=[row["name"] for row in rows],
                 mode="markers",
+                cliponaxis=False,
                 name=target["target"],
                 marker={"color": color, "size": 9, "opacity": 0.8},
                 hovertemplate="%{text}<br>%{x:,} MACs<br>%{y:.1f} µs<extra></extra>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from pollard.compress.report_parts import panel, table
+from pollard.compress.report_parts import panel, small, table
 
 
 def sections(content: dict[str, Any]) -> list[str]:
@@ -17,7 +17,8 @@ def sections(content: dict[str, Any]) -> list[str]:
         "<h2>8 bits</h2>",
         "<p>Ranges, balanced channels, corrected biases and training cost nothing at run time; "
         "what brought the answers nearest to the float network's, on the choosing part, was "
-        "kept. Divergence is the mean Kullback-Leibler divergence of the answers, in nats.</p>",
+        "kept. Divergence is the mean Kullback-Leibler divergence of the answers, in nats. "
+        "Where no points stand, none were counted: the divergence decided.</p>",
     ]
     for candidate in made:
         told = candidate["quantization"]
@@ -25,7 +26,7 @@ def sections(content: dict[str, Any]) -> list[str]:
         rows = [
             (
                 trial["name"],
-                f"{trial['divergence']:.2g}",
+                small(trial["divergence"]),
                 "–" if trial.get("drop") is None else f"{trial['drop']:+.2f}",
             )
             for trial in told["trials"]

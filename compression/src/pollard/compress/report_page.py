@@ -11,6 +11,8 @@ from pollard.compress.report_parts import (
     card,
     code,
     count_text,
+    faster,
+    moment,
     page,
     panel,
     points,
@@ -28,6 +30,9 @@ from pollard.compress.report_plots import (
     scatter,
     search_sections,
 )
+
+# What is counted in a map of mistakes.
+_COUNTED = {"detection": ", in objects", "segmentation": ", in pixels"}
 
 
 def render_page(content: dict[str, Any]) -> str:
@@ -55,7 +60,11 @@ def _sections(content: dict[str, Any]) -> list[str]:
     parts += report_eight_bits.sections(content)
     parts += report_device.sections(content)
     if content["recovery"]:
-        parts += ["<h2>Recovery</h2>", _recovery_text(content), panel(curves(content))]
+        parts += [
+            "<h2>Recovery</h2>",
+            _recovery_text(content),
+            panel(curves(content, content["parent"]["accuracy"]["metric"])),
+        ]
     parts += [
         "<h2>Layers</h2>",
         _layer_text(content),
@@ -64,8 +73,8 @@ def _sections(content: dict[str, Any]) -> list[str]:
         f"{panel(_layer_table(content))}</details>",
         *_time_sections(content),
         "<h2>Confusion</h2>",
-        "<p class='muted'>Rows are the true classes, columns the answers, on the held-out images. "
-        "Only mistakes are coloured.</p>",
+        f"<p class='muted'>Rows are the true classes, columns the answers, on the held-out images"
+        f"{_COUNTED.get(content['data']['task'], '')}. Only mistakes are coloured.</p>",
         f"<div class='two'>{panel(confusion(content, 'parent', 'Parent'))}"
         f"{panel(confusion(content, 'chosen', 'Shipped'))}</div>",
     ]
@@ -89,7 +98,7 @@ def _stages(content: dict[str, Any]) -> list[str]:
 def _parent_sections(content: dict[str, Any]) -> list[str]:
     return [
         f"<h1>{html.escape(content['name'])}</h1><p class='muted'>Packed as it is, in float, on "
-        f"{html.escape(content['created'])}. Verified and measured; no gate was applied.</p>",
+        f"{moment(content['created'])}. Verified and measured; no gate was applied.</p>",
         _parent_cards(content),
         f"<p class='muted'>{_held_out_note(content)}</p>",
         "<h2>Layers</h2>",
@@ -102,15 +111,15 @@ def _parent_sections(content: dict[str, Any]) -> list[str]:
 
 def _heading(content: dict[str, Any]) -> str:
     gate, metric = content["gate"], content["parent"]["accuracy"]["metric"]
-    drop = content["chosen"]["drop_points"]
+    drop, timed = content["chosen"]["drop_points"], content["device"]["timed"]
     return (
         f"<h1>{html.escape(content['name'])}, compressed for {content['target']}</h1>"
         f"<p>{report_device.shipped_text(content)}, and {_lost(drop['estimate'], metric)} "
         f"(at most {points(gate['max_drop_points'])} may be lost).</p>"
-        f"<p class='muted'>{html.escape(content['created'])} on "
+        f"<p class='muted'>{moment(content['created'])} on "
         f"{html.escape(content['device']['name'])}, onnxruntime "
         f"{html.escape(content['machine']['onnxruntime'])}"
-        f"{', one thread' if content['summary']['judged_batch'] == 1 else ''}; "
+        f"{', one thread' if content['summary']['judged_batch'] == 1 and timed else ''}; "
         f"the run took {content['seconds']:g} s.</p>"
         + "".join(
             f"<p class='warning'><b>Warning.</b> {html.escape(told[:1].upper() + told[1:])}.</p>"
@@ -193,10 +202,11 @@ def _parent_cards(content: dict[str, Any]) -> str:
 def _held_out_note(content: dict[str, Any]) -> str:
     data = content["data"]
     damaged = f" {len(data['damaged'])} damaged file(s) were left out." if data["damaged"] else ""
+    timed = " Latencies are medians of interleaved runs of the written files, as they are served."
     return (
         f"Figures on {data['held_out']} held-out images of {html.escape(data['name'])}, which "
-        f"nothing was trained on or chosen by ({html.escape(data['split'])}).{damaged} Latencies "
-        "are medians of interleaved runs of the written files, as they are served."
+        f"nothing was trained on or chosen by ({html.escape(data['split'])}).{damaged}"
+        f"{timed if content['device']['timed'] else ''}"
     )
 
 
@@ -217,7 +227,7 @@ def _before_after(content: dict[str, Any]) -> str:
                 f"Latency, batch {before['batch_size']} (p50 / p99)",
                 f"{time_text(before['p50_us'])} / {time_text(before['p99_us'])}",
                 f"{time_text(after['p50_us'])} / {time_text(after['p99_us'])}",
-                f"{before['p50_us'] / after['p50_us']:.2f} × faster",
+                faster(report_device.times_faster(content, before, after)),
             )
         )
     for title, key, form in (
@@ -244,11 +254,13 @@ def _share(a: dict[str, Any]) -> str:
 
 def _candidate_text(content: dict[str, Any]) -> str:
     gate = content["gate"]
-    best = "fastest file" if content["device"]["timed"] else "file with the least to compute"
+    timed = content["device"]["timed"]
+    best = "fastest file" if timed else "file with the least to compute"
+    equal = "equally fast" if timed else "such"
     return (
         f"<p>Parent and pruned model compete in every form that the target allows. The {best} "
         f"that loses at most {points(gate['max_drop_points'])} on the {content['data']['choose']} "
-        "images kept for choosing is shipped; of two equally fast ones the smaller. The bars are "
+        f"images kept for choosing is shipped; of two {equal} ones the smaller. The bars are "
         "95 % intervals of the drop.</p>"
     )
 
@@ -270,12 +282,13 @@ def _candidate_table(content: dict[str, Any]) -> str:
                 count_text(c["macs"]),
             )
         )
-    heads = ("", "Accuracy", "Points", "Latency", "Speed-up (lower bound)", "Size", "MACs")
+    metric = _metric(content["parent"]["accuracy"])
+    heads = ("", metric, "Points", "Latency", "Speed-up (lower bound)", "Size", "MACs")
     return table(heads, rows, chosen)
 
 
 def _front_sections(content: dict[str, Any]) -> list[str]:
-    search = content["search"]
+    search, metric = content["search"], content["parent"]["accuracy"]["metric"]
     failed = [trial for trial in search["trials"] if not trial["outcome"]]
     chosen = next(trial for trial in search["trials"] if trial["number"] == search["chosen"])
     missed = f" {len(failed)} could not be reached." if failed else ""
@@ -285,7 +298,7 @@ def _front_sections(content: dict[str, Any]) -> list[str]:
         "batch norms measured anew and a recovery of less than a third of an epoch: the points "
         f"lost are before full recovery.{missed} Compressed to was "
         f"{chosen['point']['latency']:.0%} of the latency: {html.escape(search['why'])}.</p>",
-        panel(front_plot(search, content["gate"]["max_drop_points"])),
+        panel(front_plot(search, content["gate"]["max_drop_points"], metric)),
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -39,7 +41,16 @@ pre { white-space: pre-wrap; word-break: break-word; font-size: 12.5px; margin: 
 details { margin-top: 10px; } summary { cursor: pointer; color: #3266ad; }
 .warning { background: #fdf3e3; border: 1px solid #ecd3a4; border-radius: 10px;
   padding: 10px 16px; }
-ul { margin: 6px 0 12px; padding-left: 22px; }
+ul { margin: 6px 0 12px; padding-left: 22px; overflow-wrap: anywhere; }
+.panel + p { margin-top: 18px; }
+@media (max-width: 600px) {
+  main { padding: 20px 14px 48px; }
+  .panel { padding: 8px; }
+  th, td { padding: 5px 4px; font-size: 13px; white-space: normal; }
+  th:first-child, td:first-child { overflow-wrap: anywhere; min-width: 84px; }
+  /* They would lie over the legends, and fingers zoom without them. */
+  .modebar-container { display: none; }
+}
 @media screen and (prefers-color-scheme: dark) {
   :root { color-scheme: dark; }
   body { color: #dcdcdc; background: #151515; }
@@ -101,6 +112,9 @@ def plot(figure: go.Figure, height: int) -> str:
         height=height,
         margin={"l": 60, "r": 40, "t": 40, "b": 50},
         template="plotly_white",
+        # G and not B for 10^9, as in the tables.
+        xaxis={"exponentformat": "SI"},
+        yaxis={"exponentformat": figure.layout.yaxis.exponentformat or "SI"},
         font={"family": "system-ui, sans-serif", "size": 13},
         autosize=True,
     )
@@ -124,6 +138,21 @@ def signed(points: float) -> str:
 def points(value: float) -> str:
     """Return a number of points."""
     return f"{value:g} point{'' if value == 1 else 's'}"
+
+
+def faster(ratio: float) -> str:
+    """Return how many times faster, or slower, something is that has ``ratio`` times the speed."""
+    return f"{ratio:.2f} × faster" if ratio >= 1 else f"{1 / ratio:.2f} × slower"
+
+
+def small(value: float) -> str:
+    """Return a small number with two digits that say something, and without an exponent."""
+    return np.format_float_positional(value, precision=2, fractional=False, trim="-")
+
+
+def moment(iso: str) -> str:
+    """Return a time of ISO 8601 in UTC as people write it."""
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def time_text(us: float) -> str:

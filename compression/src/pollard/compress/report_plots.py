@@ -18,6 +18,9 @@ from pollard.compress.report_parts import (
     time_text,
 )
 
+# Names beside a map of mistakes, and their letters.
+_TICKS, _LABEL = 24, 18
+
 
 def scatter(content: dict[str, Any]) -> str:
     """Return a plot of latency against accuracy: the candidates, the gate, the chosen one."""
@@ -27,6 +30,7 @@ def scatter(content: dict[str, Any]) -> str:
     timed = content["device"]["timed"]
     unit = " µs" if timed else " MACs"
     of = images_text(content["chosen"])
+    places = [judged_us(c) or c["macs"] for c in content["candidates"]]
     for c in content["candidates"]:
         drop, name = c["drop_points"], c["name"]
         is_parent = name == "parent-fp32"
@@ -45,8 +49,10 @@ def scatter(content: dict[str, Any]) -> str:
                     "thickness": 1.2,
                 },
                 mode="markers+text",
-                text=[f"  {name}{' (shipped)' if name == shipped else ''}"],
-                textposition="top right" if name.endswith("fp32") else "bottom right",
+                text=[f"  {name}{' (shipped)' if name == shipped else ''}  "],
+                # Towards the middle, where there is room for it.
+                textposition=f"{'top' if name.endswith('fp32') else 'bottom'} "
+                f"{'left' if (judged_us(c) or c['macs']) > max(places) / 2 else 'right'}",
                 cliponaxis=False,
                 marker={
                     "size": 15 if name == shipped else 11,
@@ -70,7 +76,7 @@ def scatter(content: dict[str, Any]) -> str:
     return plot(figure, 400)
 
 
-def front_plot(search: dict[str, Any], limit: float) -> str:
+def front_plot(search: dict[str, Any], limit: float, metric: str = "accuracy") -> str:
     """Return a plot of a search: every trial, the front, the gate, and what was chosen."""
     reached = [trial for trial in search["trials"] if trial["outcome"]]
     best = {number: index for index, number in enumerate(search["front"])}
@@ -116,7 +122,7 @@ def front_plot(search: dict[str, Any], limit: float) -> str:
     figure.update_xaxes(
         title="measured latency, share of the parent's float file", tickformat=".0%"
     )
-    figure.update_yaxes(title="accuracy against the parent, points")
+    figure.update_yaxes(title=f"{metric} against the parent, points")
     figure.update_layout(legend={"orientation": "h", "y": 1.12})
     return plot(figure, 400)
 
@@ -159,7 +165,7 @@ def search_sections(search: dict[str, Any]) -> list[str]:
             )
         )
         figure.update_xaxes(type="category", tickangle=-45)
-        figure.update_yaxes(title="nats an image")
+        figure.update_yaxes(title="nats an image", exponentformat="power")
         figure.update_layout(title={"text": "red: cut", "font": {"size": 13}})
         parts.append(
             f"<p>Step {step['step']}, by the table of {step['target']}: "
@@ -170,17 +176,20 @@ def search_sections(search: dict[str, Any]) -> list[str]:
     return parts
 
 
-def curves(content: dict[str, Any]) -> str:
-    """Return a plot of recovery."""
+def curves(content: dict[str, Any], metric: str = "accuracy") -> str:
+    """Return a plot of recovery, or of training, by a figure from 0 to 1."""
     r = content["recovery"]
     epochs = list(range(len(r["choose_accuracy"]) + 1))
+    scores = [r["start_accuracy"], *r["choose_accuracy"]]
+    # By itself a flat line would be drawn between −100 and 300 %.
+    room = max(0.005, (max(scores) - min(scores)) * 0.08)
     figure = go.Figure()
     figure.add_trace(
         go.Scatter(
             x=epochs,
-            y=[r["start_accuracy"], *r["choose_accuracy"]],
+            y=scores,
             mode="lines+markers",
-            name="accuracy on the choosing images",
+            name=f"{metric} on the choosing images",
             line={"color": GREEN},
         )
     )
@@ -195,7 +204,11 @@ def curves(content: dict[str, Any]) -> str:
         )
     )
     figure.update_layout(
-        yaxis={"title": "accuracy", "tickformat": ".1%"},
+        yaxis={
+            "title": metric,
+            "tickformat": ".1%",
+            "range": [min(scores) - room, max(scores) + room],
+        },
         yaxis2={
             "title": "loss",
             "overlaying": "y",
@@ -251,26 +264,51 @@ def confusion_map(classes: list[str], matrix: list[list[int]], title: str) -> st
             x=classes,
             y=classes,
             text=[
-                ["" if i == j or not value else str(value) for j, value in enumerate(row)]
+                ["" if i == j or not value else _short_count(value) for j, value in enumerate(row)]
                 for i, row in enumerate(matrix)
             ],
+            customdata=matrix,
             texttemplate="%{text}" if few else None,
             colorscale=[[0, "#ffffff"], [1, RED]],
             zmin=0,
             showscale=False,
-            hovertemplate="true %{y}, answered %{x}: %{text}<extra></extra>",
+            hovertemplate="true %{y}, answered %{x}: %{customdata}<extra></extra>",
         )
     )
     if few:
         # The diagonal has no colour, so its counts are written beside the map.
         for i, label in enumerate(classes):
             figure.add_annotation(
-                x=label, y=label, text=str(matrix[i][i]), showarrow=False, font={"color": "#5c6875"}
+                x=label,
+                y=label,
+                text=_short_count(matrix[i][i]),
+                showarrow=False,
+                font={"color": "#5c6875"},
             )
-    figure.update_xaxes(type="category", title="answer", showgrid=False, dtick=1)
-    figure.update_yaxes(type="category", title="true class", autorange="reversed", showgrid=False)
+    # Of many classes only some can be named beside the map; a pointer finds the others.
+    shown = range(0, len(classes), -(-len(classes) // _TICKS))
+    ticks = {
+        "type": "category",
+        "showgrid": False,
+        "tickmode": "array",
+        "tickvals": [classes[i] for i in shown],
+        "ticktext": [_short_label(classes[i]) for i in shown],
+    }
+    figure.update_xaxes(title="answer", **ticks)
+    figure.update_yaxes(title="true class", autorange="reversed", **ticks)
     figure.update_layout(title={"text": title, "font": {"size": 14}})
-    return plot(figure, 420)
+    return plot(figure, 420 if few else 640)
+
+
+def _short_label(label: str) -> str:
+    return label if len(label) <= _LABEL else label[: _LABEL - 1].rstrip() + "…"
+
+
+def _short_count(value: int) -> str:
+    """Return a count that fits into a cell."""
+    if value < 10_000:
+        return str(value)
+    return f"{value / 1000:.0f}k" if value < 1_000_000 else f"{value / 1_000_000:.1f}M"
 
 
 def agreement_text(target: dict[str, Any]) -> str:

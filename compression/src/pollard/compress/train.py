@@ -236,7 +236,9 @@ def train(
         elif processes.leads:
             checkpoint.remove()
         board = _board(tensorboard, processes)
-        observers = Observers([EpochTable(reporter, config.epochs), *board])
+        observers = Observers(
+            [EpochTable(reporter, config.epochs, task_of(source.task).metric), *board]
+        )
         history = fit(
             loaded.module, dataset, source.spec, config, reporter=reporter, checkpoint=checkpoint,
             frozen=frozen, team=processes, observer=observers if processes.leads else None,
