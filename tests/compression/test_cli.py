@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from pollard.compress.cli import register
+from pollard.compress.cli_common import errors, write_json
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.keys import TrustedKeys, create_key_pair
 from pollard.runtime.signing import require_signature
@@ -119,6 +122,48 @@ def test_usage_errors_end_with_code_2(
     assert done.exit_code == 2, done.output
     assert message in done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--seed", 2**64, "--out", "w.safetensors"], "--seed"),
+        (["train", "--threads", 100_000, "--out", "w.safetensors"], "--threads"),
+        (["train", "--max-time", 0, "--out", "w.safetensors"], "max-time is 0; it is in minutes"),
+        (["train", "--max-time", "nan", "--out", "w.safetensors"], "max-time is nan"),
+        (
+            [
+                *("train", "--out", "w.safetensors", "--input-size", "28x28x1"),
+                *("--mean", "nan", "--std", "1"),
+            ],
+            "must be finite",
+        ),
+        (["compress", "--dry-run", "--ray", "local"], "give --search N"),
+    ],
+)
+def test_numbers_beyond_what_can_be_are_refused_before_any_work(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, *options = arguments
+    done = invoke(command, "small-cnn-28", "--data", "digits", *options)
+    assert done.exit_code == 2
+    assert told in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_does_not_suffice_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, errors(None):
+        np.empty((2**40, 2**10))
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err.startswith("Error: the memory does not suffice: Unable to")
+
+
+def test_figures_for_machines_are_strict_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "f.json", {"loss": [1.0, math.nan], "within": {"most": -math.inf}})
+    text = (tmp_path / "f.json").read_text()
+    assert json.loads(text) == {"loss": [1.0, None], "within": {"most": None}}
+    assert "NaN" not in text
 
 
 def test_bad_data_and_weights_end_with_code_1(invoke: Invoke, tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pollard.compress.cli_common import Device, errors, make_reporter, make_spec, write_json
+from pollard.compress.cli_common import (
+    MAX_SEED,
+    MAX_THREADS,
+    Device,
+    errors,
+    make_reporter,
+    make_spec,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,9 +47,12 @@ _Sign = Annotated[
         show_default=False,
     ),
 ]
-_Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+_Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of every random choice.")
+]
 _Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
+    int | None,
+    typer.Option("--threads", min=1, max=MAX_THREADS, help="PyTorch's threads; default all cores."),
 ]
 _Json = Annotated[
     Path | None, typer.Option("--json", help="Write the figures to this file, for machines.")
@@ -309,6 +320,8 @@ def compress(
             raise UsageInvalid("--prune and --budget exclude each other; --budget macs= is a share")
         if search and _given(context, "prune"):
             raise UsageInvalid("--prune and --search exclude each other; a search cuts by latency")
+        if ray and not search and recipe_path is None:
+            raise UsageInvalid("--ray runs the trials of a search: give --search N, too")
         fields = recipe_file.read(recipe_path) if recipe_path else {}
         if fields.get("spec") is not None:
             fields["spec"] = recipe_file.make_spec(fields["spec"])

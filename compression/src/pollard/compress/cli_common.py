@@ -29,6 +29,11 @@ Device = Annotated[
 ]
 
 
+MAX_SEED = 2**63 - 1
+MAX_THREADS = 1024
+"""Libraries that are asked for more than the system grants end the process without a word."""
+
+
 def make_spec(size: str | None, mean: str, std: str) -> InputSpec | None:
     """Read the options that say what a factory's model takes."""
     if size is None:
@@ -110,6 +115,10 @@ def errors(
     except CompressionError as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
+    except MemoryError as error:
+        told = f"the memory does not suffice: {error}" if str(error) else "the memory is full"
+        problems.print(f"Error: {told}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
     except (RuntimeFault, PollardError, OSError) as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -118,5 +127,8 @@ def errors(
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write figures for machines, if they are asked for."""
     if path is not None:
+        from pollard.compress.codec import strict
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(strict(content), indent=2, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pollard.compress.cli_common import Device
+from pollard.compress.cli_common import MAX_THREADS, Device
 
 
 class PartChoice(StrEnum):
@@ -74,7 +74,9 @@ def evaluate(
     std: Annotated[str, typer.Option("--std", help="Likewise.")] = "1",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="Threads of a call; PyTorch takes all cores."),
+        typer.Option(
+            "--threads", min=1, max=MAX_THREADS, help="Threads of a call; PyTorch takes all cores."
+        ),
     ] = None,
     device: Device = "auto",
     plot: Annotated[

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pollard.compress.cli_common import MAX_THREADS
+
 _TARGETS = ("cpu-fp32", "cpu-int8")
 
 
@@ -37,9 +39,9 @@ def profile(
         list[str] | None,
         typer.Option("--target", help="cpu-fp32 or cpu-int8; repeatable, both by default."),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images of a call.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Images of a call.")] = 1,
     runtime_threads: Annotated[
-        int, typer.Option("--threads", min=1, help="ONNX Runtime's threads.")
+        int, typer.Option("--threads", min=1, max=MAX_THREADS, help="ONNX Runtime's threads.")
     ] = 1,
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what earlier runs have measured.")

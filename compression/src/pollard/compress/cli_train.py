@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from pollard.compress.cli_common import Device
+from pollard.compress.cli_common import MAX_SEED, MAX_THREADS, Device
 
 
 def train(
@@ -120,9 +120,14 @@ def train(
     train_images: Annotated[
         int | None, typer.Option("--train-images", min=2, help="Use only so many training images.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of every random choice.")
+    ] = 0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="PyTorch's threads; default all cores.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=MAX_THREADS, help="PyTorch's threads; default all cores."
+        ),
     ] = None,
     device: Device = "auto",
     ray: Annotated[
@@ -168,6 +173,8 @@ def train(
         from pollard.compress import train as training
         from pollard.compress.errors import UsageInvalid
 
+        if max_time is not None and not 0 < max_time < math.inf:
+            raise UsageInvalid(f"--max-time is {max_time:g}; it is in minutes, above 0")
         options = training.TrainOptions(
             epochs=epochs,
             batch_size=batch_size,

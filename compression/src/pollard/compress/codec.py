@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,20 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+
+
+def strict(value: Any) -> Any:
+    """Return ``value`` with None in the place of numbers that are not finite.
+
+    NaN is no JSON: strict readers refuse the whole file.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(inner) for inner in value]
+    return value
 
 
 def encode(value: Any, skip: tuple[str, ...] = ()) -> Any:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pollard.compress.bundling import tool_versions
+from pollard.compress.codec import strict
 from pollard.compress.data import Dataset
 from pollard.compress.devices import Device
 from pollard.compress.macs import LayerCost
@@ -157,7 +158,9 @@ def _classes(data: Dataset) -> list[str]:
 
 def render(content: dict[str, Any]) -> tuple[bytes, bytes]:
     """Return report.json and report.html."""
-    return (json.dumps(content, indent=1) + "\n").encode(), render_page(content).encode()
+    return (json.dumps(strict(content), indent=1, allow_nan=False) + "\n").encode(), render_page(
+        content
+    ).encode()
 
 
 def _common(run: Packing | Compression) -> dict[str, Any]:

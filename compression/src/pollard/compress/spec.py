@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -54,6 +55,8 @@ class InputSpec:
                 f"mean {self.mean} and std {self.std} need one value for each of the "
                 f"{self.channels} channels"
             )
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise UsageInvalid(f"mean {self.mean} and std {self.std} must be finite")
         if any(value <= 0 for value in self.std):
             raise UsageInvalid(f"std {self.std} must be positive")
         if self.short_side and self.short_side < max(self.height, self.width):
