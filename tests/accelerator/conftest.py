@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pretended
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 DEVICE = os.environ.get("POLLARD_TEST_DEVICE", pretended.NAME)
+
+# Processes that are begun here find the sources, too, where nothing is installed.
+_SOURCES = [path for path in sys.path if path.endswith("/src")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_SOURCES, os.environ.get("PYTHONPATH", "")])
 
 if pretended.NAME == DEVICE:
     pretended.register()
