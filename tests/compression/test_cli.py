@@ -152,6 +152,32 @@ def test_numbers_beyond_what_can_be_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_files_that_cannot_be_written_are_told_before_any_work(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path, told in (
+        (tmp_path, "is a directory; give the name of a file"),
+        (tmp_path / "file" / "within.html", "is no directory to write in"),
+    ):
+        arguments = ("--weights", digits_parent, "--data", "digits", option, path)
+        done = invoke("eval", "small-cnn-28", *arguments)
+        assert done.exit_code == 2
+        assert told in done.output
+        assert "Accuracy" not in done.output
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_is_told_with_what_there_is_of_the_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(typer.Exit) as ended, errors(None, lambda: "stages are kept"):
+        Path("/dev/full").write_text("x")  # every write to it fails as on a full disk
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "Error: no space is left on the disk; stages are kept.\n"
+
+
 def test_memory_that_does_not_suffice_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended, errors(None):
         np.empty((2**40, 2**10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -79,6 +80,25 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def check_files(*paths: Path | None) -> None:
+    """See that files can be written before any work is done that would be lost.
+
+    Raises:
+        UsageInvalid: one is a directory, or its directory cannot be made or written to.
+    """
+    from pollard.compress.errors import UsageInvalid
+
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageInvalid(f"{path} is a directory; give the name of a file to write")
+        # Directories are made where they are missing.
+        above = next((each for each in path.absolute().parents if os.path.lexists(each)), None)
+        if above is not None and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UsageInvalid(f"{path} cannot be written: {above} is no directory to write in")
+
+
 @contextmanager
 def errors(
     json_file: Path | None, kept: Callable[[], str] = lambda: "nothing was written"
@@ -101,6 +121,7 @@ def errors(
     console, problems = Console(), Console(stderr=True)
     try:
         with _terminable():
+            check_files(json_file)
             yield console
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
@@ -120,6 +141,11 @@ def errors(
         problems.print(f"Error: {told}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except (RuntimeFault, PollardError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            told = f"Error: no space is left on the disk{where}; {kept()}."
+            problems.print(told, markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -96,9 +96,16 @@ def evaluate(
     says otherwise. A served model is sent the image files themselves; its figures
     are those of the bundle that it was pushed as.
     """
-    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import (
+        check_files,
+        errors,
+        make_reporter,
+        make_spec,
+        write_json,
+    )
 
     with errors(json_file) as console:
+        check_files(plot)
         from pollard.compress import evaluation, evaluation_page
         from pollard.runtime.bundle import write_durably
 

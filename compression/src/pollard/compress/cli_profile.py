@@ -66,9 +66,16 @@ def profile(
     ~/.cache/pollard (or POLLARD_CACHE) for the next run, and so are the
     sensitivities that --data gives: nothing is trained for them.
     """
-    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import (
+        check_files,
+        errors,
+        make_reporter,
+        make_spec,
+        write_json,
+    )
 
     with errors(json_file) as console:
+        check_files(plot)
         from pollard.compress.errors import UsageInvalid
 
         if data and not weights:

@@ -158,7 +158,13 @@ def train(
     where there are GPUs:
     torchrun --nproc-per-node 2 --no-python pollard train ...
     """
-    from pollard.compress.cli_common import errors, make_reporter, make_spec, write_json
+    from pollard.compress.cli_common import (
+        check_files,
+        errors,
+        make_reporter,
+        make_spec,
+        write_json,
+    )
 
     def kept() -> str:
         from pollard.compress.checkpoint import checkpoint_beside
@@ -169,6 +175,7 @@ def train(
         return f"{path} is kept, and the same command with --resume goes on from there"
 
     with errors(json_file, kept) as console:
+        check_files(curves)
         from pollard.compress import augmentation
         from pollard.compress import train as training
         from pollard.compress.errors import UsageInvalid
