@@ -72,6 +72,7 @@ class Processes:
         self._stop = context.Event()
         begin = partial(_begin, os.getpid(), self._stop, initializer)
         self._pool = ProcessPoolExecutor(workers, context, begin)
+        self._begun: list[Future[Outcome]] = []
 
     @property
     def at_once(self) -> int:
@@ -80,7 +81,8 @@ class Processes:
 
     def submit(self, point: Point) -> Future[Outcome]:
         """Begin a trial in the next process that is free."""
-        return self._pool.submit(self._evaluate, point)
+        self._begun.append(self._pool.submit(self._evaluate, point))
+        return self._begun[-1]
 
     def __enter__(self) -> Processes:
         """Begin to take trials; processes start with the first ones."""
@@ -93,7 +95,10 @@ class Processes:
         traceback: TracebackType | None,
     ) -> None:
         """End all processes, busy or not."""
-        self._stop.set()  # nobody waits for trials that nobody wants any more
+        # Nobody waits for trials that nobody wants any more. Idle processes end by themselves, and
+        # then put away what libraries have made in them, such as locks.
+        if not all(trial.done() for trial in self._begun):
+            self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
 
