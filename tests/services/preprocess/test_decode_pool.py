@@ -24,7 +24,7 @@ from pollard.runtime.errors import (
     ImageUnsupported,
 )
 from pollard.runtime.transforms import Pipeline, decode, normalize, resize
-from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.decode_pool import OUTCOMES, DecodePool
 from pollard.services.preprocess.errors import DecoderCrashed, DecodersBusy, DecodeTimeout
 from pollard.services.preprocess.worker import WorkerLimits
 
@@ -275,6 +275,7 @@ async def test_a_caller_that_goes_away_leaves_the_pool_whole(start_pool, make_pi
     expected = Pipeline([decode(), resize(16, 12)]).apply(make_picture(3))
     assert np.array_equal(result.array, expected.array)
     assert pool.pids == [pid]
+    assert pool.outcomes == dict.fromkeys(OUTCOMES, 0) | {"canceled": 2, "decoded": 1}
 
 
 async def test_more_than_may_wait_is_refused_at_once(start_pool, make_picture):

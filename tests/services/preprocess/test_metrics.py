@@ -30,6 +30,8 @@ async def test_images_decoders_and_revisions_are_counted(suite, make_picture, sc
     assert scraped.value("pollard_decode_workers") == 1
     assert scraped.value("pollard_decode_waiting") == 0
     assert scraped.value("pollard_vision_requests_total", outcome="succeeded", **ONE) == 2
+    assert scraped.value("pollard_vision_requests_total", outcome="rejected", **ONE) == 1
+    assert scraped.value("pollard_vision_requests_total", outcome="failed", **ONE) == 0
     assert scraped.value("pollard_vision_request_seconds_count", **ONE) == 2
     method = {"grpc_service": "pollard.vision.v1.VisionService", "grpc_method": "Predict"}
     assert scraped.value("grpc_server_handled_total", grpc_code="OK", **method) == 2

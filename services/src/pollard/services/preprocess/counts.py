@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pollard.runtime.errors import ImageTooSmall, RuntimeFault, StepsInvalid
+from pollard.runtime.errors import ImageInvalid, ImageTooSmall, RuntimeFault, StepsInvalid
 from pollard.services.common.call_metrics import Buckets
 from pollard.services.common.counters import RequestCounters
 from pollard.services.common.errors import ServiceError
@@ -39,6 +39,8 @@ class Counts:
         return self._counters.get((model, revision))
 
     def failed(self, model: str, revision: int, error: RuntimeFault | ServiceError) -> None:
-        """Count an image without an answer, if the revision's own part failed."""
+        """Count an image without an answer, if the revision's own part failed or it is no image."""
         if isinstance(error, _ITS_OWN):
             self.of(model, revision).fail()
+        elif isinstance(error, ImageInvalid):
+            self.of(model, revision).reject()

@@ -41,7 +41,7 @@ from pollard.services.preprocess.worker_process import Job, WorkerProcess
 
 _log = structlog.get_logger("pollard.preprocess.decode")
 
-OUTCOMES = ("decoded", "refused", "timeout", "crashed", "busy")
+OUTCOMES = ("decoded", "refused", "timeout", "crashed", "busy", "canceled")
 
 _START_SECONDS = 30.0
 _ATTEMPTS = 2
@@ -196,6 +196,9 @@ class DecodePool:
             raise
         except DecodersBusy:
             self.outcomes["busy"] += 1
+            raise
+        except asyncio.CancelledError:
+            self.outcomes["canceled"] += 1
             raise
         self.outcomes["decoded"] += 1
         return transformed

@@ -48,7 +48,8 @@ class PreprocessMetrics(Collector):
         images = CounterMetricFamily(
             "pollard_decode_images",
             "Images that were given to the decoders, by outcome: decoded, refused (not an image "
-            "that can be had), timeout, crashed, busy (no place in the queue).",
+            "that can be had), timeout, crashed, busy (no place in the queue), canceled (the caller "
+            "had gone).",
             labels=["outcome"],
         )
         for outcome, count in pool.outcomes.items():
@@ -74,7 +75,7 @@ class PreprocessMetrics(Collector):
         requests = CounterMetricFamily(
             "pollard_vision_requests",
             "Images of a revision, by outcome: succeeded, failed (its own preprocessing could not "
-            "take the image), rejected.",
+            "take the image), rejected (not an image that can be had).",
             labels=[*_REVISION, "outcome"],
         )
         seconds = HistogramMetricFamily(
