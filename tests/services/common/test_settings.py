@@ -44,6 +44,26 @@ def test_wrong_flags_are_named(flags, words):
         Settings.load(flags)
 
 
+def test_a_wrong_value_says_where_it_was_given(tmp_path, monkeypatch):
+    file = tmp_path / "pollard.toml"
+    file.write_text("[inference]\nport = 70000\n")
+    with pytest.raises(
+        StartupError, match=r"inference\.port: .*pollard\.toml, table \[inference\]"
+    ):
+        Settings.load({}, file)
+    monkeypatch.setenv("POLLARD_INFERENCE_PORT", "70001")
+    with pytest.raises(StartupError, match="given by POLLARD_INFERENCE_PORT in the environment"):
+        Settings.load({}, file)
+    with pytest.raises(StartupError, match="given by --port"):
+        Settings.load({"port": 70002}, file)
+
+
+def test_a_list_in_the_environment_that_is_no_json_is_told_as_that(monkeypatch):
+    monkeypatch.setenv("POLLARD_INFERENCE_CERTIFICATE_ROLE", "a=viewer")
+    with pytest.raises(StartupError, match=r"POLLARD_INFERENCE_.*JSON.*certificate_role"):
+        Settings.load()
+
+
 @pytest.mark.parametrize("text", ["[inference]\nprot = 1\n", "[inference\n", "\x00"])
 def test_wrong_files_are_refused_with_words(tmp_path, text):
     path = tmp_path / "bad.toml"

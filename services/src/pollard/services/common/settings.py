@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -284,6 +286,26 @@ class ServiceSettings(BaseSettings):
             if first["type"] == "extra_forbidden":
                 known = ", ".join(sorted(cls.model_fields))
                 hint = f"; settings of {cls.section} are {known}"
-            raise StartupError(f"setting {cls.section}.{where}: {first['msg']}{hint}") from error
+            place = cls._place(str(first["loc"][0]), given, file) if first["loc"] else ""
+            raise StartupError(
+                f"setting {cls.section}.{where}: {first['msg']}{place}{hint}"
+            ) from error
+        except SettingsError as error:
+            # Lists in the environment are JSON; what is no JSON gets no further than its source.
+            prefix = f"POLLARD_{cls.section.upper()}_"
+            raise StartupError(
+                f"a setting of {cls.section} in the environment ({prefix}…) cannot be read; lists "
+                f"are JSON there: {error}"
+            ) from error
         except (OSError, ValueError) as error:
             raise StartupError(f"settings file {file} cannot be read: {error}") from error
+
+    @classmethod
+    def _place(cls, name: str, given: dict[str, Any], file: Path | None) -> str:
+        """Say where a setting that is wrong was given: whoever mends it has to find it."""
+        if name in given:
+            return f" (given by --{name.replace('_', '-')})"
+        variable = f"POLLARD_{cls.section}_{name}".upper()
+        if variable in {each.upper() for each in os.environ}:
+            return f" (given by {variable} in the environment)"
+        return f" (given in {file}, table [{cls.section}])" if file is not None else ""

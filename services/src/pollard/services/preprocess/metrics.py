@@ -48,8 +48,8 @@ class PreprocessMetrics(Collector):
         images = CounterMetricFamily(
             "pollard_decode_images",
             "Images that were given to the decoders, by outcome: decoded, refused (not an image "
-            "that can be had), timeout, crashed, busy (no place in the queue), canceled (the caller "
-            "had gone).",
+            "that can be had), timeout, crashed, busy (no place in the queue), canceled (the "
+            "caller had gone).",
             labels=["outcome"],
         )
         for outcome, count in pool.outcomes.items():
