@@ -34,6 +34,9 @@ from pollard.bundle.v1 import bundle_pb2
 from pollard.runtime.bundle import Bundle, write_bundle
 from pollard.runtime.reference import Sample
 
+# Runs alone, with settings of its own: it makes a device known to PyTorch, for good.
+collect_ignore = ["accelerator"]
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As in a shell's background job. What tests start and interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
