@@ -15,10 +15,23 @@ from pollard.compress import accelerator
 from pollard.compress.accelerator import CPU, find, moved, on
 from pollard.compress.cli import register
 from pollard.compress.errors import CompressionError, DeviceUnusable
+from pollard.compress.models import device_for, resolve
+from pollard.compress.progress import Reporter
 
 TESTS = Path(__file__).resolve().parents[1]
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+class Told(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
 
 
 def invoke(*arguments: object) -> Result:
@@ -58,6 +71,26 @@ def test_without_a_gpu_auto_is_the_processor() -> None:
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error_with_its_cure(name: str) -> None:
     with pytest.raises(DeviceUnusable, match=r"PyTorch \S+ finds no GPU here: .*--device cpu"):
         find(name)
+
+
+@needs_no_gpu
+def test_auto_is_the_processor_where_the_gpu_does_not_compute_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # PyTorch knows of a GPU, which it cannot use.
+    monkeypatch.setattr(accelerator, "_accelerator", lambda: "cuda")
+    source, told = resolve("small-cnn-28"), Told()
+    assert device_for(source, "auto", told) == CPU
+    why = "there is no GPU 0; PyTorch finds 0, which are numbered from 0"
+    assert told.lines == [f"PyTorch computes on the processor: {why}"]
+    with pytest.raises(DeviceUnusable, match=why):
+        device_for(source, "cuda", told)
+    # One of several processes would wait for the others, which are elsewhere.
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceUnusable, match="no GPU for process 1 of this machine"):
+        device_for(source, "auto", told)
+    assert len(told.lines) == 1
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CUDA", "0"])

@@ -58,7 +58,10 @@ def find(name: str = "auto") -> torch.device:
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
-        raise DeviceUnusable(f"{describe(device)} does not compute: {first_line(error)}") from error
+        raise DeviceUnusable(
+            f"{describe(device)} does not compute: {first_line(error)}; --device cpu does "
+            "without it"
+        ) from error
     return device
 
 

@@ -27,6 +27,7 @@ from pollard.compress.errors import (
     WeightsInvalid,
     first_line,
 )
+from pollard.compress.parallel import process_count
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
 from pollard.compress.tasks import task_of
@@ -122,13 +123,20 @@ def device_for(source: Source, name: str, reporter: Reporter) -> torch.device:
     Args:
         source: Which model.
         name: As for :func:`pollard.compress.accelerator.find`; "auto" is the processor where
-            the model does not run on the GPU.
+            the GPU does not compute, or the model does not run on it.
         reporter: Told of that.
 
     Raises:
         DeviceUnusable: there is no such device, or the model does not run on it.
     """
-    device = accelerator.find(name)
+    try:
+        device = accelerator.find(name)
+    except DeviceUnusable as error:
+        # A process of several does not leave the others for another device.
+        if name != "auto" or process_count() > 1:
+            raise
+        reporter.say(f"PyTorch computes on the processor: {error}")
+        return accelerator.CPU
     # Only code that others wrote can make tensors in the processor's memory.
     if device == accelerator.CPU or source.file is not None or source.reference.startswith("zoo:"):
         return device

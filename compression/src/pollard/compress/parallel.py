@@ -78,6 +78,11 @@ class Team:
                 buffer /= self.size
 
 
+def process_count() -> int:
+    """Return how many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def team(device: torch.device) -> Iterator[Team]:
     """Join the processes that torchrun has started; alone without it.
@@ -85,8 +90,7 @@ def team(device: torch.device) -> Iterator[Team]:
     Args:
         device: Where this process computes: GPUs add gradients up among themselves, by NCCL.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if process_count() == 1:
         yield Team()
         return
     by_nccl = device.type == "cuda" and distributed.is_nccl_available()
