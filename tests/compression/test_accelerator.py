@@ -17,6 +17,8 @@ from pollard.compress.cli import register
 from pollard.compress.errors import CompressionError, DeviceUnusable
 from pollard.compress.models import device_for, resolve
 from pollard.compress.progress import Reporter
+from pollard.compress.spec import InputSpec
+from pollard.compress.train import TrainOptions, train
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -91,6 +93,22 @@ def test_auto_is_the_processor_where_the_gpu_does_not_compute_and_says_why(
     with pytest.raises(DeviceUnusable, match="no GPU for process 1 of this machine"):
         device_for(source, "auto", told)
     assert len(told.lines) == 1
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_says_where_it_computes(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "_accelerator", lambda: "cuda")
+    monkeypatch.setenv("RANK", str(rank))
+    told = Told()
+    train(
+        "small-cnn-28", "shapes:40", tmp_path / "w.safetensors", options=TrainOptions(epochs=1),
+        spec=InputSpec(28, 28, 1, (0.5,), (0.25,)), reporter=told,
+    )  # fmt: skip
+    lines = [line for line in told.lines if line.startswith("PyTorch computes on")]
+    assert len(lines) == (1 if rank == 0 else 0)
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CUDA", "0"])

@@ -211,9 +211,9 @@ def train(
     source = resolve(model, spec)
     source.require_pytorch("training")
     config = options.fill_in(source, seed)
-    place = device_for(source, device, reporter or Reporter())
+    reporter = reporter if reporter is not None and leads() else Reporter()
+    place = device_for(source, device, reporter)
     with accelerator.on(place), team(place) as processes, torch_threads(threads):
-        reporter = reporter if reporter is not None and processes.leads else Reporter()
         dataset = load_data(
             data, source.spec, task=source.task, max_train_images=max_train_images,
             validation=validation, reporter=reporter,
