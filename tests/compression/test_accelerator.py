@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 from pollard.compress import accelerator
 from pollard.compress.accelerator import CPU, find, moved, on
 from pollard.compress.cli import register
-from pollard.compress.errors import CompressionError, DeviceUnusable
+from pollard.compress.errors import DeviceFailed, DeviceUnusable
+from pollard.compress.evaluate import TorchPredictor
 from pollard.compress.models import device_for, resolve
 from pollard.compress.progress import Reporter
 from pollard.compress.spec import InputSpec
@@ -148,15 +149,37 @@ def test_a_cluster_and_a_gpu_exclude_each_other(tmp_path: Path) -> None:
 
 def test_memory_that_is_short_is_told_with_its_cure() -> None:
     told = r"not enough memory: CUDA out of .*--batch-size"
-    with pytest.raises(CompressionError, match=told), on(CPU):
+    with pytest.raises(DeviceFailed, match=told), on(CPU):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     assert accelerator.used() == CPU
 
 
 def test_a_device_that_fails_is_told() -> None:
-    told = "failed: CUDA error: an illegal memory access"
-    with pytest.raises(CompressionError, match=told), on(CPU):
+    told = "failed: CUDA error: an illegal memory access .*Give --device cpu to do without it$"
+    with pytest.raises(DeviceFailed, match=told), on(CPU):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("command", ["train", "compress", "eval"])
+def test_commands_whose_device_fails_say_what_is_kept(
+    command: str, digits_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(TorchPredictor, "__call__", fail)
+    arguments, kept = {
+        "train": (["--out", tmp_path / "w.safetensors"], "nothing was written"),
+        "compress": (
+            ["--out", tmp_path / "b", "--weights", digits_parent],
+            "finished stages are kept, and the same command goes on from there",
+        ),
+        "eval": (["--weights", digits_parent], "nothing was written"),
+    }[command]
+    done = invoke(command, "small-cnn-28", "--data", "digits", "--device", "cpu", *arguments)
+    assert done.exit_code == 1, done.output
+    told = " ".join(done.output.split())
+    assert told.endswith(f"Give --device cpu to do without it ({kept}).")
 
 
 def test_everything_within_a_batch_is_moved() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pollard.compress.errors import CompressionError, DeviceUnusable, first_line
+from pollard.compress.errors import DeviceFailed, DeviceUnusable, first_line
 from pollard.compress.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def on(device: torch.device) -> Iterator[None]:
     """Use a device for a while.
 
     Raises:
-        CompressionError: its memory was too small, or it failed.
+        DeviceFailed: its memory was too small, or it failed.
     """
     token = _used.set(device)
     try:
@@ -135,14 +135,13 @@ def on(device: torch.device) -> Iterator[None]:
                 torch.backends.cudnn.benchmark = True
             yield
     except torch.OutOfMemoryError as error:
-        raise CompressionError(
+        raise DeviceFailed(
             f"{describe(device)} has not enough memory: {first_line(error)}. Give a smaller "
             "--batch-size, end what else holds its memory, or give --device cpu"
         ) from error
     except torch.AcceleratorError as error:
-        raise CompressionError(
-            f"{describe(device)} failed: {first_line(error)}. What is finished is kept; the same "
-            "command goes on from there, with --device cpu without it"
+        raise DeviceFailed(
+            f"{describe(device)} failed: {first_line(error)}. Give --device cpu to do without it"
         ) from error
     finally:
         _used.reset(token)

@@ -115,7 +115,7 @@ def errors(
     from rich.console import Console
 
     from pollard.client.errors import PollardError
-    from pollard.compress.errors import CompressionError, GateRefused
+    from pollard.compress.errors import CompressionError, DeviceFailed, GateRefused
     from pollard.runtime.errors import RuntimeFault
 
     console, problems = Console(), Console(stderr=True)
@@ -132,6 +132,10 @@ def errors(
     except GateRefused as error:
         write_json(json_file, {"refused": str(error), **error.figures})
         problems.print(f"Refused: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except DeviceFailed as error:
+        told = f"Error: {error} ({kept()})."
+        problems.print(told, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except CompressionError as error:
         problems.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)

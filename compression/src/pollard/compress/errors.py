@@ -17,6 +17,7 @@
     ├── ExportFailed               the ONNX file is not the PyTorch model
     │   └── HalfOverflow             weights or activations are too large for float16
     ├── QuantizeFailed             the model cannot be quantized
+    ├── DeviceFailed               the device failed while it computed, or its memory is too small
     ├── DiskFull                   there is no space for the next stage
     └── GateRefused              exit code 3: nothing that may be shipped was found
 
@@ -101,6 +102,10 @@ class HalfOverflow(ExportFailed):
 
 class QuantizeFailed(CompressionError):
     """onnxruntime's quantizer refuses the model."""
+
+
+class DeviceFailed(CompressionError):
+    """The device failed while it computed, or its memory was too small."""
 
 
 class DiskFull(CompressionError):
