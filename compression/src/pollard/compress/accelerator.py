@@ -180,7 +180,7 @@ def home_of(module: nn.Module) -> torch.device:
 def moved(value: Any, device: torch.device) -> Any:
     """Return a value with all tensors in its tuples, lists and mappings on a device."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device)
     if isinstance(value, tuple | list):
         parts = [moved(each, device) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

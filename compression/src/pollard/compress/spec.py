@@ -105,7 +105,7 @@ class InputSpec:
         """
         tensor = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
         # Bytes travel to a device, a quarter of the floats.
-        tensor = tensor if device is None else tensor.to(device, non_blocking=True)
+        tensor = tensor if device is None else tensor.to(device)
         mean = torch.tensor(self.mean).view(1, -1, 1, 1).to(tensor.device)
         std = torch.tensor(self.std).view(1, -1, 1, 1).to(tensor.device)
         return ((tensor.permute(0, 3, 1, 2).float() / 255.0 - mean) / std).contiguous()
