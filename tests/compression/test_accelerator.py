@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pollard.compress import accelerator
-from pollard.compress.accelerator import CPU, find, moved, on
+from pollard.compress.accelerator import CPU, find, in_full, moved, on
 from pollard.compress.cli import register
 from pollard.compress.errors import DeviceFailed, DeviceUnusable
 from pollard.compress.evaluate import TorchPredictor
@@ -180,6 +180,24 @@ def test_commands_whose_device_fails_say_what_is_kept(
     assert done.exit_code == 1, done.output
     told = " ".join(done.output.split())
     assert told.endswith(f"Give --device cpu to do without it ({kept}).")
+
+
+@pytest.mark.parametrize("caller", ["none", "tf32"])
+def test_answers_are_whole_float32_whatever_the_caller_has_chosen(caller: str) -> None:
+    operations = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    first = torch.backends.fp32_precision, *(each.fp32_precision for each in operations)
+    try:
+        torch.backends.fp32_precision = caller
+        before = [each.fp32_precision for each in operations]
+        with in_full(torch.device("cuda")):
+            assert [each.fp32_precision for each in operations] == ["ieee", "ieee"]
+        assert [each.fp32_precision for each in operations] == before
+        with in_full(CPU):
+            assert [each.fp32_precision for each in operations] == before
+    finally:
+        torch.backends.fp32_precision = first[0]
+        for operation, precision in zip(operations, first[1:], strict=True):
+            operation.fp32_precision = precision
 
 
 def test_everything_within_a_batch_is_moved() -> None:

@@ -203,14 +203,23 @@ def set_device_chance(device: torch.device, state: Tensor | None) -> None:
 
 @contextmanager
 def in_full(device: torch.device) -> Iterator[None]:
-    """Compute in whole float32: GPUs round the factors of convolutions to 11 bits else."""
+    """Compute answers in whole float32, whatever GPUs may round factors to else, and without a
+    search for the fastest convolution, which does not pay for a few batches of several sizes."""
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
-    ):
+    cudnn: Any = torch.backends.cudnn  # takes the place of its own module
+    operations = cudnn.conv, torch.backends.cuda.matmul
+    before = [operation.fp32_precision for operation in operations]
+    searches, cudnn.benchmark = cudnn.benchmark, False
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    try:
         yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
+        cudnn.benchmark = searches
 
 
 def free(device: torch.device) -> None:
