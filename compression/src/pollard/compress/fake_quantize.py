@@ -138,7 +138,8 @@ def fake_weight(weight: Tensor, axis: int, most: int) -> Tensor:
     with torch.no_grad():
         others = [i for i in range(weight.ndim) if i != axis]
         scale = (weight.abs().amax(dim=others) / most).clamp(min=1e-12)
-        zero = torch.zeros_like(scale, dtype=torch.int32)
+        # Whole numbers would be looked at each time, and a GPU waited for.
+        zero = torch.zeros_like(scale)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, axis, -most, most)
 
 

@@ -88,30 +88,25 @@ class Detection:
         boxes, scores = outputs
         middles, stride = cells(boxes.shape[1], size)
         owner = _owners(truth, middles.to(truth.device), stride)
-        inside = owner >= 0
-        count = inside.sum().clamp(min=1)
-        picked = owner.clamp(min=0)[..., None].expand(*owner.shape, 5)
-        wanted = torch.gather(truth, 1, picked)[inside]
+        # Once: how many there are a GPU is waited for.
+        image, cell = (owner >= 0).nonzero(as_tuple=True)
+        count = max(1, len(image))
+        wanted = truth[image, owner[image, cell]]
+        plain, generalized = _overlaps(boxes[image, cell], wanted[:, :4])
         quality = torch.zeros_like(scores)
-        with torch.no_grad():
-            overlap = _overlaps(boxes[inside], wanted[:, :4])[0]
-            rows = quality[inside]
-            rows[torch.arange(len(wanted), device=rows.device), wanted[:, 4].long()] = (
-                overlap.clamp(0, 1)
-            )
-            quality[inside] = rows
+        quality[image, cell, wanted[:, 4].long()] = plain.detach().clamp(0, 1)
         found = _focal(scores, quality).sum() / count
-        placed = (1 - _overlaps(boxes[inside], wanted[:, :4])[1]).sum() / count
+        placed = (1 - generalized).sum() / count
         return found + _BOX_WEIGHT * placed
 
     def distillation(self, outputs: Outputs, wanted: Outputs, options: LossOptions) -> Tensor:
         del options
         boxes, scores = outputs
         teacher = wanted[1].sigmoid()
-        sure = teacher.amax(2) > _SURE
-        count = sure.sum().clamp(min=1)
+        image, cell = (teacher.amax(2) > _SURE).nonzero(as_tuple=True)
+        count = max(1, len(image))
         found = _focal(scores, teacher).sum() / count
-        placed = (1 - _overlaps(boxes[sure], wanted[0][sure])[1]).sum() / count
+        placed = (1 - _overlaps(boxes[image, cell], wanted[0][image, cell])[1]).sum() / count
         return found + _BOX_WEIGHT * placed
 
     def judge(self, answers: NDArray[np.float32], part: Part, classes: int) -> Precision:
