@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,10 +155,24 @@ def test_memory_that_is_short_is_told_with_its_cure() -> None:
     assert accelerator.used() == CPU
 
 
-def test_a_device_that_fails_is_told() -> None:
-    told = "failed: CUDA error: an illegal memory access .*Give --device cpu to do without it$"
-    with pytest.raises(DeviceFailed, match=told), on(CPU):
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"),
+        (RuntimeError, "GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_device_that_fails_is_told(kind: type[Exception], told: str) -> None:
+    whole = re.escape(f"failed: {told}. Give --device cpu to do without it") + "$"
+    with pytest.raises(DeviceFailed, match=whole), on(CPU):
+        raise kind(told)
+
+
+def test_what_is_no_fault_of_the_device_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"), on(CPU):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)")
 
 
 @pytest.mark.parametrize("command", ["train", "compress", "eval"])

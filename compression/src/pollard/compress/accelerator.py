@@ -8,6 +8,7 @@ takes them to the device that is in use, and brings them back.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -23,6 +24,9 @@ from pollard.compress.progress import Reporter
 CPU = torch.device("cpu")
 
 _NAMES = "auto, cpu, cuda, or cuda:N for the GPU of that number"
+
+# What PyTorch says where the GPU's own libraries fail, which is no kind of error of its own.
+_LIBRARIES = re.compile(r"\b(cuDNN|CUDA) error|\bCU[A-Z]+_STATUS_|unable to find an engine")
 
 _used: ContextVar[torch.device] = ContextVar("device", default=CPU)
 
@@ -139,9 +143,12 @@ def on(device: torch.device) -> Iterator[None]:
             f"{describe(device)} has not enough memory: {first_line(error)}. Give a smaller "
             "--batch-size, end what else holds its memory, or give --device cpu"
         ) from error
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        told = first_line(error)
+        if not isinstance(error, torch.AcceleratorError) and not _LIBRARIES.search(told):
+            raise
         raise DeviceFailed(
-            f"{describe(device)} failed: {first_line(error)}. Give --device cpu to do without it"
+            f"{describe(device)} failed: {told}. Give --device cpu to do without it"
         ) from error
     finally:
         _used.reset(token)
