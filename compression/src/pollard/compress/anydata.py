@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -232,10 +233,11 @@ def compress_model(
         pruned: Pruned | None = None
 
         def recover(module: nn.Module, epochs: int) -> None:
-            _recover(
-                module, parent, train_data, eval_fn, loss_fn, replace(recipe, epochs=epochs),
-                reporter,
-            )  # fmt: skip
+            with placed(module, parent):
+                _recover(
+                    module, parent, train_data, eval_fn, loss_fn, replace(recipe, epochs=epochs),
+                    reporter,
+                )  # fmt: skip
 
         if recipe.budget:
             pruned = shrink_by_batches(
@@ -351,21 +353,8 @@ def _recover(
     recipe: ModelRecipe,
     reporter: Reporter,
 ) -> None:
-    """Fit ``module`` in place; it ends with the best state by the metric."""
-    with placed(module, parent) as device:
-        _fit(module, parent, data, eval_fn, loss_fn, recipe, reporter, device)
-
-
-def _fit(
-    module: nn.Module,
-    parent: nn.Module,
-    data: Batches,
-    eval_fn: Evaluate,
-    loss_fn: Loss,
-    recipe: ModelRecipe,
-    reporter: Reporter,
-    device: torch.device,
-) -> None:
+    """Fit ``module`` in place, where it and its parent are placed; it ends with the best state by
+    the metric."""
     seed_everything(recipe.seed)
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = sum(1 for _ in data)
@@ -377,14 +366,15 @@ def _fit(
     with reporter.step("Recovering", steps * recipe.epochs) as step:
         for _ in range(recipe.epochs):
             module.train()
-            for inputs, targets in moved_batches(data, device):
+            for inputs, targets in moved_batches(data, accelerator.used()):
                 outputs = module(inputs)
                 loss = (1 - recipe.distill_weight) * loss_fn(outputs, targets)
                 if recipe.distill_weight:
                     with torch.no_grad():
                         wanted = parent(inputs)
                     loss = loss + recipe.distill_weight * functional.mse_loss(outputs, wanted)
-                if not torch.isfinite(loss):
+                value = loss.item()
+                if not math.isfinite(value):
                     reporter.say("The loss is not finite; the best state so far is kept")
                     module.load_state_dict(state)
                     module.eval()
@@ -394,7 +384,7 @@ def _fit(
                 nn.utils.clip_grad_norm_(parameters, 5.0)
                 optimizer.step()
                 schedule.step()
-                step.advance(note=f"loss {loss.item():.3f}")
+                step.advance(note=f"loss {value:.3f}")
             now = score(eval_fn, module)
             if now >= best:
                 best, state = now, copy.deepcopy(module.state_dict())
