@@ -9,12 +9,19 @@ see only their process's share, make it differ.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed, nn
+
+from pollard.compress.errors import UsageInvalid
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,43 @@ def team(device: torch.device) -> Iterator[Team]:
 
     Args:
         device: Where this process computes: GPUs add gradients up among themselves, by NCCL.
+
+    Raises:
+        UsageInvalid: others compute on another kind of device, and could not be added to.
     """
     if process_count() == 1:
         yield Team()
         return
+    # Not every build of PyTorch has them.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    _agree(PrefixStore("devices", store), rank, size, device)
     by_nccl = device.type == "cuda" and distributed.is_nccl_available()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if by_nccl else "gloo")
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if by_nccl else "gloo",
+        store=PrefixStore("team", store),
+        rank=rank,
+        world_size=size,
+    )
     try:
-        yield Team(distributed.get_rank(), distributed.get_world_size())
+        yield Team(rank, size)
     finally:
         distributed.destroy_process_group()
+
+
+def _agree(store: Store, rank: int, size: int, device: torch.device) -> None:
+    """Raise UsageInvalid in all processes where not all compute on one kind of device."""
+    store.set(f"kind/{rank}", device.type)
+    kinds = Counter(store.get(f"kind/{each}").decode() for each in range(size))
+    if len(kinds) == 1:
+        return
+    store.set(f"read/{rank}", "")
+    if rank == 0:  # may hold the store, which the others read
+        store.wait([f"read/{each}" for each in range(size)])
+    told = ", ".join(f"{count} on {kind}" for kind, count in sorted(kinds.items()))
+    raise UsageInvalid(
+        f"the {size} processes compute on different kinds of devices ({told}), which cannot add "
+        "their gradients up: give --device cpu, or --device cuda, to all of them"
+    )

@@ -193,7 +193,8 @@ def train(
 
     Raises:
         OutputExists: the file is there, or an unfinished run.
-        UsageInvalid: the unfinished run has another recipe; the differences are named.
+        UsageInvalid: the unfinished run has another recipe; the differences are named. Or other
+            processes of torchrun compute on another kind of device.
         DeviceUnusable: there is no such device.
         TrainingDiverged: the loss was not finite.
         CompressionError: the model or the data cannot be used.
