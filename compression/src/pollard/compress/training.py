@@ -172,69 +172,80 @@ def fit(
         run = _Run.begin(module, data, spec, config, team)
         if checkpoint is not None and (saved := checkpoint.load()) is not None:
             run.restore(saved)
-        history, total = run.history, run.total
-        diverged, pace = "", Pace(seconds)
+        total, pace = run.total, Pace(seconds)
+
+        def note() -> None:
+            if checkpoint is not None and team.leads and checkpoint.due:
+                checkpoint.save(run.state())
+
         if teacher is not None:
             teacher.eval()
         with reporter.step(title, total) as step:
             step.advance(run.done)
-            while run.done < run.total and not history.stopped:
+            while run.done < run.total and not run.history.stopped:
                 module.train()
                 if frozen is not None:
                     frozen.apply(module, run.epoch)
-                while run.position < len(data.train) and run.done < run.total:
-                    inputs, labels, mixed, weight = run.batch(data.train, spec, config)
-                    loss = _loss(module, teacher, inputs, labels, config, data.task, mixed)
-                    value = team.sum(weight * loss.item())
-                    if not math.isfinite(value):
-                        diverged = history.stopped = f"the loss was {value} in epoch {run.epoch}"
-                        break
-                    run.learn(weight * loss, value)
+                for loss in _steps(run, data, spec, config, teacher):
                     if math.isfinite(seconds):
-                        left = run.total - run.done
-                        # By one clock: processes that disagree would wait for each other for ever.
-                        fit_in = round(team.sum(pace.fitting(left) if team.leads else 0))
-                        if fit_in < left:
-                            run.shorten(run.done + fit_in, config)
-                    step.advance(note=f"loss {value:.3f}, best {run.best:.2%}")
+                        run.keep_to(pace, config)
+                    step.advance(note=f"loss {loss:.3f}, best {run.best:.2%}")
                     if observer is not None:
-                        observer.step(run.done, value, run.optimizer.param_groups[0]["lr"])
-                    if checkpoint is not None and team.leads and checkpoint.due:
-                        checkpoint.save(run.state())
-                if not history.stopped:
-                    team.average_statistics(module)
-                    with run.judged():
-                        run.end_epoch(choose_accuracy(module, spec, data.choose, team))
-                    if observer is not None:
-                        last = run.epoch - 1
-                        score, better = history.choose_accuracy[-1], history.best_epoch == last
-                        observer.epoch(last, history.loss[-1], score, better)
-                    waited = run.epoch - 1 - history.best_epoch
-                    if config.patience and waited >= config.patience and run.done < run.total:
-                        history.stopped = f"no epoch of the last {waited} was better"
-                    if checkpoint is not None and team.leads and checkpoint.due:
-                        checkpoint.save(run.state())
-        if diverged and history.best_epoch == 0 and teacher is None:
-            raise TrainingDiverged(
-                f"{history.stopped}, before any good state; lower the learning rate "
-                f"(it is {config.learning_rate:g})"
-            )
-        if history.stopped:
-            reporter.say(
-                f"{title} stopped: {history.stopped}; the state of epoch "
-                f"{history.best_epoch} is kept"
-            )
-        if run.total < total and not history.stopped:
-            history.stopped = (
-                f"{run.total:,} of {total:,} steps fitted into the time that was given"
-            )
-            reporter.say(f"{title} was shortened: {history.stopped}")
+                        observer.step(run.done, loss, run.optimizer.param_groups[0]["lr"])
+                    note()
+                if run.diverged:
+                    break
+                team.average_statistics(module)
+                with run.judged():
+                    run.end_epoch(choose_accuracy(module, spec, data.choose, team), config)
+                if observer is not None:
+                    observer.epoch(*run.last_epoch())
+                note()
+        _tell_end(run, total, title, config, reporter, has_teacher=teacher is not None)
         module.load_state_dict(run.best_state)
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if frozen is not None:
             module.requires_grad_(True)
         module.eval()
-        return history
+        return run.history
+
+
+def _steps(
+    run: _Run, data: Dataset, spec: InputSpec, config: FitConfig, teacher: nn.Module | None
+) -> Iterator[float]:
+    """Take the steps that are left of an epoch, and yield the loss of each.
+
+    One that is not finite is not learnt from, and ends the run.
+    """
+    while run.position < len(data.train) and run.done < run.total:
+        inputs, labels, mixed, weight = run.batch(data.train, spec, config)
+        loss = _loss(run.module, teacher, inputs, labels, config, data.task, mixed)
+        value = run.team.sum(weight * loss.item())
+        if not math.isfinite(value):
+            run.diverged = True
+            run.history.stopped = f"the loss was {value} in epoch {run.epoch}"
+            return
+        run.learn(weight * loss, value)
+        yield value
+
+
+def _tell_end(
+    run: _Run, total: int, title: str, config: FitConfig, reporter: Reporter, *, has_teacher: bool
+) -> None:
+    """Say what ended a run early; raise TrainingDiverged where nothing of it can be kept."""
+    history = run.history
+    if run.diverged and history.best_epoch == 0 and not has_teacher:
+        raise TrainingDiverged(
+            f"{history.stopped}, before any good state; lower the learning rate "
+            f"(it is {config.learning_rate:g})"
+        )
+    if history.stopped:
+        reporter.say(
+            f"{title} stopped: {history.stopped}; the state of epoch {history.best_epoch} is kept"
+        )
+    elif run.total < total:
+        history.stopped = f"{run.total:,} of {total:,} steps fitted into the time that was given"
+        reporter.say(f"{title} was shortened: {history.stopped}")
 
 
 def recalibrate_batch_norm(
@@ -304,6 +315,8 @@ class _Run:
     """Of this epoch."""
     mean: dict[str, Tensor] = field(default_factory=dict)
     """Mean of the weights over the steps; empty when none is kept."""
+    diverged: bool = False
+    """Whether a loss was not finite."""
 
     @classmethod
     def begin(
@@ -400,10 +413,15 @@ class _Run:
             else:
                 self.mean[key].copy_(value_now)
 
-    def shorten(self, total: int, config: FitConfig) -> None:
-        """End after ``total`` steps, with the learning rate where it would be then."""
-        self.total = total
-        self.schedule.lr_lambdas = [schedule(config.schedule, max(1, total))]
+    def keep_to(self, pace: Pace, config: FitConfig) -> None:
+        """End after as many steps as fit into the time, with the learning rate where it would be
+        then."""
+        left = self.total - self.done
+        # By one clock: processes that disagree would wait for each other for ever.
+        fit_in = round(self.team.sum(pace.fitting(left) if self.team.leads else 0))
+        if fit_in < left:
+            self.total = self.done + fit_in
+            self.schedule.lr_lambdas = [schedule(config.schedule, max(1, self.total))]
 
     @contextmanager
     def judged(self) -> Iterator[None]:
@@ -418,7 +436,7 @@ class _Run:
         finally:
             self.module.load_state_dict(kept)
 
-    def end_epoch(self, score: float) -> None:
+    def end_epoch(self, score: float, config: FitConfig) -> None:
         self.history.loss.append(float(np.mean(self.losses)))
         self.history.choose_accuracy.append(score)
         # The later of two equals: it has been trained longer.
@@ -427,6 +445,15 @@ class _Run:
             self.best_state = copy.deepcopy(self.module.state_dict())
         self.epoch, self.position, self.losses = self.epoch + 1, 0, []
         self.order = self.generator.permutation(len(self.order))
+        waited = self.epoch - 1 - self.history.best_epoch
+        if config.patience and waited >= config.patience and self.done < self.total:
+            self.history.stopped = f"no epoch of the last {waited} was better"
+
+    def last_epoch(self) -> tuple[int, float, float, bool]:
+        """Return number, mean loss and accuracy of the epoch behind it, and whether it is the
+        best."""
+        last, history = self.epoch - 1, self.history
+        return last, history.loss[-1], history.choose_accuracy[-1], history.best_epoch == last
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""
