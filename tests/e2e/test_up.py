@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,32 +224,57 @@ def test_killing_the_supervisor_kills_the_services(
 
 
 @pytest.mark.long
-def test_it_serves_on_when_nobody_reads_its_log_any_more(tmp_path: Path, pollard: Pollard) -> None:
-    import sys
-    import time
-
+@pytest.mark.parametrize("log", ["closed", "full", "unread"])
+def test_it_serves_on_when_its_log_takes_nothing(
+    tmp_path: Path, pollard: Pollard, make_bundle: BundleMaker, log: str
+) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    if log == "closed":
+        os.close(reading)
+    elif log == "full":
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
     ready = tmp_path / "ready.json"
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "pollard.client.cli", "up", "--port-base", "0"),
             *("--data-dir", str(tmp_path / "data"), "--ready-file", str(ready)),
         ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=writing,
+        stderr=writing,
+        env=os.environ
+        | {
+            f"POLLARD_{service}_{name}": value
+            for service in ("MODELS", "INFERENCE", "PREPROCESS")
+            for name, value in (("ACCESS_LOG", "all"), ("ACCESS_LOG_PER_SECOND", "100000"))
+        },
     )
+    os.close(writing)
     try:
-        assert process.stdout is not None
-        process.stdout.close()
         while not ready.exists():
             assert process.poll() is None
             time.sleep(0.05)
-        address = json.loads(ready.read_text())["services"]["models"]["address"]
+        services = json.loads(ready.read_text())["services"]
+        address = services["models"]["address"]
         assert pollard("models", "list", "--server", address).returncode == 0
+        with (
+            ModelsClient(address) as models,
+            VisionClient(services["preprocess"]["address"]) as vision,
+        ):
+            models.push(make_bundle(seed=1).path, "m", alias="production")
+            # Two lines each: the pipes between the services and this process fill, too.
+            for _ in range(1000):
+                vision.predict(PIXELS, "m")
+            models.push(make_bundle(seed=2).path, "m", alias="production")
+            assert vision.predict(PIXELS, "m").revision == 2
         process.terminate()
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()
+        if log == "unread":
+            os.close(reading)
 
 
 def test_a_port_in_use_is_told_and_nothing_is_left_running(

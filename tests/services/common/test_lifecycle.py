@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -217,6 +220,24 @@ def test_a_process_that_cannot_stop_says_where_and_ends(where):
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1
         assert b"a_store_that_never_closes" in said
+
+
+def test_a_process_that_cannot_stop_ends_though_nobody_reads_what_it_says():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"x"):
+            pass
+    os.set_blocking(writing, True)
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUCK, "stopping"], stdout=subprocess.PIPE, stderr=writing
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(60) == -signal.SIGALRM
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_process_that_stops_says_nothing_more():

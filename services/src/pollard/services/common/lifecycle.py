@@ -36,6 +36,9 @@ _log = structlog.get_logger("pollard.lifecycle")
 _CLOSING_SECONDS = 30.0
 """Longest time for closing everything, once the requests in flight have had theirs."""
 
+_TELLING_SECONDS = 1.0
+"""Longest time for saying what each thread does, before a process ends that is not done in time."""
+
 
 @dataclass(frozen=True)
 class Listen:
@@ -319,6 +322,8 @@ def _end_if_stuck(seconds: float) -> None:
     # By a thread that needs nothing of Python's. Without a standard error nobody could be told.
     with contextlib.suppress(RuntimeError, AttributeError, ValueError, OSError):
         faulthandler.dump_traceback_later(seconds, exit=True)
+    # Where nobody reads the standard error, saying so would not come back either.
+    signal.setitimer(signal.ITIMER_REAL, seconds + _TELLING_SECONDS)
 
 
 @contextlib.contextmanager
@@ -329,6 +334,7 @@ def _within(seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 async def cancel(*tasks: asyncio.Future[Any] | None) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Literal
 
 import structlog
 
+from pollard.services.common.log_stream import stream_of
 from pollard.services.common.telemetry.record import current_call
 
 Format = Literal["console", "json"]
@@ -96,6 +97,21 @@ def _uncaught_in_thread(given: threading.ExceptHookArgs) -> None:
     )
 
 
+def _describe_lost(processors: list[structlog.types.Processor]) -> Callable[[int, str], str]:
+    """Return what renders the line about lines that were lost, whichever levels are written."""
+    log = structlog.wrap_logger(
+        structlog.ReturnLogger(),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+    )
+
+    def describe(lost: int, why: str) -> str:
+        line: str = log.error("lines of this log were lost", lines=lost, why=why)
+        return line
+
+    return describe
+
+
 def configure_logging(service: str, *, level: str = "info", form: Format = "console") -> None:
     """Set up structlog for a process; what libraries warn of is written in the same form.
 
@@ -105,6 +121,10 @@ def configure_logging(service: str, *, level: str = "info", form: Format = "cons
         form: ``console`` for people, ``json`` for collectors.
     """
     set_enabled_levels(_LEVELS[_LEVELS.index(level) :])
+    # What libraries print must not hold the service up either, so this takes the place of it.
+    stream = stream_of(sys.stderr)
+    if stream is not None:
+        sys.stderr = stream
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer()
         if form == "json"
@@ -128,9 +148,11 @@ def configure_logging(service: str, *, level: str = "info", form: Format = "cons
         # Not the level itself: a logger that was used once keeps its class, and the level may be
         # changed while the service runs.
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    if stream is not None:
+        stream.describe = _describe_lost([*processors[1:], renderer])
     root = logging.getLogger()
     if not any(isinstance(handler, _Libraries) for handler in root.handlers):
         root.addHandler(_Libraries(logging.WARNING))

@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+from pollard.services.common.log_stream import stream_of, take_over
 from pollard.services.up.plan import (
     BALANCER,
     INFERENCE,
@@ -41,6 +41,10 @@ def run_up(options: UpOptions) -> int:
     Raises:
         StartupError: The services could not be started or kept running. Nothing is left running.
     """
+    take_over()
+    log = stream_of(sys.stderr)
+    if log is not None:
+        log.describe = lambda lost, why: f"{_tag('up')}{lost} lines of the log were lost: {why}"
     return asyncio.run(_run(options))
 
 
@@ -94,20 +98,15 @@ async def _run(options: UpOptions) -> int:
 
 def _write_log(name: str, line: str) -> None:
     """Write a line to standard error, with who said it."""
-    tag = f"{f'[{name}]':<13}"
     # Plain writes, not rich: thousands of lines a second may come through here.
+    sys.stderr.write(f"{_tag(name)}{line}\n")
+
+
+def _tag(name: str) -> str:
+    tag = f"{f'[{name}]':<13}"
     if sys.stderr.isatty():
-        tag = f"\x1b[{_COLORS.get(name.partition('-')[0], '1')}m{tag}\x1b[0m"
-    _write(sys.stderr, f"{tag}{line}\n")
-
-
-def _write(stream: TextIO, text: str) -> None:
-    """Write, or from now on write nowhere: a reader that has gone is no reason to stop serving."""
-    try:
-        stream.write(text)
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return f"\x1b[{_COLORS.get(name.partition('-')[0], '1')}m{tag}\x1b[0m"
+    return tag
 
 
 def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) -> None:
@@ -134,10 +133,9 @@ def write_ready_file(path: Path, data_dir: Path, children: Mapping[str, Child]) 
 def _show_admin(file: Path, known_before: bool) -> None:
     """Say what the operator calls with, at the first start with the token itself."""
     if known_before or not file.exists():
-        _write(sys.stdout, f"Only who shows a token gets in; the first admin's is in {file}\n")
+        sys.stdout.write(f"Only who shows a token gets in; the first admin's is in {file}\n")
         return
-    _write(
-        sys.stdout,
+    sys.stdout.write(
         "Only who shows a token gets in. The first admin's, which is shown this once:\n"
         f"  export POLLARD_TOKEN={file.read_text().strip()}\n"
         f"It is also in {file}; remove that file when you have another.\n"
@@ -165,4 +163,4 @@ def _show(data_dir: Path, children: Mapping[str, Child]) -> None:
             markup=False,
             soft_wrap=True,
         )
-    _write(sys.stdout, text.getvalue())
+    sys.stdout.write(text.getvalue())
