@@ -249,6 +249,19 @@ def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("plan", [(), ("--dry-run",)])
+def test_fewer_training_images_than_classes_are_refused_by_a_dry_run_too(
+    invoke: Invoke, digits_parent: Path, tmp_path: Path, plan: tuple[str, ...]
+) -> None:
+    done = invoke(
+        "compress", "small-cnn-28", "--data", "digits", "--weights", digits_parent,
+        "--out", tmp_path / "b", "--train-images", 5, *plan,
+    )  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert "5 training images are too few for 10 classes" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_zoo_is_listed_with_what_its_models_cost(invoke: Invoke, tmp_path: Path) -> None:
     done = invoke("zoo", "--json", tmp_path / "zoo.json")
     assert done.exit_code == 0, done.output

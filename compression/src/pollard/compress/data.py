@@ -146,9 +146,7 @@ def load_data(
     reporter = reporter or Reporter()
     source, classes = _open(reference, task)
     _say_passed_over(source, reporter)
-    parts, how = split_items(source.items, _strata(classes, task), validation)
-    if max_train_images is not None and max_train_images < len(parts["train"]):
-        parts["train"] = _subset(parts["train"], _strata(classes, task), max_train_images)
+    parts, how = _parts(source, classes, task, validation, max_train_images)
     pipeline = takes if isinstance(takes, Pipeline) else takes.pipeline
     decoded, damaged, digest = _decode(source, parts, pipeline, max_damaged_share, reporter)
     made = {name: _part(source, name, part, classes, task) for name, part in decoded.items()}
@@ -176,6 +174,20 @@ def load_data(
         how,
         warnings,
     )
+
+
+def part_sizes(
+    reference: str | Path, task: TaskName = "classification", max_train_images: int | None = None
+) -> tuple[list[str], dict[str, int]]:
+    """Return the classes, and how many images each part has as :func:`load_data` splits them;
+    none is decoded.
+
+    Raises:
+        DataInvalid: as for it.
+    """
+    source, classes = _open(reference, task)
+    parts, _ = _parts(source, classes, task, None, max_train_images)
+    return classes, {name: len(items) for name, items in parts.items()}
 
 
 def part_items(
@@ -238,6 +250,19 @@ def _open(reference: str | Path, task: TaskName) -> tuple[ImageSource, list[str]
             f"{reference} holds one class only ({classes[0]}); there is nothing to classify"
         )
     return source, classes
+
+
+def _parts(
+    source: ImageSource,
+    classes: list[str],
+    task: TaskName,
+    validation: float | None,
+    max_train_images: int | None,
+) -> tuple[dict[str, list[Item]], str]:
+    parts, how = split_items(source.items, _strata(classes, task), validation)
+    if max_train_images is not None and max_train_images < len(parts["train"]):
+        parts["train"] = _subset(parts["train"], _strata(classes, task), max_train_images)
+    return parts, how
 
 
 def _strata(classes: list[str], task: TaskName) -> list[str]:

@@ -18,9 +18,8 @@ from torch import nn
 from pollard.compress import accelerator, half
 from pollard.compress.accelerator import placed
 from pollard.compress.candidates import Candidate, build, build_half
-from pollard.compress.data import Part, split_items
+from pollard.compress.data import Part, part_sizes
 from pollard.compress.devices import CUDA, Device, find_device, open_on
-from pollard.compress.errors import DataInvalid
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
 from pollard.compress.models import LoadedModel, device_for, load_model, resolve
@@ -32,7 +31,6 @@ from pollard.compress.recipe import Recipe
 from pollard.compress.run_stages import tables_for
 from pollard.compress.search import TRIAL_SHARE, Point
 from pollard.compress.shrink import plan_shrink, shrink_config
-from pollard.compress.sources import open_source
 from pollard.compress.verify import MIN_SPEEDUP
 from pollard.runtime.machine import Machine
 from pollard.runtime.measure import Ratio, interleaved, ratio
@@ -139,6 +137,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """Look at model and data, prune a copy, time it; write nothing.
 
     Raises:
+        DataInvalid: the data cannot be split as the run would split them.
         PruneFailed: the share of the MACs cannot be removed; the message says how much can.
         CompressionError: see :mod:`pollard.compress.errors`.
     """
@@ -147,15 +146,8 @@ def make_plan(recipe: Recipe) -> Plan:
     require_weights(recipe.weights, source)
     if recipe.prunes:
         source.require_pytorch("pruning")
-    items = open_source(recipe.data).items
-    labels = sorted({item.label for item in items})
-    if len(labels) < 2:
-        raise DataInvalid(f"{recipe.data} holds one class only ({labels[0]})")
-    parts, _ = split_items(items, labels)
-    images = {name: len(members) for name, members in parts.items()}
-    if recipe.max_train_images is not None:
-        images["train"] = min(images["train"], recipe.max_train_images)
-    parent = load_model(source, recipe.weights, classes=len(labels))
+    classes, images = part_sizes(recipe.data, source.task, recipe.max_train_images)
+    parent = load_model(source, recipe.weights, classes=len(classes))
     epochs = source.training.recover_epochs if recipe.epochs is None else recipe.epochs
     place = device_for(source, recipe.device, Reporter())
     with torch_threads(recipe.threads), accelerator.on(place):
@@ -187,7 +179,7 @@ def make_plan(recipe: Recipe) -> Plan:
     trial = TRIAL_SHARE * recovery / max(1, epochs) * (recipe.threads or 1) + other / 2
     rounds = -(-trials // max(1, min(trials, Machine.detect().cores)))
     return Plan(
-        images, len(labels), epochs, macs, pruned, speedups, recovery, other, rounds * trial,
+        images, len(classes), epochs, macs, pruned, speedups, recovery, other, rounds * trial,
         device.why_not,
     )  # fmt: skip
 
