@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 
@@ -254,6 +255,31 @@ async def test_a_bundle_damaged_in_the_cache_is_fetched_again(
     async with grpc.aio.insecure_channel(again.address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 1.0
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20], ids=["unlimited", "limited"])
+async def test_a_cache_removed_beneath_a_server_is_made_anew(
+    manager, start_server, make_bundle, tensor_request, limit
+) -> None:
+    first = make_bundle(1.0)
+    manager.want("adder", {1: first}, {"production": {1: 1}})
+    manager.send()
+    server = await start_server(manager.address, cache_bytes=limit)
+    assert (await manager.answer()).HasField("ack")
+    cache = server.agent.cache
+    shutil.rmtree(cache.root)
+    manager.want("adder", {1: first, 2: make_bundle(2.0)}, {"production": {2: 1}})
+    answer = await manager.apply()
+    assert answer.HasField("ack"), answer.nack.status.message
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 2.0
+    # What nobody needs any more is looked for in there, too; the old bundle is not there at all.
+    shutil.rmtree(cache.root)
+    manager.models.clear()
+    assert (await manager.apply()).HasField("ack")
+    cache.discard(first.digest)
+    assert cache.load_state() is not None
 
 
 async def test_a_newer_order_overtakes_a_load_that_is_no_longer_wanted(

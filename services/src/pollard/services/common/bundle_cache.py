@@ -107,6 +107,7 @@ class BundleCache:
         """Remove one of the folders of a bundle."""
         # Renamed first: a folder under its digest is whole at any moment.
         doomed = self._tmp / uuid.uuid4().hex
+        self._tmp.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -133,12 +134,19 @@ class BundleCache:
     def unused(self) -> list[Path]:
         """Return the folders of bundles that are not protected, those used last at the end."""
         found = []
-        for folder in (self.root / "bundles", self.root / "descriptions"):
-            for path in folder.iterdir():
-                if path.name not in self._protected:
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((path.stat().st_mtime_ns, path))
+        for path in self.folders():
+            if path.name not in self._protected:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found)]
+
+    def folders(self) -> list[Path]:
+        """Return the folders of all bundles; none if somebody has removed the cache."""
+        found: list[Path] = []
+        for folder in (self.root / "bundles", self.root / "descriptions"):
+            with contextlib.suppress(FileNotFoundError):
+                found += folder.iterdir()
+        return found
 
     def discard_unused(self, *, keep: int) -> None:
         """Remove bundles that are not protected.
@@ -238,7 +246,8 @@ class Staging:
         self._manifest_bytes = b""
         self._files: dict[str, bundle_pb2.File] = {}
         self._received: dict[str, int] = {}
-        folder.mkdir()
+        # With its parents: the cache may have been removed beneath a server that runs.
+        folder.mkdir(parents=True)
         self.manifest: bundle_pb2.Manifest | None = None
 
     def add(self, path: str, offset: int, data: bytes, total_bytes: int) -> None:
@@ -295,6 +304,7 @@ class Staging:
                 with (Path(directory) / name).open("rb") as file:
                     os.fsync(file.fileno())
             sync_directory(Path(directory))
+        self._target.parent.mkdir(parents=True, exist_ok=True)
         if self._target.exists():
             # Whatever is there was found wanting, or this one would not have been fetched.
             shutil.rmtree(self._target)

@@ -97,9 +97,7 @@ class CacheRoom:
             excess -= size
 
     def _taken(self) -> int:
-        root = self._cache.root
-        folders = [*(root / "bundles").iterdir(), *(root / "descriptions").iterdir()]
-        return sum(map(_size, folders)) + sum(self._reserved.values())
+        return sum(map(_size, self._cache.folders())) + sum(self._reserved.values())
 
 
 def _size(folder: Path) -> int:
