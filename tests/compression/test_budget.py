@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pollard.compress.budget import parse_budgets
+from pollard.compress.budget import amount, parse_budgets
 from pollard.compress.errors import UsageInvalid
 
 
@@ -42,3 +42,19 @@ def test_shares_are_of_the_parent_and_amounts_are_not(
 def test_what_is_no_budget_is_refused_with_what_would_be(texts: list[str], message: str) -> None:
     with pytest.raises(UsageInvalid, match=message):
         parse_budgets(texts)
+
+
+@pytest.mark.parametrize(
+    ("resource", "value", "told"),
+    [
+        ("size", 22_920.0, "22.92 kB"),
+        ("size", 1_048_576.0, "1.049 MB"),
+        ("size", 512.0, "512 B"),
+        ("params", 37.5, "37.5"),
+        ("macs", 4_039_808.0, "4.04 M"),
+        ("latency", 0.0125, "0.0125 µs"),
+        ("latency", 1500.0, "1.5 ms"),
+    ],
+)
+def test_amounts_are_told_in_the_unit_that_fits(resource: str, value: float, told: str) -> None:
+    assert amount(resource, value) == told

@@ -127,8 +127,10 @@ def test_several_budgets_hold_at_once_and_steps_go_part_of_the_way() -> None:
 def test_what_cannot_be_met_says_how_far_it_goes() -> None:
     found = model(macs, (1.0, 1.0))
     whole = found.costs(found.whole())
-    with pytest.raises(PruneFailed, match="the least is latency"):
+    with pytest.raises(PruneFailed, match=r"the least is latency [\d.]+ µs instead of at most"):
         choose(found, {}, parse_budgets(["latency=0.001"]), whole)
+    with pytest.raises(PruneFailed, match=r"the least is macs 54\.\d+ k instead of at most 20 k"):
+        choose(found, {}, parse_budgets(["macs=20k"]), whole)
 
 
 def test_widths_on_offer_are_steps_and_never_nothing() -> None:

@@ -22,6 +22,14 @@ _UNITS = {
     "size": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
 
+# The same for people, from the smallest.
+_TOLD = {
+    "latency": {"µs": 1.0, "ms": 1e3, "s": 1e6},
+    "macs": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
+    "params": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
+    "size": {"B": 1.0, "kB": 1e3, "MB": 1e6},
+}
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -39,6 +47,13 @@ class Budget:
     def limit(self, parent: float) -> float:
         """Return the limit, given what the parent takes."""
         return self.value * parent if self.share else self.value
+
+
+def amount(resource: str, value: float) -> str:
+    """Return an amount of a resource in the unit that fits, such as "22.92 kB"."""
+    fitting = [(size, unit) for unit, size in _TOLD[resource].items() if value >= size]
+    size, unit = max(fitting, default=(1.0, next(iter(_TOLD[resource]))))
+    return f"{value / size:.4g} {unit}".rstrip()
 
 
 def parse_budgets(texts: Iterable[str]) -> list[Budget]:

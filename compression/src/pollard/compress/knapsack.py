@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pollard.compress.budget import Budget
+from pollard.compress.budget import Budget, amount
 from pollard.compress.dense import split
 from pollard.compress.errors import PruneFailed
 from pollard.compress.kernels import Kernel, kernel_of
@@ -238,7 +238,7 @@ def choose(
                 best = (price, cost_loss, move, after)
         if best is None:
             told = ", ".join(
-                f"{name} {costs[name]:.4g} instead of at most {limit:.4g}"
+                f"{name} {amount(name, costs[name])} instead of at most {amount(name, limit)}"
                 for name, limit in limits.items()
                 if costs[name] > limit
             )
