@@ -16,6 +16,7 @@ from pollard.compress import accelerator, export
 from pollard.compress.anydata import ModelRecipe, compress_model
 from pollard.compress.blocks import find_blocks
 from pollard.compress.data import Dataset, Part, load_data
+from pollard.compress.dense import decompose
 from pollard.compress.evaluate import torch_predictor
 from pollard.compress.evaluation import evaluate
 from pollard.compress.fake_quantize import FakeQuantized, trainer
@@ -72,7 +73,8 @@ def test_sensitivities_and_gradients_are_the_processor_s(
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), Block(), Block(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, len(data.classes)),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 48),
+        nn.ReLU(), nn.Linear(48, len(data.classes)),
     ).eval()  # fmt: skip
     found = []
     for name in ("cpu", device):
@@ -82,9 +84,14 @@ def test_sensitivities_and_gradients_are_the_processor_s(
             )
             importance = prunable.groups[0].importance
             before = copy.deepcopy(prunable.module.state_dict())
+            dense = {
+                name: (decompose(name, prunable.module.get_submodule(name).weight), [16, 8])  # type: ignore[arg-type]
+                for name in ("7", "9")
+            }
             losses = measure_sensitivities(
-                prunable, find_blocks(prunable.module, spec), data, spec, net, images=24
-            )
+                prunable, find_blocks(prunable.module, spec), data, spec, net, dense=dense,
+                images=24,
+            )  # fmt: skip
             after = prunable.module.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert {tensor.device.type for tensor in after.values()} == {"cpu"}
@@ -93,8 +100,9 @@ def test_sensitivities_and_gradients_are_the_processor_s(
     wanted, got = found[0][1], found[1][1]
     assert len(wanted.blocks) == 2
     assert got.blocks == pytest.approx(wanted.blocks, rel=10 * tolerance, abs=tolerance)
-    for group, widths in wanted.groups.items():
-        assert got.groups[group] == pytest.approx(widths, rel=10 * tolerance, abs=tolerance)
+    for mine, theirs in ((wanted.groups, got.groups), (wanted.dense, got.dense)):
+        for name, sizes in mine.items():
+            assert theirs[name] == pytest.approx(sizes, rel=10 * tolerance, abs=tolerance)
 
 
 def test_training_in_8_bits_gives_what_the_processor_gives(device: str, tolerance: float) -> None:

@@ -110,7 +110,7 @@ class DenseLayer:
         The rows of the first have unit length, so that what lies between the two is of one
         size in all channels, as 8 bits want it.
         """
-        kept = self.basis[:, :rank].to(weight.dtype)
+        kept = self.basis[:, :rank].to(weight)
         if self.out_features > self.in_features:
             return kept.T.contiguous(), weight @ kept
         inner = kept.T @ weight
