@@ -136,6 +136,8 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
     def __init__(self) -> None:
         self.bundles: dict[str, Bundle] = {}
         self.damage: dict[str, Callable[[str, bytes], bytes]] = {}
+        self.ended: dict[str, grpc.StatusCode] = {}
+        """How downloads of a bundle end, by digest."""
         self.downloads: list[tuple[str, tuple[str, ...]]] = []
         self.version = 0
         self.models: dict[str, fleet_pb.DesiredModel] = {}
@@ -245,6 +247,8 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
     async def DownloadBundle(self, request, context):
         self.downloads.append((request.bundle_sha256, tuple(request.paths)))
         await self.gate.wait()
+        if request.bundle_sha256 in self.ended:
+            await context.abort(self.ended[request.bundle_sha256], "for now")
         bundle = self.bundles.get(request.bundle_sha256)
         if bundle is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such bundle")

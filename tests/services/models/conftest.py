@@ -365,7 +365,9 @@ class Member:
     def __init__(self) -> None:
         self.states: list[fleet_pb.DesiredState] = []
 
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+    async def apply(
+        self, state: fleet_pb.DesiredState, bundles: BundleSource, hopeless: object = None
+    ) -> Applied:
         await asyncio.sleep(0.02)
         kept = fleet_pb.DesiredState()
         kept.CopyFrom(state)

@@ -128,7 +128,8 @@ class BundleCache:
     def used(self, digest: str) -> None:
         """Note that a bundle is used: it is then not the first to go."""
         for path in (self.bundle_path(digest), self.description_path(digest)):
-            with contextlib.suppress(FileNotFoundError):
+            # One that may only be read serves all the same.
+            with contextlib.suppress(OSError):
                 os.utime(path)
 
     def unused(self) -> list[Path]:

@@ -28,6 +28,8 @@ from pollard.services.common.direct_fetch import (
 )
 from pollard.services.common.errors import (
     DataLoss,
+    FailedPrecondition,
+    Internal,
     NotFound,
     ResourceExhausted,
     ServiceError,
@@ -85,6 +87,7 @@ class BundleSource:
             Unavailable: it is not in the cache and the manager cannot be reached.
             DataLoss: what the manager sent does not have the digest.
             ResourceExhausted: the disk is full, or the cache is.
+            FailedPrecondition: the cache cannot be written.
         """
         return await self._get(digest, whole=True)
 
@@ -97,8 +100,15 @@ class BundleSource:
         return await self._get(digest, whole=False)
 
     async def discard(self, digest: str) -> None:
-        """Remove a bundle that was found to be damaged; the next `fetch` gets it anew."""
-        await asyncio.to_thread(self._cache.discard, digest)
+        """Remove a bundle that was found to be damaged; the next `fetch` gets it anew.
+
+        Raises:
+            FailedPrecondition: the cache cannot be written.
+        """
+        try:
+            await asyncio.to_thread(self._cache.discard, digest)
+        except OSError as error:
+            raise cache_fault(error, digest) from error
 
     def close(self) -> None:
         """Fetch nothing more from other places than the manager."""
@@ -334,5 +344,16 @@ def _translated(error: BaseException, digest: str) -> BaseException:
             return Unavailable(words, reason="BUNDLE_UNAVAILABLE", digest=digest)
         if error.code() == grpc.StatusCode.NOT_FOUND:
             return NotFound(words, reason="BUNDLE_UNKNOWN", digest=digest)
-        return ServiceError(words, reason="BUNDLE_UNAVAILABLE", digest=digest)
+        return Internal(words, reason="BUNDLE_UNAVAILABLE", digest=digest)
+    if isinstance(error, OSError):
+        return cache_fault(error, digest)
     return error
+
+
+def cache_fault(error: OSError, digest: str) -> ServiceError:
+    """Return what an error of the cache's disk or folders means for a bundle."""
+    return FailedPrecondition(
+        f"bundle {digest} cannot be kept in the cache, or read from it: {error}",
+        reason="CACHE_FAULT",
+        digest=digest,
+    )

@@ -12,9 +12,10 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
@@ -31,6 +32,7 @@ from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
 from pollard.services.common.lifecycle import cancel
+from pollard.services.common.retries import Pauses, may_pass, promise, promised
 from pollard.services.common.status import to_proto
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN, TlsFiles
@@ -55,6 +57,11 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+RevisionKey = tuple[str, int]
+"""Model and revision."""
+
+_NONE: Mapping[RevisionKey, BaseException] = MappingProxyType({})
+
 @dataclass(frozen=True)
 class Failure:
     """One revision that could not be brought to run."""
@@ -77,11 +84,21 @@ class Applied:
 class FleetMember(Protocol):
     """A service that runs what the manager wants."""
 
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+    async def apply(
+        self,
+        state: fleet_pb.DesiredState,
+        bundles: BundleSource,
+        hopeless: Mapping[RevisionKey, BaseException] = _NONE,
+    ) -> Applied:
         """Bring `state` to run as far as possible, getting bundles from `bundles`.
 
         A newer state cancels the call. What fails is returned, not raised; for that part the
         service keeps running what it ran. Applying a state that runs already changes nothing.
+
+        Args:
+            state: What the manager wants.
+            bundles: Where bundles come from.
+            hopeless: Revisions of this same state that are not tried again, and why they failed.
         """
 
     def statuses(self) -> list[fleet_pb.RevisionStatus]:
@@ -145,6 +162,10 @@ class FleetAgent:
         self._saved = fleet_pb.DesiredState()
         self._order: fleet_pb.DesiredState | None = None
         self._ordered = asyncio.Event()
+        self._failures: tuple[Failure, ...] = ()
+        """Of the newest order, as far as it has been applied."""
+        self._retry_seconds: float | None = None
+        """The pause before what may pass of them is tried again; None when nothing is."""
         self._outbox: asyncio.Queue[fleet_pb.SyncRequest] | None = None
         self._report_wanted = asyncio.Event()
         self._report_seconds = options.report_seconds
@@ -305,46 +326,88 @@ class FleetAgent:
         for status in statuses:
             if status.HasField("counters"):
                 status.counters.run_id = self._run_id
-        return fleet_pb.SyncRequest(report=fleet_pb.Report(revisions=statuses, time=now))
+        report = fleet_pb.Report(revisions=statuses, time=now)
+        if self._retry_seconds is not None:
+            retried = self._retried()
+            for status in report.revisions:
+                key = (status.model, status.revision)
+                if status.state == fleet_pb.REVISION_STATE_FAILED and key in retried:
+                    promise(status.error, self._retry_seconds)
+        return fleet_pb.SyncRequest(report=report)
 
     # Applying.
 
     async def _apply_orders(self) -> None:
-        """Apply the newest order; a newer one overtakes it."""
+        """Apply the newest order; a newer one overtakes it.
+
+        What fails for a reason that may pass is tried again, after pauses that grow.
+        """
+        pauses = Pauses()
+        order: fleet_pb.DesiredState | None = None
         while True:
-            await self._ordered.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._retry_seconds):
+                    await self._ordered.wait()
+            self._retry_seconds = None
+            if self._ordered.is_set():
+                pauses.begin_anew()
+                self._failures = ()
+                order = self._order
             self._ordered.clear()
-            order = self._order
             if order is None:
                 continue
-            running = asyncio.create_task(self._apply(order), name="fleet-apply-one")
-            newer = asyncio.create_task(self._ordered.wait())
-            try:
-                await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
-                while not running.done() and self._order is not None:
-                    if not _same_content(self._order, order):
-                        _log.info("a newer desired state overtakes", version=self._order.version)
-                        break
-                    # The same state sent again, after the stream was opened anew: only the answer
-                    # must name the new sending.
-                    order.nonce = self._order.nonce
-                    order.version = self._order.version
-                    self._ordered.clear()
-                    newer = asyncio.create_task(self._ordered.wait())
-                    await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                await cancel(newer)
-                if not running.done():
-                    await cancel(running)
+            hopeless = {
+                (failure.model, failure.revision): failure.error
+                for failure in self._failures
+                if not may_pass(failure.error)
+            }
+            running = asyncio.create_task(self._apply(order, hopeless), name="fleet-apply-one")
+            await self._until_overtaken(running, order)
             if running.cancelled():
                 continue
-            if running.exception() is not None:
-                _log.error("a desired state could not be applied", exc_info=running.exception())
-                self._answer(order, (Failure("", 0, running.exception() or Exception()),))
-            elif running.result():
+            if (error := running.exception()) is not None:
+                _log.error("a desired state could not be applied", exc_info=error)
+                self._failures = (Failure("", 0, error),)
+            else:
+                self._failures = running.result()
+            if any(may_pass(failure.error) for failure in self._failures):
+                self._retry_seconds = pauses.take()
+            self._answer(order, self._failures)
+            if not self._failures:
                 # Between two orders: a thread would go on while the next one took from the cache
                 # what is being removed.
                 await self._tidy()
+
+    async def _until_overtaken(
+        self, running: asyncio.Task[tuple[Failure, ...]], order: fleet_pb.DesiredState
+    ) -> None:
+        """Wait until an order has been applied, or cancel that for a newer one."""
+        newer = asyncio.create_task(self._ordered.wait())
+        try:
+            await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
+            while not running.done() and self._order is not None:
+                if not _same_content(self._order, order):
+                    _log.info("a newer desired state overtakes", version=self._order.version)
+                    break
+                # The same state sent again, after the stream was opened anew: only the answer
+                # must name the new sending.
+                order.nonce = self._order.nonce
+                order.version = self._order.version
+                self._ordered.clear()
+                newer = asyncio.create_task(self._ordered.wait())
+                await asyncio.wait({running, newer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel(newer)
+            if not running.done():
+                await cancel(running)
+
+    def _retried(self) -> set[RevisionKey]:
+        """Return the revisions that are tried again."""
+        return {
+            (failure.model, failure.revision)
+            for failure in self._failures
+            if may_pass(failure.error)
+        }
 
     async def _tidy(self) -> None:
         try:
@@ -355,29 +418,37 @@ class FleetAgent:
             # What is left takes room, and goes with the next.
             _log.error("unused bundles cannot be removed", error=str(error))
 
-    async def _apply(self, order: fleet_pb.DesiredState) -> bool:
-        """Apply an order and answer; return whether nothing failed."""
+    async def _apply(
+        self, order: fleet_pb.DesiredState, hopeless: Mapping[RevisionKey, BaseException]
+    ) -> tuple[Failure, ...]:
+        """Apply an order; return what failed."""
         started = time.perf_counter()
         # Beside what it runs now, which an order that was overtaken may have changed in part.
         self.cache.protect(_bundles_of(order), also=True)
-        applied = await self._member.apply(order, self.bundles)
+        applied = await self._member.apply(order, self.bundles, hopeless)
         running = fleet_pb.DesiredState()
         running.CopyFrom(applied.running)
         running.version = self._saved.version if applied.failures else order.version
         running.nonce = ""
+        failures = applied.failures
         # Saved before it is acknowledged: what the manager was told survives a crash.
-        await asyncio.to_thread(self.cache.save_state, running)
-        self._saved = running
+        try:
+            await asyncio.to_thread(self.cache.save_state, running)
+            self._saved = running
+        except OSError as error:
+            why = FailedPrecondition(
+                f"what runs cannot be noted in the cache: {error}", reason="CACHE_FAULT"
+            )
+            failures = (*failures, Failure("", 0, why))
         self.settled.set()
         _log.info(
             "applied",
             version=order.version,
-            failures=len(applied.failures),
+            failures=len(failures),
             seconds=round(time.perf_counter() - started, 3),
         )
         self.cache.protect(_bundles_of(running) | _bundles_of(order))
-        self._answer(order, applied.failures)
-        return not applied.failures
+        return failures
 
     def _answer(self, order: fleet_pb.DesiredState, failures: tuple[Failure, ...]) -> None:
         if self._outbox is None:
@@ -389,7 +460,7 @@ class FleetAgent:
                 ack=fleet_pb.Ack(version=order.version, nonce=order.nonce)
             )
         else:
-            error = _summary(failures)
+            error = _summary(failures, self._retry_seconds)
             _log.warning("refusing a desired state", version=order.version, error=error.message)
             answer = fleet_pb.SyncRequest(
                 nack=fleet_pb.Nack(version=order.version, nonce=order.nonce, status=to_proto(error))
@@ -418,12 +489,17 @@ def _same_content(one: fleet_pb.DesiredState, other: fleet_pb.DesiredState) -> b
     return left == right
 
 
-def _summary(failures: tuple[Failure, ...]) -> ServiceError:
-    """Return one error for all: the words of each, the reason and details of the first."""
+def _summary(failures: tuple[Failure, ...], retry_seconds: float | None) -> ServiceError:
+    """Return one error for all: the words of each, the reason and details of the first.
+
+    Args:
+        failures: At least one.
+        retry_seconds: When those that may pass are tried again.
+    """
     first = failures[0]
     reason = first.error.reason if isinstance(first.error, (ServiceError, RuntimeFault)) else ""
     return FailedPrecondition(
-        "; ".join(_one(failure) for failure in failures),
+        "; ".join(_one(failure, retry_seconds) for failure in failures),
         reason=reason or "REVISION_FAILED",
         model=first.model,
         revision=first.revision,
@@ -434,6 +510,8 @@ def _words(applied: Applied) -> str:
     return "; ".join(_one(failure) for failure in applied.failures)
 
 
-def _one(failure: Failure) -> str:
+def _one(failure: Failure, retry_seconds: float | None = None) -> str:
     message = getattr(failure.error, "message", None) or str(failure.error)
+    if retry_seconds is not None and may_pass(failure.error):
+        message = promised(message, retry_seconds)
     return f"{failure.model}/{failure.revision}: {message}" if failure.model else message

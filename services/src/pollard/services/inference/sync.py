@@ -15,9 +15,9 @@ from google.protobuf import duration_pb2
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.errors import BundleError, SignatureInvalid, SignatureUntrusted
-from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.bundle_source import BundleSource, cache_fault
 from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
-from pollard.services.common.fleet_agent import Applied, Failure
+from pollard.services.common.fleet_agent import Applied, Failure, RevisionKey
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.status import to_proto
 from pollard.services.inference.catalogue import IndexEntry, LoadParameter
@@ -115,7 +115,12 @@ class InferenceMember:
             model=model,
         )
 
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+    async def apply(
+        self,
+        state: fleet_pb.DesiredState,
+        bundles: BundleSource,
+        hopeless: Mapping[RevisionKey, BaseException] = MappingProxyType({}),
+    ) -> Applied:
         """Bring the engine to `state` as far as possible; see `FleetMember.apply`."""
         wanted = {model.model: model for model in state.models}
         keys = {
@@ -129,7 +134,7 @@ class InferenceMember:
             wanted.setdefault(model, fleet_pb.DesiredModel(model=model))
         self._forget_unwanted(wanted)
         outcomes = await asyncio.gather(
-            *(self._apply_model(model, bundles) for model in wanted.values())
+            *(self._apply_model(model, bundles, hopeless) for model in wanted.values())
         )
         self.ready = True
         return Applied(
@@ -143,19 +148,24 @@ class InferenceMember:
         self._loader.close()
 
     async def _apply_model(
-        self, desired: fleet_pb.DesiredModel, bundles: BundleSource
+        self,
+        desired: fleet_pb.DesiredModel,
+        bundles: BundleSource,
+        hopeless: Mapping[RevisionKey, BaseException],
     ) -> list[Failure]:
         model = desired.model
         served = self._engine.table.models.get(model) or ServedModel(model, {}, {})
         available: dict[int, LoadedRevision] = {}
         loading: dict[int, asyncio.Task[LoadedRevision]] = {}
+        failures: list[Failure] = []
         for revision in desired.revisions:
             loaded = served.revisions.get(revision.revision)
             if loaded is not None and loaded.info.digest == revision.bundle_sha256:
                 available[revision.revision] = loaded
+            elif (why := hopeless.get((model, revision.revision))) is not None:
+                failures.append(Failure(model, revision.revision, why))
             else:
                 loading[revision.revision] = self._load_task(model, revision, bundles)
-        failures = []
         for number, task in loading.items():
             try:
                 # Shielded: if a newer order overtakes this one, it decides about the load.
@@ -249,7 +259,10 @@ class InferenceMember:
         self._set(model, number, fleet_pb.REVISION_STATE_FETCHING)
         path = await bundles.fetch(digest)
         self._set(model, number, fleet_pb.REVISION_STATE_LOADING)
-        return await self._loader.load(model, number, digest, desired.size_bytes, path)
+        try:
+            return await self._loader.load(model, number, digest, desired.size_bytes, path)
+        except OSError as error:
+            raise cache_fault(error, digest) from error
 
     async def _abandon(self, keys: Iterable[_Key]) -> None:
         for key in keys:

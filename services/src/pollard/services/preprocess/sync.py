@@ -7,7 +7,7 @@ A model whose new revisions cannot be had keeps its routes where they were.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import structlog
@@ -16,9 +16,9 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.bundle import Bundle, check_file
 from pollard.runtime.errors import BundleError
 from pollard.runtime.images import ImageLimits
-from pollard.services.common.bundle_source import BundleSource
+from pollard.services.common.bundle_source import BundleSource, cache_fault
 from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
-from pollard.services.common.fleet_agent import Applied, Failure
+from pollard.services.common.fleet_agent import Applied, Failure, RevisionKey
 from pollard.services.common.status import to_proto
 from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.inference_client import InferenceClient
@@ -74,11 +74,16 @@ class PreprocessMember:
         ]
         return [*ready, *self._failed.values()]
 
-    async def apply(self, state: fleet_pb.DesiredState, bundles: BundleSource) -> Applied:
+    async def apply(
+        self,
+        state: fleet_pb.DesiredState,
+        bundles: BundleSource,
+        hopeless: Mapping[RevisionKey, BaseException] = MappingProxyType({}),
+    ) -> Applied:
         """Bring the snapshot to ``state`` as far as possible; see `FleetMember.apply`."""
         before = self._current.snapshot
         outcomes = await asyncio.gather(
-            *(self._prepare_model(model, before, bundles) for model in state.models)
+            *(self._prepare_model(model, before, bundles, hopeless) for model in state.models)
         )
         # From here on nothing waits, so no newer state can come in between.
         failures = tuple(failure for _, failed in outcomes for failure in failed)
@@ -121,7 +126,11 @@ class PreprocessMember:
         return Applied(running=running, failures=failures)
 
     async def _prepare_model(
-        self, desired: fleet_pb.DesiredModel, before: Snapshot, bundles: BundleSource
+        self,
+        desired: fleet_pb.DesiredModel,
+        before: Snapshot,
+        bundles: BundleSource,
+        hopeless: Mapping[RevisionKey, BaseException],
     ) -> tuple[ServedModel, list[Failure]]:
         served = before.models.get(desired.model) or ServedModel(desired.model)
         available: dict[int, ServedRevision] = {}
@@ -130,6 +139,9 @@ class PreprocessMember:
             old = served.revisions.get(wanted.revision)
             if old is not None and old.digest == wanted.bundle_sha256:
                 available[wanted.revision] = old
+                continue
+            if (why := hopeless.get((desired.model, wanted.revision))) is not None:
+                failures.append(Failure(desired.model, wanted.revision, why))
                 continue
             try:
                 available[wanted.revision] = await self._prepare(desired.model, wanted, bundles)
@@ -184,7 +196,10 @@ class PreprocessMember:
                 self._limits,
             )
 
-        return await asyncio.to_thread(prepare)
+        try:
+            return await asyncio.to_thread(prepare)
+        except OSError as error:
+            raise cache_fault(error, wanted.bundle_sha256) from error
 
 
 def _desired(model: ServedModel) -> fleet_pb.DesiredModel:
