@@ -243,6 +243,14 @@ def test_fetches_at_the_same_time_keep_within_the_limit(small_cache, heavy) -> N
     assert not list((small_cache.root / "tmp").iterdir())
 
 
+def test_copies_that_come_at_the_same_time_replace_each_other(cache, make_bundle) -> None:
+    bundle = make_bundle()
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(lambda _: put(cache, bundle), range(40)))
+    assert Bundle.open(cache.bundle_path(bundle.digest), verify=True).digest == bundle.digest
+    assert not list((cache.root / "tmp").iterdir())
+
+
 def test_a_lower_limit_is_kept_once_it_is_known_what_is_wanted(tmp_path: Path, heavy) -> None:
     cache = BundleCache(tmp_path / "cache")
     for bundle in heavy:

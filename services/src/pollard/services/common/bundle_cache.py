@@ -17,6 +17,7 @@ disk. Nothing here knows gRPC.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -306,10 +307,20 @@ class Staging:
                     os.fsync(file.fileno())
             sync_directory(Path(directory))
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        if self._target.exists():
-            # Whatever is there was found wanting, or this one would not have been fetched.
-            shutil.rmtree(self._target)
-        self._folder.rename(self._target)
+        # Whatever is there was found wanting, or this one would not have been fetched. Renamed
+        # first: a folder under its digest is whole at any moment.
+        doomed = self._folder.with_name(uuid.uuid4().hex)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                self._target.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                self._folder.rename(self._target)
+                break
+            except OSError as error:
+                # Another thread's copy was there first.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         sync_directory(self._target.parent)
         self._leave_room()
         return self._target

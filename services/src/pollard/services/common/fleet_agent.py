@@ -62,6 +62,7 @@ RevisionKey = tuple[str, int]
 
 _NONE: Mapping[RevisionKey, BaseException] = MappingProxyType({})
 
+
 @dataclass(frozen=True)
 class Failure:
     """One revision that could not be brought to run."""
