@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pollard.compress.accelerator import moved, placed
+from pollard.compress.accelerator import moved, placed, used
 from pollard.compress.groups import Gradients, Prunable
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned
@@ -67,7 +67,7 @@ def shrink_by_batches(
     Raises:
         PruneFailed: they cannot be met.
     """
-    probes = [inputs for inputs, _ in itertools.islice(data, _PROBES)]
+    probes = [inputs.to(used()) for inputs, _ in itertools.islice(data, _PROBES)]
     wanted = _outputs(parent, probes)
     spread = float(wanted.var(0, unbiased=False).mean()) or 1.0
 
@@ -78,9 +78,11 @@ def shrink_by_batches(
         recalibrate_by(module, probes)
 
     def losses(prunable: Prunable, blocks: Sequence[str], dense: Dense) -> Sensitivities:
-        return measure_losses(
-            prunable, blocks, distance, recalibrate, dense=dense, reporter=reporter
-        )
+        # Not to and fro for each of them.
+        with placed(prunable.module):
+            return measure_losses(
+                prunable, blocks, distance, recalibrate, dense=dense, reporter=reporter
+            )
 
     around = Around(example, batch_gradients(data, loss_fn), losses)
     reference = parent_costs(parent, example, reporter)

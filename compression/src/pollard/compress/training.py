@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pollard.compress import augmentation, augmentation_truth
 from pollard.compress.accelerator import (
@@ -153,7 +154,8 @@ def fit(
         reporter: Told of progress.
         title: What to call the work.
         checkpoint: Where to note now and then how far it is, and from where to go on
-            if something is there; the result is the same, to the bit, as without a break.
+            if something is there; the result is the same as without a break, on the processor
+            to the bit.
         frozen: Which layers learn, and from when on; all from the start when None.
         team: The processes that share the batches; all must call this with the same.
         observer: Told of steps and epochs.
@@ -407,11 +409,17 @@ class _Run:
         self.losses.append(value)
         # At first a shorter mean, or it would hold on to the random start.
         decay = min(self.mean_decay, (1 + self.done) / (10 + self.done))
-        for key, value_now in self.module.state_dict().items() if self.mean else ():
-            if value_now.is_floating_point():
-                self.mean[key].lerp_(value_now, 1 - decay)
-            else:
-                self.mean[key].copy_(value_now)
+        if self.mean:
+            self._move_mean(decay)
+
+    def _move_mean(self, decay: float) -> None:
+        now = self.module.state_dict()
+        moving = [key for key, value in now.items() if value.is_floating_point()]
+        # All at once: one by one, a GPU would wait for the next to be asked for.
+        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        move([self.mean[key] for key in moving], [now[key] for key in moving], None)
+        for key in now.keys() - moving:
+            self.mean[key].copy_(now[key])
 
     def keep_to(self, pace: Pace, config: FitConfig) -> None:
         """End after as many steps as fit into the time, with the learning rate where it would be
