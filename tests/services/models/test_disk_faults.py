@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import resource
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -15,9 +17,12 @@ from typing import Any
 
 import grpc
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.errors import StartupError
+from pollard.services.common.errors import StartupError, Unavailable
+from pollard.services.models.schema import Meta
 from pollard.services.models.store import DATABASE, Store
 
 CODE = grpc.StatusCode
@@ -55,6 +60,80 @@ def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StartupError, match="cannot be used"):
         Store(tmp_path / "file" / "store").open()
+
+
+def test_a_registry_that_is_a_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "store" / DATABASE).mkdir(parents=True)
+    with pytest.raises(StartupError, match=f"cannot be opened: .*{DATABASE} is a folder"):
+        Store(tmp_path / "store").open()
+
+
+@pytest.fixture
+def store(tmp_path: Path, stock: Path) -> Iterator[Store]:
+    """An open store."""
+    shutil.copytree(stock, tmp_path / "store")
+    made = Store(tmp_path / "store")
+    made.open()
+    yield made
+    made.close()
+
+
+def note(session: Session) -> None:
+    session.add(Meta(key=f"noted {secrets.token_hex(4)}", number=1, content=b""))
+
+
+def metas(session: Session) -> int:
+    return len(list(session.scalars(select(Meta))))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("store", "there is no folder .*store"),
+        ("registry", f"there is no file {DATABASE} in .*store"),
+        ("another", "another file has taken its place"),
+    ],
+)
+def test_a_registry_removed_beneath_a_manager_takes_no_change(
+    store: Store, what: str, words: str
+) -> None:
+    store.write_now(note)
+    path = store.directory / DATABASE
+    if what == "store":
+        shutil.rmtree(store.directory)
+    elif what == "registry":
+        path.unlink()
+    else:
+        shutil.copy(path, path.with_suffix(".copy"))
+        path.with_suffix(".copy").replace(path)
+    # A change that SQLite would write to a file that nobody will ever find.
+    with pytest.raises(Unavailable, match=words) as caught:
+        store.write_now(note)
+    assert caught.value.reason == "DATABASE_UNAVAILABLE"
+    assert str(path) in caught.value.message
+    # No connection is left that has the old one open: none is made to an empty one.
+    store.database.engine.dispose()
+    with pytest.raises(Unavailable, match=words):
+        store.read_now(metas)
+    assert path.exists() == (what == "another")
+
+
+def test_too_many_open_files_are_said(store: Store) -> None:
+    before = store.read_now(metas)
+    store.database.engine.dispose()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limit[1]))
+    try:
+        with pytest.raises(Unavailable, match=r"may have \d+ files open .*LimitNOFILE"):
+            store.write_now(note)
+        with pytest.raises(Unavailable, match=r"may have \d+ files open .*LimitNOFILE"):
+            store.read_now(metas)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    store.write_now(note)
+    assert store.read_now(metas) == before + 1
 
 
 @pytest.fixture
