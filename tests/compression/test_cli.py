@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from pollard.compress.cli import register
 from pollard.compress.cli_common import errors, write_json
+from pollard.compress.models import save_state
+from pollard.compress.zoo import find
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.keys import TrustedKeys, create_key_pair
 from pollard.runtime.signing import require_signature
@@ -260,6 +262,17 @@ def test_fewer_training_images_than_classes_are_refused_by_a_dry_run_too(
     assert done.exit_code == 1, done.output
     assert "5 training images are too few for 10 classes" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_splits_scenes_as_the_run_does(invoke: Invoke, tmp_path: Path) -> None:
+    # Of the five shapes masks know a sixth class, the background.
+    save_state(find("small-unet").build(6), tmp_path / "w.safetensors")
+    done = invoke(
+        "compress", "small-unet", "--data", "shapes:40", "--weights", tmp_path / "w.safetensors",
+        "--out", tmp_path / "b", "--target", "cpu-fp32", "--epochs", 1, "--dry-run",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "6 classes; images: 24 train, 6 choose, 10 held-out" in done.output
 
 
 def test_the_zoo_is_listed_with_what_its_models_cost(invoke: Invoke, tmp_path: Path) -> None:
