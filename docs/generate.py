@@ -127,7 +127,9 @@ def settings() -> str:
         "",
         "Each is given by a flag of the command, a variable of the environment, or a line in the "
         "table of the service in a TOML file (`--config`); the first of these that is given "
-        "counts. `--print-config` shows what is in force.",
+        "counts. `--print-config` shows what is in force. Other tables and keys in the file are an "
+        "error, which says what may be meant; of variables that begin so and that nobody reads the "
+        "log warns at the start, since they may be another program's.",
     ]
     common = ServiceSettings.model_fields
     services = (InferenceSettings, PreprocessSettings, ModelsSettings)

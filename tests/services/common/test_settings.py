@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -7,6 +9,8 @@ import pytest
 
 from pollard.services.common.errors import StartupError
 from pollard.services.common.settings import ServiceSettings
+from pollard.services.common.settings_file import SECTIONS
+from pollard.services.up.serve import settings_class
 
 
 class Settings(ServiceSettings):
@@ -34,7 +38,7 @@ def test_flag_before_environment_before_file_before_default(file, monkeypatch):
     ("flags", "words"),
     [
         ({"port": 70000}, r"inference\.port"),
-        ({"prot": 1}, "inference.prot.*settings of inference"),
+        ({"prot": 1}, "inference.prot.*is 'port' meant"),
         ({"http_port": "70000"}, r"inference\.http_port: .*'70000' is neither a port"),
         ({"http_port": "none"}, "nor auto nor off"),
     ],
@@ -62,6 +66,73 @@ def test_a_list_in_the_environment_that_is_no_json_is_told_as_that(monkeypatch):
     monkeypatch.setenv("POLLARD_INFERENCE_CERTIFICATE_ROLE", "a=viewer")
     with pytest.raises(StartupError, match=r"POLLARD_INFERENCE_.*JSON.*certificate_role"):
         Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[inference]\nprot = 1\n", r"inference\.prot: there is no such .*'port' meant"),
+        (
+            "[inference]\nx1 = 1\n",
+            r"inference\.x1: .*\[inference\]\); settings of inference are acc",
+        ),
+        ("[inferense]\nport = 1\n", r"no table \[inferense\]; is 'inference' meant"),
+        ("[up]\nport = 1\n", r"no table \[up\]; the tables are \[inference\], \[preprocess\], \[m"),
+        ("port = 1\n", "'port' stands in no table"),
+        ("inference = 1\n", "'inference' stands in no table"),
+    ],
+)
+def test_what_a_file_has_that_is_no_setting_is_told_with_what_is_meant(tmp_path, text, words):
+    path = tmp_path / "pollard.toml"
+    path.write_text(text)
+    with pytest.raises(StartupError, match=words):
+        Settings.load({}, path)
+
+
+def test_variables_that_nobody_reads_are_found(monkeypatch):
+    for name in list(os.environ):
+        if name.upper().startswith("POLLARD_"):
+            monkeypatch.delenv(name)
+    assert Settings.unknown_variables() == []
+    for name in (
+        "POLLARD_INFERENCE_PORT",
+        "pollard_inference_workers",
+        "POLLARD_TOKEN",
+        "POLLARD_MODELS_PROT",  # The manager says that.
+        "POLLARD_TESTS_COLLECT",
+        "ANOTHER",
+    ):
+        monkeypatch.setenv(name, "1")
+    assert Settings.unknown_variables() == []
+    monkeypatch.setenv("POLLARD_INFERENCE_PROT", "1")
+    monkeypatch.setenv("POLLARD_INFERENSE_HOST", "1")
+    monkeypatch.setenv("POLLARD_QQ", "1")
+    assert Settings.unknown_variables() == [
+        "POLLARD_INFERENCE_PROT; is POLLARD_INFERENCE_PORT meant?",
+        "POLLARD_INFERENSE_HOST; is POLLARD_INFERENCE_HOST meant?",
+        "POLLARD_QQ",
+    ]
+
+
+def test_every_variable_that_pollard_reads_is_known(monkeypatch):
+    root = Path(__file__).parents[3]
+    sources = [
+        path
+        for folder in ("services", "clients/python", "runtime", "compression", "bench", ".ci")
+        for path in (root / folder).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".sh", "")
+    ]
+    found = {
+        name
+        for path in [*sources, root / "Makefile", root / "clients/build.py"]
+        for name in re.findall(r"POLLARD_[A-Z][A-Z_]*[A-Z]\b", path.read_text(errors="ignore"))
+    }
+    assert {"POLLARD_TOKEN", "POLLARD_CACHE", "POLLARD_REQUIRE_CLIENTS"} <= found
+    for name in found:
+        monkeypatch.setenv(name, "1")
+    for section in SECTIONS:
+        unknown = settings_class(section).unknown_variables()
+        assert [words for words in unknown if words.partition(";")[0] in found] == []
 
 
 @pytest.mark.parametrize("text", ["[inference]\nprot = 1\n", "[inference\n", "\x00"])

@@ -13,7 +13,6 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from pollard.services.common.auth.callers import UNLIMITED, Limits, Role
@@ -21,6 +20,7 @@ from pollard.services.common.auth.gate import GateRules
 from pollard.services.common.auth.jwts import JwtRules
 from pollard.services.common.errors import StartupError
 from pollard.services.common.http_server import HttpListen
+from pollard.services.common.settings_file import SECTIONS, meant, read_tables
 from pollard.services.common.tls_files import TlsFiles
 
 
@@ -31,6 +31,31 @@ def _role_of(text: str) -> tuple[str, Role]:
             f"certificate_role {text!r} must be NAME=ROLE with a role out of {', '.join(Role)}"
         )
     return name, Role(role)
+
+
+_OTHER_VARIABLES = frozenset(
+    f"POLLARD_{name}"
+    for name in (
+        "CACHE",
+        "DATA_DIR",
+        "DEBUG",
+        "ENVOY_CONTROL",
+        "ENVOY_SETTINGS",
+        "KEY_PASSPHRASE",
+        "MODELS_ADDRESS",
+        "TLS_CA",
+        "TLS_CERTIFICATE",
+        "TLS_KEY",
+        "TOKEN",
+        "VISION_ADDRESS",
+    )
+)
+"""What commands and clients read."""
+
+_TOOLS = tuple(
+    f"POLLARD_{name}" for name in ("BENCH_", "BUILD_", "GRPC_", "PROTOS", "REQUIRE_", "TEST")
+)
+"""How the variables begin that builds and tests of Pollard itself read."""
 
 
 class ServiceSettings(BaseSettings):
@@ -254,8 +279,7 @@ class ServiceSettings(BaseSettings):
             StartupError: a value is invalid or unknown, or the file unreadable.
         """
         given = {key: value for key, value in (flags or {}).items() if value is not None}
-        if file is not None and not file.is_file():
-            raise StartupError(f"there is no settings file {file}")
+        table = read_tables(file).get(cls.section, {}) if file is not None else {}
 
         class Sourced(cls):  # type: ignore[valid-type,misc]  # the sources depend on the arguments
             model_config = SettingsConfigDict(
@@ -271,25 +295,18 @@ class ServiceSettings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                sources = [init_settings, env_settings]
-                if file is not None:
-                    table = TomlConfigSettingsSource(settings_cls, file)().get(cls.section, {})
-                    sources.append(InitSettingsSource(settings_cls, table))
-                return tuple(sources)
+                return init_settings, env_settings, InitSettingsSource(settings_cls, table)
 
         try:
             return Sourced(**given)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or cls.section
-            hint = ""
+            what, hint = first["msg"], ""
             if first["type"] == "extra_forbidden":
-                known = ", ".join(sorted(cls.model_fields))
-                hint = f"; settings of {cls.section} are {known}"
+                what, hint = "there is no such setting", cls._alternatives(where)
             place = cls._place(str(first["loc"][0]), given, file) if first["loc"] else ""
-            raise StartupError(
-                f"setting {cls.section}.{where}: {first['msg']}{place}{hint}"
-            ) from error
+            raise StartupError(f"setting {cls.section}.{where}: {what}{place}{hint}") from error
         except SettingsError as error:
             # Lists in the environment are JSON; what is no JSON gets no further than its source.
             prefix = f"POLLARD_{cls.section.upper()}_"
@@ -297,8 +314,29 @@ class ServiceSettings(BaseSettings):
                 f"a setting of {cls.section} in the environment ({prefix}…) cannot be read; lists "
                 f"are JSON there: {error}"
             ) from error
-        except (OSError, ValueError) as error:
-            raise StartupError(f"settings file {file} cannot be read: {error}") from error
+
+    @classmethod
+    def _alternatives(cls, name: str) -> str:
+        return meant(name, cls.model_fields) or (
+            f"; settings of {cls.section} are {', '.join(sorted(cls.model_fields))}"
+        )
+
+    @classmethod
+    def unknown_variables(cls) -> list[str]:
+        """Return the variables of the environment that look like Pollard's and that nobody reads.
+
+        Those of other services are left to them. Each comes with the one that may be meant.
+        """
+        own = f"POLLARD_{cls.section.upper()}_"
+        known = {own + name.upper() for name in cls.model_fields} | _OTHER_VARIABLES
+        others = [f"POLLARD_{name.upper()}_" for name in SECTIONS if name != cls.section]
+        return [
+            name + meant(name.upper(), known, 0.8).replace("'", "")
+            for name in sorted(os.environ)
+            if name.upper().startswith("POLLARD_")
+            and name.upper() not in known
+            and not name.upper().startswith((*others, *_TOOLS))
+        ]
 
     @classmethod
     def _place(cls, name: str, given: dict[str, Any], file: Path | None) -> str:

@@ -7,12 +7,13 @@ import os
 import random
 import socket
 import sys
-import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pollard.services.common.errors import StartupError
+from pollard.services.common.settings_file import read_tables
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 from pollard.services.up import balancer
 
@@ -144,8 +145,7 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
             f"cannot make the data directory {data_dir}: {error.strerror}; choose another with "
             "--data-dir"
         ) from error
-    if options.config is not None and not options.config.is_file():
-        raise StartupError(f"there is no settings file {options.config}")
+    settings = read_tables(options.config) if options.config is not None else {}
     ports = _choose_ports(options)
     plans = {name: ServicePlan(name, options.host, port, ()) for name, port in ports.items()}
     manager = plans[MODELS].address
@@ -174,7 +174,7 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
         replace(plan, arguments=(*common, "--port", str(plan.port), *own(plan)))
         for plan in (plans[MODELS], *replicas, plans[PREPROCESS])
     ]
-    made = _with_http_ports(made, options, {plan.port for plan in plans.values()})
+    made = _with_http_ports(made, settings, {plan.port for plan in plans.values()})
     if options.balance:
         if options.tls.certificate is not None:
             raise StartupError(
@@ -191,15 +191,9 @@ def make_plan(options: UpOptions) -> tuple[Path, list[ServicePlan]]:
 
 
 def _with_http_ports(
-    plans: list[ServicePlan], options: UpOptions, taken: set[int]
+    plans: list[ServicePlan], settings: Mapping[str, Mapping[str, Any]], taken: set[int]
 ) -> list[ServicePlan]:
     """Give each service the port after its own for HTTP, or a free one where that is in use."""
-    settings: dict[str, Any] = {}
-    if options.config is not None:
-        try:
-            settings = tomllib.loads(options.config.read_text())
-        except (OSError, ValueError) as error:
-            raise StartupError(f"settings file {options.config} cannot be read: {error}") from error
     made = []
     for plan in plans:
         if "http_port" in settings.get(plan.service, {}):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pollard.services.common.settings import ServiceSettings
 
 _log = structlog.get_logger("pollard.traces")
+_log_start = structlog.get_logger("pollard.settings")
 
 _LAST_SECONDS = 2.0
 """How long the end of a process waits until the last spans are sent."""
@@ -41,6 +42,11 @@ def configure(service: str, settings: ServiceSettings) -> None:
         StartupError: traces are wanted and cannot be had.
     """
     configure_logging(service, level=settings.log_level, form=settings.log_format)
+    if unknown := settings.unknown_variables():
+        _log_start.warning(
+            "variables of the environment that are no settings, or another program's",
+            variables=unknown,
+        )
     if not _wanted(settings):
         return
     if not _installed():
