@@ -54,7 +54,10 @@ def test_flags_go_before_the_environment_and_that_before_the_file(
     [
         (["--nonsense"], 2, "No such option"),
         (["--port", "many"], 2, "port"),
-        (["--port", "99999"], 1, "models.port"),
+        (["--port", "99999"], 2, "models.port"),
+        (["--log-level", "loud"], 2, "models.log_level"),
+        (["--http-port", "loud"], 2, "'loud' is neither a port"),
+        (["--tls-key", "a.key"], 2, "settings of models: tls_certificate and tls_key are given"),
         (["--config", "/no/such.toml"], 1, "no settings file"),
         (["--host", "0.0.0.0"], 1, ""),
     ],
@@ -83,3 +86,16 @@ def test_what_is_wrong_is_told(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_elsewhere_is_no_misuse_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pollard.toml"
+    file.write_text("[models]\nport = 99999\n")
+    given = ["serve", "models", "--store", str(tmp_path / "store"), "--print-config"]
+    assert run([*given, "--config", str(file)]) == 1
+    assert "pollard.toml, table [models]" in capsys.readouterr().err
+    monkeypatch.setenv("POLLARD_MODELS_TLS_KEY", "a.key")
+    assert run(given) == 1
+    assert "tls_certificate and tls_key are given together" in capsys.readouterr().err

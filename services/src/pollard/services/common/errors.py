@@ -102,3 +102,10 @@ class Internal(ServiceError):
 
 class StartupError(Exception):
     """The server cannot start; the message is for the operator."""
+
+
+class UsageFault(StartupError):
+    """A flag has a value that it cannot have: whoever gave it has to give another."""
+
+    exit_code = 2
+    """What a command ends with, as for every other misuse of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +19,7 @@ from pydantic_settings import (
 from pollard.services.common.auth.callers import UNLIMITED, Limits, Role
 from pollard.services.common.auth.gate import GateRules
 from pollard.services.common.auth.jwts import JwtRules
-from pollard.services.common.errors import StartupError
+from pollard.services.common.errors import StartupError, UsageFault
 from pollard.services.common.http_server import HttpListen
 from pollard.services.common.settings_file import SECTIONS, meant, read_tables
 from pollard.services.common.tls_files import TlsFiles
@@ -276,7 +277,8 @@ class ServiceSettings(BaseSettings):
             file: TOML file; its table ``section`` is read.
 
         Raises:
-            StartupError: a value is invalid or unknown, or the file unreadable.
+            UsageFault: a flag's value is invalid.
+            StartupError: another is invalid or unknown, or the file unreadable.
         """
         given = {key: value for key, value in (flags or {}).items() if value is not None}
         table = read_tables(file).get(cls.section, {}) if file is not None else {}
@@ -301,12 +303,18 @@ class ServiceSettings(BaseSettings):
             return Sourced(**given)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or cls.section
-            what, hint = first["msg"], ""
+            what, hint = first["msg"].removeprefix("Value error, "), ""
+            if not first["loc"]:
+                # Of several settings that do not go together, which it names.
+                words = f"settings of {cls.section}: {what}"
+                flagged = any(re.search(rf"\b{name}\b", what) for name in given)
+                raise (UsageFault if flagged else StartupError)(words) from error
+            name = str(first["loc"][0])
+            where = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 what, hint = "there is no such setting", cls._alternatives(where)
-            place = cls._place(str(first["loc"][0]), given, file) if first["loc"] else ""
-            raise StartupError(f"setting {cls.section}.{where}: {what}{place}{hint}") from error
+            words = f"setting {cls.section}.{where}: {what}{cls._place(name, given, file)}{hint}"
+            raise (UsageFault if name in given else StartupError)(words) from error
         except SettingsError as error:
             # Lists in the environment are JSON; what is no JSON gets no further than its source.
             prefix = f"POLLARD_{cls.section.upper()}_"

@@ -47,7 +47,7 @@ def main() -> None:
         code = serve_command(service, arguments)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = getattr(error, "exit_code", 1)
     except TyperException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         code = 2

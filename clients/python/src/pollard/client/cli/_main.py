@@ -149,7 +149,7 @@ def _report(error: Exception) -> int:
             print(f"Try `{context.command_path} --help`.", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
     fail(_message(error))
-    return 1
+    return int(getattr(error, "exit_code", 1))
 
 
 def _message(error: Exception) -> str:
