@@ -8,9 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.models import fleet
+from pollard.services.models.events import DAY_US
+from pollard.services.models.schema import Server
+from pollard.services.models.store import Store
 
 PREPROCESS = fleet_pb.SERVER_KIND_PREPROCESS
 READY = fleet_pb.REVISION_STATE_READY
@@ -323,6 +329,64 @@ async def test_a_restarted_manager_waits_for_the_servers_it_knew_and_goes_on(
         assert helpers.revisions_of(last.states[0]) == [1, 2]
         await suite.client.alias_when(lambda a: a.state == ACTIVE)
         await last.state_when(lambda s: helpers.revisions_of(s) == [2])
+
+
+async def test_a_server_that_was_connected_for_days_is_waited_for_after_a_kill(
+    suite_with: Callable[..., Any], helpers: Any
+) -> None:
+    async with suite_with(stocked=True, server_lease_seconds=3600) as suite:
+        for name in ("quiet", "gone"):
+            await settle(await suite.join(name, automatic=False))
+            await heard(suite, helpers, name)
+        await suite.stop()
+        # As a manager leaves it that was killed: what it wrote last of a server that has been
+        # connected ever since is two days old; of one that has gone, too.
+        store = Store(suite.settings.store, suite.settings.database_url)
+        store.open()
+
+        def as_killed(session: Session) -> None:
+            for row in session.scalars(select(Server)):
+                row.last_seen_time -= 2 * DAY_US
+                row.present = row.server_id == "quiet"
+
+        store.write_now(as_killed)
+        store.close()
+        await suite.start()
+        assert (await suite.client.server("quiet")).name
+        assert not (await suite.client.server("gone")).name
+        await suite.client.set_alias(2)
+        await asyncio.sleep(0.3)
+        assert (await suite.client.alias()).state == pb.Alias.STATE_LOADING
+        await suite.join("quiet")
+        await suite.client.alias_when(lambda a: a.state == ACTIVE)
+
+
+async def test_that_a_quiet_server_is_still_there_is_written_down(
+    suite_with: Callable[..., Any], helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "SEEN_US", 0)
+    async with suite_with(stocked=True, server_lease_seconds=0.5, report_interval_seconds=0.1) as (
+        suite
+    ):
+
+        def seen() -> int:
+            def work(session: Session) -> int:
+                return session.get_one(Server, "quiet").last_seen_time
+
+            return int(suite.service.store.read_now(work))
+
+        server = await suite.join("quiet", automatic=False)
+        await settle(server)
+        await heard(suite, helpers, "quiet")
+        before = seen()
+        # Only reports, and all of them the same.
+        async with asyncio.timeout(20):
+            while seen() <= before:
+                state = server.states[-1]
+                server.report(
+                    *((m.model, r.revision, READY) for m in state.models for r in m.revisions)
+                )
+                await asyncio.sleep(0.05)
 
 
 async def test_a_load_that_never_ends_fails_the_switch(suite_with: Callable[..., Any]) -> None:

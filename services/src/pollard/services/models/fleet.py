@@ -48,6 +48,9 @@ WATCHING_REPORT_SECONDS = 1.0
 REPORTS_PER_SECOND = 200
 """Of all servers together: more of them report less often, so that one core has time for others."""
 
+SEEN_US = 3_600_000_000
+"""So often it is written down that a server is still there, though nothing else of it is new."""
+
 UNPACED_SECONDS = 0.02
 """After a step that took longer, the next one is taken no sooner than as much later."""
 
@@ -272,7 +275,10 @@ class Fleet:
 
         def load(session: Session) -> list[ServerRow]:
             self._check(session)
-            session.execute(delete(ServerRow).where(ServerRow.last_seen_time < horizon))
+            # Not those that were here when a manager was killed: of a server that was connected for
+            # long, and had nothing new to say, the time on disk is an old one.
+            gone = ~ServerRow.present & (ServerRow.last_seen_time < horizon)
+            session.execute(delete(ServerRow).where(gone))
             return list(session.scalars(select(ServerRow)))
 
         self._servers, self._dirty = {}, set()
@@ -458,6 +464,8 @@ class Fleet:
             for server in list(self._servers.values()):
                 if server.connection is not None:
                     server.connection.end_if_silent()
+                    if server.last_seen_us - server.written_us > SEEN_US:
+                        self.server_changed(server)
 
     async def _step(self) -> StepResult:
         self._expire_leases()

@@ -30,6 +30,8 @@ class KnownServer:
     present: bool = True
     serving: bool = False
     last_seen_us: int = 0
+    written_us: int = 0
+    """When it was last seen, as the disk has it."""
     acked_version: int = 0
     last_nack: pb.Nack | None = None
     lease_ends: float = 0.0
@@ -51,6 +53,7 @@ class KnownServer:
             present=row.present,
             serving=row.serving,
             last_seen_us=row.last_seen_time,
+            written_us=row.last_seen_time,
             acked_version=row.acked_version,
             last_nack=pb.Nack.FromString(row.last_nack) if row.last_nack else None,
             lease_ends=lease_ends,
@@ -104,7 +107,8 @@ class KnownServer:
         )
 
     def row(self) -> Row:
-        """Return it as it is remembered across a restart."""
+        """Return it as it is remembered across a restart; it is about to be written."""
+        self.written_us = self.last_seen_us
         return {
             "server_id": self.hello.server_id,
             "hello": self.hello.SerializeToString(),
