@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -214,3 +215,36 @@ def test_what_was_said_last_is_written_at_the_end(pipe: Pipe) -> None:
     # The warning, of two lines, may be among them.
     assert 1000 <= len(numbers) + sum(line["lines"] for line in told) <= 1002
     assert "the end" in lines[-1]["exception"]
+
+
+_LATE = """
+import sys
+from pollard.services.common.log_stream import take_over
+
+take_over()
+stream = sys.stderr
+
+class Late:
+    def __del__(self, stream=stream):
+        stream.write("the very last\\n")
+
+late = Late()
+print("ready")
+"""
+
+
+def test_what_is_said_while_the_interpreter_is_taken_down_is_written() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LATE], capture_output=True, timeout=60, check=True
+    )
+    assert done.stdout == b"ready\n"
+    assert done.stderr == b"the very last\n"
+
+
+def test_a_full_pipe_holds_up_no_interpreter_that_is_taken_down(pipe: Pipe) -> None:
+    os.set_blocking(pipe.write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(pipe.write_end, b"x"):
+            pass
+    os.set_blocking(pipe.write_end, True)
+    subprocess.run([sys.executable, "-c", _LATE], stderr=pipe.write_end, timeout=60, check=True)

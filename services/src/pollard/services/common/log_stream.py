@@ -134,6 +134,10 @@ class LogStream(io.TextIOBase):
         if self.descriptor is None:
             return
         data = text.encode(self.encoding, self.errors)
+        if sys.is_finalizing():
+            self._write_last(data)
+            return
+        begun = None
         with self._changed:
             # One that is larger than all room has its turn when nothing else waits.
             if self._waiting and self._waiting + len(data) > self.most_bytes:
@@ -142,12 +146,23 @@ class LogStream(io.TextIOBase):
             self._lines.append(data)
             self._waiting += len(data)
             if self._thread is None:
-                thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-                # No thread can be had now? The next line tries again.
-                with contextlib.suppress(RuntimeError):
-                    thread.start()
-                    self._thread = thread
+                begun = threading.Thread(target=self._write_all, name="log", daemon=True)
+                self._thread = begun
             self._changed.notify_all()
+        if begun is not None:
+            try:
+                begun.start()
+            except RuntimeError:  # No thread can be had now; the next line tries again.
+                self._thread = None
+
+    def _write_last(self, data: bytes) -> None:
+        """Write what an interpreter says that is being taken down, if it can be written at once.
+
+        The thread has ended, and may have had the lock.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            if self.descriptor is not None and select.select([], [self.descriptor], [], 0)[1]:
+                os.write(self.descriptor, data[:_PIECE_BYTES])
 
     def _write_all(self) -> None:
         while True:
