@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
+from pollard.services.common import retries
 from pollard.services.preprocess.errors import RevisionGone, RevisionNotReady
 from pollard.services.preprocess.prediction import by_one_revision
 from pollard.services.preprocess.snapshot import (
@@ -246,6 +247,34 @@ async def test_a_refused_state_leaves_the_routes_where_they_were(fleet, make_bun
     assert "the steps give tensors of shape [-1, 8, 9, 3]" in nack.status.message
     response = await fleet.replicas[0].vision.Predict(question(make_picture()))
     assert response.revision == 1
+
+
+async def test_a_manifest_that_could_not_be_had_is_fetched_again_and_what_is_wrong_is_not(
+    fleet, make_bundle, make_picture, monkeypatch
+):
+    monkeypatch.setattr(retries, "_FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(retries, "_LAST_SECONDS", 0.2)
+
+    def enlarge(manifest) -> None:
+        manifest.preprocess[1].resize.width = 9
+
+    await fleet.load(1, 2, production=1)
+    fleet.bundles[3] = make_bundle(size=8, channels=3, edit=enlarge)
+    # The manager has lost it for now: what its method raises is no answer.
+    lost = fleet.bundles[2].digest
+    version = fleet.announce(1, 2, 3, production=2)
+    bundle = fleet.manager.bundles.pop(lost)
+    nack = await fleet.manager.refused(version, "preprocess-1")
+    assert "; it is tried again in " in nack.status.message
+    fleet.manager.bundles[lost] = bundle
+    async with asyncio.timeout(20):
+        while "linear/2: " in fleet.manager.nacks["preprocess-1"].status.message:
+            await asyncio.sleep(0.01)
+    nack = fleet.manager.nacks["preprocess-1"]
+    assert "linear/3: " in nack.status.message
+    assert "tried again" not in nack.status.message
+    response = await fleet.replicas[0].vision.Predict(question(make_picture()))
+    assert response.revision == 2
 
 
 async def test_only_manifest_and_labels_are_fetched(fleet):
