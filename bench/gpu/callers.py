@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from bench.gpu.sessions import Array
+from bench.process import ServerProcess
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -131,6 +133,11 @@ class Generators:
             rows=self._load.rows,
         )
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that they have taken so far."""
+        times = [psutil.Process(process.pid).cpu_times() for process in self._processes]
+        return float(sum(each.user + each.system for each in times))
+
     def kill(self) -> None:
         """End them at once."""
         for process in self._processes:
@@ -144,15 +151,31 @@ class Generators:
         process.stdin.flush()
 
 
-def measure(load: Load, folder: Path, seconds: float, warm_seconds: float = 0.5) -> dict[str, Any]:
-    """Make load for so long after a warm-up, and return rates and latencies."""
+def measure(
+    load: Load,
+    folder: Path,
+    seconds: float,
+    warm_seconds: float = 0.5,
+    servers: Sequence[ServerProcess] = (),
+) -> dict[str, Any]:
+    """Make load for so long after a warm-up, and return rates and latencies.
+
+    What the servers and the generators take of the processor is told in cores.
+    """
     generators = Generators(load, folder)
     time.sleep(warm_seconds)
+    before = [server.cpu_seconds() for server in servers], generators.cpu_seconds()
     start = time.monotonic()
     time.sleep(seconds)
     end = time.monotonic()
+    after = [server.cpu_seconds() for server in servers], generators.cpu_seconds()
     seen = generators.stop()
-    told: dict[str, Any] = {**seen.between(start, end), "failed": seen.failed}
+    told: dict[str, Any] = {
+        **seen.between(start, end),
+        "failed": seen.failed,
+        "server_cores": round((sum(after[0]) - sum(before[0])) / (end - start), 2),
+        "caller_cores": round((after[1] - before[1]) / (end - start), 2),
+    }
     if seen.errors:
         told["errors"] = seen.errors
     return told

@@ -43,7 +43,6 @@ def run(setup: Setup) -> None:
             named = {f"cheap-{front}-{number}": told for number in range(replicas)}
             with servers(setup, {"cheap": bundle}, named) as running:
                 used = list(running.values())
-                before = sum(server.cpu_seconds() for server in used)
                 load = Load(
                     tuple(server.address for server in used),
                     request,
@@ -52,8 +51,7 @@ def run(setup: Setup) -> None:
                     1,
                 )
                 row: dict[str, Any] = {"front": front, "replicas": replicas}
-                row |= measure(load, setup.work / "seen", setup.sizes.load_seconds)
-                row["server_cpu_seconds"] = round(sum(s.cpu_seconds() for s in used) - before, 2)
+                row |= measure(load, setup.work / "seen", setup.sizes.load_seconds, servers=used)
             found.append(row)
             setup.keep("replicas", found)
             say(", ".join(f"{key} {value}" for key, value in row.items()))

@@ -72,7 +72,6 @@ def run(setup: Setup) -> None:
                 say("the time is used up")
                 return
             used = [running[f"{front}-{number}"] for number in range(replicas)]
-            before = sum(server.cpu_seconds() for server in used)
             load = Load(
                 tuple(server.address for server in used),
                 requests[kind, batch],
@@ -85,9 +84,7 @@ def run(setup: Setup) -> None:
                 "in_flight": load.processes * load.in_flight,
             }  # fmt: skip
             try:
-                row |= measure(load, setup.work / "seen", sizes.load_seconds)
-                # The warm-up's are counted too, so this is somewhat too much.
-                row["server_cpu_seconds"] = round(sum(s.cpu_seconds() for s in used) - before, 2)
+                row |= measure(load, setup.work / "seen", sizes.load_seconds, servers=used)
             except Exception as error:
                 row["problem"] = f"{type(error).__name__}: {error}"[:500]
             found.append(row)
@@ -114,7 +111,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
     for row in data.get("service", ()):
         what = (row["front"], row["replicas"], row["input"], row["batch"], row["in_flight"])
         if "problem" in row:
-            rows.append((*what, row["problem"][:80], *[""] * 4))
+            rows.append((*what, row["problem"][:80], *[""] * 5))
             continue
         speed = row["images_per_second"]
         large = row["batch"] == data["request_batch"]
@@ -124,13 +121,14 @@ def tables(data: dict[str, Any]) -> list[Table]:
                 f"{speed:,.0f}",
                 f"{row['p50_ms']:.1f}, {row['p99_ms']:.1f}",
                 row["failed"],
+                f"{row['server_cores']:.1f}, {row['caller_cores']:.1f}",
                 ratio(speed, raw.get("one caller")) if large else "",
                 ratio(speed, max(raw.values(), default=None)) if large else "",
             )
         )
     columns = (
         *("front end", "replicas", "input", "batch", "in flight", "images/s", "p50, p99 in ms"),
-        *("failed", "/ raw, one caller", "/ raw, best"),
+        *("failed", "cores: servers, callers", "/ raw, one caller", "/ raw, best"),
     )
     alone = ", ".join(f"{name} {speed:,.0f}" for name, speed in raw.items())
     return [

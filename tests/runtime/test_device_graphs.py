@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import numpy as np
 import onnxruntime
@@ -114,6 +115,47 @@ def test_sessions_are_freed_while_nobody_records() -> None:
     session.close()
     gc.collect()
     assert freed == [1, 1]
+
+
+def test_threads_that_captures_forbid_nothing_run_meanwhile(monkeypatch) -> None:
+    session, raw = with_graphs()
+    session.run(rows(2))
+    raw.runs.clear()
+    # As on a GPU, for all threads.
+    monkeypatch.setattr(device_graphs, "keep_apart", lambda: True)
+    with capturing():
+        assert (session.run(rows(2))["y"] == -2).all()
+    assert raw.runs == [("2", True)]
+    session.close()
+
+
+def test_where_the_capture_mode_cannot_be_changed_runs_wait_for_captures() -> None:
+    # There is no CUDA where these tests run.
+    assert not device_graphs.keep_apart()
+    with running(True):
+        assert device_graphs._gate._inside == 1
+    with running(False):
+        assert device_graphs._gate._inside == 0
+
+
+def test_a_thread_of_its_own_gives_what_a_call_gives_and_keeps_nothing_of_it() -> None:
+    thread = device_graphs.OwnThread("own")
+
+    class Noted:
+        """Something that can be looked for later."""
+
+    def fail() -> None:
+        kept = Noted()
+        raise KeyError(repr(kept))
+
+    given = [Noted()]
+    seen = weakref.ref(given[0])
+    assert thread.call(lambda: (given.pop(), threading.current_thread().name))[1] == "own"
+    with pytest.raises(KeyError):
+        thread.call(fail)
+    # Without the collector of cycles: a batch is megabytes.
+    assert seen() is None
+    thread.close()
 
 
 def test_whoever_records_waits_for_those_who_run_and_they_for_it() -> None:

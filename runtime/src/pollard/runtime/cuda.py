@@ -280,6 +280,7 @@ class Runtime:
             "cudaFree": [pointer],
             "cudaMemcpy": [pointer, pointer, size, ctypes.c_int],
             "cudaDeviceSynchronize": [],
+            "cudaThreadExchangeStreamCaptureMode": [pointer],
             "cudaIpcGetMemHandle": [pointer, pointer],
             "cudaIpcOpenMemHandle": [pointer, IpcHandle, ctypes.c_uint],
             "cudaIpcCloseMemHandle": [pointer],
@@ -288,6 +289,8 @@ class Runtime:
             function.argtypes, function.restype = arguments, ctypes.c_int
         library.cudaGetErrorString.argtypes = [ctypes.c_int]
         library.cudaGetErrorString.restype = ctypes.c_char_p
+        # The same functions, called without letting go of the GIL.
+        self._holding = ctypes.PyDLL(None, handle=library._handle)
 
     @classmethod
     def get(cls) -> Runtime:
@@ -318,6 +321,17 @@ class Runtime:
             words = self._library.cudaGetErrorString(code).decode()
             raise DeviceFault(f"{name}: CUDA failure {code}: {words}", code=code)
 
+    def use(self, device_id: int) -> None:
+        """Make a GPU that is in use already this thread's.
+
+        Keeps the GIL: that takes a microsecond, and to get the GIL back can take a hundred.
+
+        Raises:
+            DeviceFault: it failed; the message is CUDA's.
+        """
+        if self._holding.cudaSetDevice(device_id):
+            self.call("cudaSetDevice", device_id)
+
 
 class IpcHandle(ctypes.Structure):
     """`cudaIpcMemHandle_t`: names memory of a GPU in another process."""
@@ -327,6 +341,9 @@ class IpcHandle(ctypes.Structure):
 
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 """Of cudaMemcpy."""
+
+CAPTURE_MODE_THREAD_LOCAL = 1
+"""cudaStreamCaptureModeThreadLocal."""
 
 
 def _look_at_driver() -> tuple[int, str, tuple[Device, ...]]:

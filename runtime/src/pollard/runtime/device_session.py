@@ -20,7 +20,7 @@ from pollard.runtime.device_errors import DeviceState, explain
 from pollard.runtime.device_graphs import OwnThread, capturing, running
 from pollard.runtime.errors import DeviceFault, DeviceLost, DeviceMemoryShort
 from pollard.runtime.sessions import Array, Session, TensorInfo
-from pollard.runtime.staging import Bytes, Staging
+from pollard.runtime.staging import Bytes, Staging, lay, taken
 from pollard.runtime.tensors import NUMPY
 
 _MOST_STAGED_BYTES = 512 << 20
@@ -93,19 +93,20 @@ class Instance:
         if buffers is None:
             with running(self.gated):
                 buffers = self._buckets[bucket] = self._bind(bucket, layout)
-        start = 0
-        for part in parts:
-            end = start + len(next(iter(part.values())))
-            for name, view in buffers.inputs.items():
-                view[start:end] = part[name]
-            start = end
+        for place in buffers.inputs:
+            end = 0
+            for part in parts:
+                end = lay(place.bytes, end, part[place.name])
         self._run_on_device(buffers, rows)
-        return {name: view[:rows].copy() for name, view in buffers.outputs.items()}
+        return {
+            place.name: taken(place.bytes, place.kind, (rows, *place.row_shape))
+            for place in buffers.outputs
+        }
 
     def _run_on_device(self, buffers: _Bucket, rows: int) -> None:
         with running(self.gated):
-            for name, view in buffers.inputs.items():
-                self._staging.upload(buffers.on_device[name].data_ptr(), _bytes(view[:rows]))
+            for place in buffers.inputs:
+                self._staging.upload(place.address, place.memory[: rows * place.row_bytes])
         if self.graphs and not buffers.captured:
             self._capture(buffers)
         with running(self.gated):
@@ -113,8 +114,8 @@ class Instance:
         # Copied here, and not by binding outputs to the host: onnxruntime then returns before its
         # copy into pinned memory is made.
         with running(self.gated):
-            for name, view in buffers.outputs.items():
-                self._staging.download(_bytes(view[:rows]), buffers.on_device[name].data_ptr())
+            for place in buffers.outputs:
+                self._staging.download(place.memory[: rows * place.row_bytes], place.address)
 
     def _capture(self, buffers: _Bucket) -> None:
         """Record the graph of one size; go on without one if that is not possible."""
@@ -138,7 +139,7 @@ class Instance:
         buffers = _Bucket(self.raw.io_binding())
         if self.graphs:
             buffers.options = _options(str(bucket))
-        for infos, views, bind in (
+        for infos, places, bind in (
             (layout.inputs, buffers.inputs, buffers.binding.bind_ortvalue_input),
             (layout.outputs, buffers.outputs, buffers.binding.bind_ortvalue_output),
         ):
@@ -148,11 +149,9 @@ class Instance:
                     # All sizes of a batch share the memory of the largest.
                     size = math.prod(info.shape[1:]) * kind.itemsize * layout.largest
                     self._memory[info.name] = self._staging.allocate(size)
-                memory = self._memory[info.name][: math.prod(shape) * kind.itemsize]
-                views[info.name] = memory.view(kind).reshape(shape)
-                place = _on_device(shape, kind, self._device, self.state.index)
-                buffers.on_device[info.name] = place
-                bind(info.name, place)
+                value = _on_device(shape, kind, self._device, self.state.index)
+                places.append(_Place(info, kind, self._memory[info.name], value))
+                bind(info.name, value)
         return buffers
 
 
@@ -162,11 +161,27 @@ class _Bucket:
     def __init__(self, binding: Any) -> None:
         self.binding = binding
         self.options: Any = None
-        self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, Array] = {}
-        self.on_device: dict[str, Any] = {}
-        """Values on the device by name."""
+        self.inputs: list[_Place] = []
+        self.outputs: list[_Place] = []
         self.captured = False
+
+
+class _Place:
+    """Where one tensor of a batch lies, in staging memory and on the device."""
+
+    def __init__(
+        self, info: TensorInfo, kind: np.dtype[np.generic], memory: Bytes, value: Any
+    ) -> None:
+        self.name = info.name
+        self.kind = kind
+        self.row_shape = info.shape[1:]
+        self.row_bytes = math.prod(self.row_shape) * kind.itemsize
+        self.memory = memory
+        self.bytes: memoryview = memory.data
+        """The same, for copies."""
+        self.value = value
+        """Keeps the memory on the device."""
+        self.address: int = value.data_ptr()
 
 
 class Layout:
@@ -373,10 +388,6 @@ def _fixed(info: TensorInfo, largest: int) -> bool:
         return False
     size = math.prod(info.shape[1:]) * NUMPY[info.datatype].itemsize * largest
     return 0 < size <= _MOST_STAGED_BYTES
-
-
-def _bytes(view: Array) -> Bytes:
-    return view.reshape(-1).view(np.uint8)
 
 
 def _options(graph: str) -> Any:

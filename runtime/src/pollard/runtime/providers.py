@@ -10,6 +10,7 @@ from typing import Any
 from pollard.runtime import cuda
 from pollard.runtime.cuda import CudaOptions
 from pollard.runtime.device_errors import explain, state_of
+from pollard.runtime.device_graphs import keep_apart
 from pollard.runtime.device_session import DeviceSession, Instance
 from pollard.runtime.errors import DeviceFault, ProviderMissing
 from pollard.runtime.machine import PROVIDERS
@@ -49,6 +50,8 @@ def open_on_device(
         cuda.require(device_id, provider)
         state_of(device_id).check()
     gated = options.graphs
+    if gated:
+        keep_apart()
     if provider == _TENSORRT:
         options = replace(options, graphs=False)
     instances: list[Instance] = []

@@ -15,6 +15,8 @@ from pollard.runtime.errors import DeviceFault, ModelLoadFailed
 Bytes = NDArray[np.uint8]
 
 _ALIGNMENT = 64
+_MOST_HELD_BYTES = 256 << 10
+"""Of what is copied with the GIL held."""
 _PORTABLE = 1
 """cudaHostAllocPortable: pinned for all GPUs."""
 
@@ -89,8 +91,46 @@ class PinnedStaging:
         self._copy(data.ctypes.data, address, data.nbytes, cuda.DEVICE_TO_HOST)
 
     def _copy(self, target: int, source: int, size: int, kind: int) -> None:
-        self._runtime.call("cudaSetDevice", self._device_id)
+        self._runtime.use(self._device_id)
         self._runtime.call("cudaMemcpy", target, source, size, kind)
+
+
+def lay(memory: memoryview, start: int, array: NDArray[np.generic]) -> int:
+    """Copy an array's bytes to a place in staging memory and return where they end.
+
+    What is copied in some ten microseconds is copied with the GIL held: NumPy lets go of it, and
+    where other threads want it, to get it back takes longer than the copy itself.
+
+    Args:
+        memory: Bytes.
+        start: The first one to write.
+        array: Of any layout.
+    """
+    end = start + array.nbytes
+    if array.nbytes <= _MOST_HELD_BYTES and array.flags.c_contiguous:
+        memory[start:end] = array.reshape(-1).view(np.uint8).data
+    else:
+        target = np.frombuffer(memory[start:end], array.dtype).reshape(array.shape)
+        target[...] = array
+    return end
+
+
+def taken(
+    memory: memoryview, kind: np.dtype[np.generic], shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """Return a copy of what lies at the beginning of staging memory; see `lay` for how.
+
+    Args:
+        memory: Bytes.
+        kind: Of the array.
+        shape: Of the array.
+    """
+    array = np.empty(shape, kind)
+    if array.nbytes <= _MOST_HELD_BYTES:
+        array.reshape(-1).view(np.uint8).data[:] = memory[: array.nbytes]
+    else:
+        array[...] = np.frombuffer(memory[: array.nbytes], kind).reshape(shape)
+    return array
 
 
 def _free(runtime: cuda.Runtime, address: int) -> None:
