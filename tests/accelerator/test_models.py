@@ -71,7 +71,9 @@ def test_code_that_makes_tensors_of_the_processor_is_told_or_stays_there(
     assert told.lines[0].startswith("PyTorch computes on the processor: the model does not run on")
 
 
-def test_networks_of_files_answer_from_the_processor(device: str, tmp_path: Path) -> None:
+def test_networks_of_files_answer_from_the_processor(
+    device: str, tolerance: float, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     spec = find("resnet20-cifar").spec
     net = find("resnet20-cifar").build(4).eval()
@@ -82,7 +84,8 @@ def test_networks_of_files_answer_from_the_processor(device: str, tmp_path: Path
     wanted = torch_predictor(module, spec)(images)
     with accelerator.on(accelerator.find(device)):
         got = torch_predictor(module, spec)(images)
-    assert (wanted == got).all()
+    # The pixels are scaled on the device, which need not round as the processor does.
+    assert abs(wanted - got).max() <= 1e-3 * tolerance * abs(wanted).max()
 
 
 def test_modules_come_back_whatever_happens(device: str) -> None:
