@@ -72,6 +72,10 @@ def decode(kind: type[T], content: Mapping[str, Any], **given: Any) -> T:
 
 def _value(hint: Any, item: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    # NumPy's NDArray is such an alias from 2.5 on; before, it was what it stands for.
+    alias = getattr(origin, "__value__", None)
+    if alias is not None:
+        return _value(alias[arguments], item)
     if origin in (typing.Union, types.UnionType):
         if item is None:
             return None
