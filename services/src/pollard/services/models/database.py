@@ -7,9 +7,7 @@ reader sees one moment. What was acknowledged is on disk.
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import sqlite3
 import time
 from abc import ABC, abstractmethod
@@ -33,6 +31,7 @@ from pollard.services.common.errors import (
     StartupError,
     Unavailable,
 )
+from pollard.services.models.sqlite_files import UNOPENED, why_unopened
 
 _log = structlog.get_logger("pollard.store")
 
@@ -43,9 +42,6 @@ _WRITER_LOCK = 0x706F6C6C617264
 """Key of the advisory lock that writers on PostgreSQL take in turn: "pollard"."""
 
 _MIGRATION_LOCK = _WRITER_LOCK + 1
-
-_UNOPENED = "unable to open database file"
-"""What SQLite says of whatever keeps it from opening a file."""
 
 
 class Database(ABC):
@@ -230,7 +226,7 @@ class SqliteDatabase(Database):
         def look(*_: Any) -> None:
             # SQLite would make an empty one in its place.
             if self._opened is not None and self._file_there() != self._opened:
-                raise sqlite3.OperationalError(_UNOPENED)
+                raise sqlite3.OperationalError(UNOPENED)
 
         @event.listens_for(engine, "connect")
         def configure(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -282,7 +278,7 @@ class SqliteDatabase(Database):
 
     def _cannot_open(self, error: DBAPIError) -> StartupError:
         text = str(error.orig)
-        if _UNOPENED in text:
+        if UNOPENED in text:
             return StartupError(f"{self.name} cannot be opened: {why_unopened(self.path) or text}")
         if "readonly" in text or "read-only" in text:
             what = "give this user the right to write it, or mount the disk for writing"
@@ -329,7 +325,7 @@ class SqliteDatabase(Database):
                 registry=str(self.path),
             )
         if isinstance(error, OperationalError):
-            if _UNOPENED in text:
+            if UNOPENED in text:
                 return self._unavailable()
             if "readonly" in text or "read-only" in text:
                 return FailedPrecondition(
@@ -350,50 +346,13 @@ class SqliteDatabase(Database):
         why = why_unopened(self.path)
         if not why:
             moved = self._file_there() != self._opened
-            why = "another file has taken its place" if moved else _UNOPENED
+            why = "another file has taken its place" if moved else UNOPENED
         return Unavailable(
             f"{self.name} cannot be opened: {why}; nothing was changed. Servers go on with what "
             "they run",
             reason="DATABASE_UNAVAILABLE",
             registry=str(self.path),
         )
-
-
-def why_unopened(path: Path) -> str:
-    """Say why SQLite cannot open a file, which it does not, and what to do; empty if it can be."""
-    # Looked at and not opened: to close it would take away the locks of the connections there are.
-    folder = path.parent
-    user = f"this user ({os.geteuid()})"
-    if not folder.is_dir():
-        return f"there is no folder {folder}; mount its disk, or restore it from a backup"
-    if path.is_dir():
-        return f"{path} is a folder; move it away"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return (
-            f"{user} may not write the folder {folder}, where SQLite keeps its log; give them the "
-            "right to, or mount the disk for writing"
-        )
-    if not path.exists():
-        return f"there is no file {path.name} in {folder}; restore it from a backup"
-    if not os.access(path, os.R_OK | os.W_OK):
-        return f"{user} may not read and write {path}; give them the right to"
-    opened: list[int] = []
-    try:
-        # As many as SQLite needs: the file, its log, and the index of that.
-        for _ in range(3):
-            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            return ""
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return (
-            f"this process may have {most} files open at a time, and has; allow it more "
-            "(LimitNOFILE, ulimit -n)"
-        )
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return ""
 
 
 class PostgresDatabase(Database):
