@@ -31,7 +31,7 @@ from pollard.services.common.auth.wire import table_of
 from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
-from pollard.services.common.lifecycle import cancel
+from pollard.services.common.lifecycle import cancel, raise_if_cancelled
 from pollard.services.common.retries import Pauses, may_pass, promise, promised
 from pollard.services.common.status import to_proto
 from pollard.services.common.tls import open_channel
@@ -250,6 +250,7 @@ class FleetAgent:
                 )
             except Exception as error:
                 _log.error("the stream to the manager failed", exc_info=error)
+            raise_if_cancelled()
             if self._heard and time.monotonic() - opened > 1.0:
                 # It was there a moment ago: it has just died, or is being started anew. Streams
                 # that end at once have another reason, such as a second server of the same id.

@@ -345,6 +345,20 @@ async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
     await asyncio.gather(*alive, return_exceptions=True)
 
 
+def raise_if_cancelled() -> None:
+    """End a task that goes on though it has been cancelled.
+
+    gRPC may raise how a call ended in the place of a cancellation that comes at that moment; who
+    goes on after errors for ever would never end.
+
+    Raises:
+        asyncio.CancelledError: it has been cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def together(*works: Coroutine[Any, Any, Any]) -> None:
     """Run coroutines at the same time; the first that fails ends the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
