@@ -22,7 +22,9 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import StartupError, Unavailable
+from pollard.services.models.main import build_server
 from pollard.services.models.schema import Meta
+from pollard.services.models.settings import ModelsSettings
 from pollard.services.models.store import DATABASE, Store
 
 CODE = grpc.StatusCode
@@ -45,6 +47,39 @@ def test_a_damaged_registry_is_found_and_left_as_it_is(tmp_path: Path, stock: Pa
     path.write_bytes(b"this is no database, but quite long" * 1000)
     with pytest.raises(StartupError, match="backup"):
         Store(tmp_path / "store").open()
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_bundles_whose_registry_is_lost_are_kept(tmp_path: Path, stock: Path, what: str) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(stock, store)
+    registry = store / DATABASE
+    if what == "missing":
+        registry.unlink()
+    else:
+        os.truncate(registry, 0)
+    before = sorted(store.rglob("*"))
+    # An empty registry refers to none of them: they would be deleted at once.
+    with pytest.raises(StartupError, match=rf"holds bundles, .*{DATABASE} is {what}.*restore"):
+        Store(store).open()
+    assert sorted(store.rglob("*")) == before
+
+
+async def test_bundles_are_kept_from_a_registry_that_does_not_know_them(
+    tmp_path: Path, stock: Path, empty_registry: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(stock, store)
+    known = store / DATABASE
+    kept, lost = known.read_bytes(), sorted((store / "blobs" / "sha256").rglob("*"))
+    shutil.copy(empty_registry, known)
+    with pytest.raises(StartupError, match=r"belong to another registry than .*restore a backup"):
+        await build_server(ModelsSettings(store=store, port=0, http_port="off")).start()
+    assert sorted((store / "blobs" / "sha256").rglob("*")) == lost
+    known.write_bytes(kept)
+    service = build_server(ModelsSettings(store=store, port=0, http_port="off"))
+    await service.start()
+    await service.stop(0)
 
 
 def test_a_registry_of_a_newer_version_is_refused(tmp_path: Path, stock: Path) -> None:

@@ -59,8 +59,12 @@ class LocalBlobs(Blobs):
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(new, self.directory / OWNER)
+        except OSError as error:
+            if error.errno not in _NOT_LINKABLE:
+                raise
+            new.rename(self.directory / OWNER)
         finally:
-            new.unlink()
+            new.unlink(missing_ok=True)
         sync_directory(self.directory)
 
     def adopt(self, file: Path, sha256: str) -> None:

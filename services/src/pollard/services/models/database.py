@@ -285,7 +285,10 @@ class SqliteDatabase(Database):
         elif "full" in text:
             what = "free some space on its disk"
         else:
-            what = "restore it from a backup, or move it away to begin with an empty one"
+            what = (
+                f"move {self.path.parent} away and restore a backup (pollard store restore), or "
+                "begin with a new --store"
+            )
         return StartupError(f"{self.name} cannot be opened: {error.orig}; {what}")
 
     def _begin_migration(self, connection: Connection) -> None:

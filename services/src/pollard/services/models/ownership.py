@@ -1,4 +1,4 @@
-"""Whose blobs these are: two installations on one bucket would collect each other's."""
+"""Whose blobs these are: a registry that does not know them would have them deleted."""
 
 from __future__ import annotations
 
@@ -31,20 +31,26 @@ def renew(session: Session) -> None:
 
 
 def claim(store: Store, blobs: Blobs) -> None:
-    """Mark blobs that others could reach too as those of this installation.
+    """Mark the blobs as those of this installation.
 
     Raises:
         StartupError: they are another installation's.
         ServiceError: they cannot be read or written.
     """
-    if not blobs.shared:
-        return
     own = store.write_now(installation_id)
     if not blobs.owner():
         blobs.set_owner(own)
-    if blobs.owner() != own:
+    if blobs.owner() == own:
+        return
+    if blobs.shared:
         raise StartupError(
             f"the blobs in {blobs.name} belong to another installation of Pollard, and would be "
             "deleted there or here as what nobody refers to; choose another prefix in --blobs. If "
             f"that installation is gone for good, delete {OWNER!r} there"
         )
+    raise StartupError(
+        f"the bundles in {blobs.name} belong to another registry than {store.database.name}, which "
+        "does not know them; they would be deleted. Name the --store and the "
+        "--database-url that belong together, or restore a backup (pollard store restore). To "
+        "begin with an empty registry, choose another --store"
+    )

@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from pollard.services.common.errors import StartupError, Unavailable
+from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.database import READERS, make_database, outcome_unknown
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ class Store:
             for path in (self.directory, self.blobs, self.uploads):
                 path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            self._refuse_lost_registry()
             self.manager_id = self._own_id()
         except OSError as error:
             self.close()
@@ -103,6 +105,20 @@ class Store:
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
+
+    def _refuse_lost_registry(self) -> None:
+        """Refuse to begin with an empty registry in SQLite where there are bundles of another."""
+        registry = self.directory / DATABASE
+        there = registry.exists()
+        if self.database.shared or (there and registry.stat().st_size > 0):
+            return
+        if next(iter(LocalBlobs(self.blobs)), None) is not None:
+            raise StartupError(
+                f"the store {self.directory} holds bundles, and its registry {DATABASE} is "
+                f"{'empty' if there else 'missing'}: an empty one would have them all deleted. "
+                "Nothing was changed. Move the store away and restore a backup (pollard store "
+                "restore), or, to begin with nothing, start with a new --store"
+            )
 
     def _own_id(self) -> str:
         path = self.directory / "manager-id"
