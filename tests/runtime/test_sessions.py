@@ -4,6 +4,7 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -108,6 +109,41 @@ def test_a_golden_file_with_pickled_objects_is_refused(make_bundle):
     bundle = make_bundle(files={"cpu-fp32/golden.npz": hostile})
     with pytest.raises(BundleCorrupt):
         bundle.golden("cpu-fp32")
+
+
+class Arrivals:
+    """onnxruntime's session, which keeps what it was given."""
+
+    def __init__(self, raw: onnxruntime.InferenceSession) -> None:
+        self._raw = raw
+        self.arrays: list[np.ndarray] = []
+
+    def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.arrays.extend(feeds.values())
+        return self._raw.run(names, feeds)
+
+
+@pytest.mark.parametrize("skipped", range(9))
+def test_elements_may_lie_anywhere_and_are_copied_only_where_they_must(skipped: int) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])],
+        "negative",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 1000])],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 1000])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = open_session(model.SerializeToString())
+    session.raw = arrivals = Arrivals(session.raw)
+    values = np.arange(2000, dtype=np.float64).reshape(2, 1000)
+    memory = np.zeros(values.nbytes + 16, np.uint8)
+    skipped -= memory.ctypes.data % 8
+    room = memory[skipped % 8 :][: values.nbytes]
+    room[:] = values.reshape(-1).view(np.uint8)
+    given = np.ndarray(values.shape, np.float64, room.data)
+    np.testing.assert_array_equal(session.run({"x": given})["y"], -values)
+    (arrived,) = arrivals.arrays
+    assert arrived.flags.aligned
+    assert np.shares_memory(arrived, memory) == given.flags.aligned
 
 
 def test_bf16_is_carried_as_its_bits() -> None:

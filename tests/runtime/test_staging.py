@@ -36,6 +36,17 @@ def test_arrays_that_do_not_lie_in_one_piece_are_laid_by_their_elements(count: i
     np.testing.assert_array_equal(taken(memory.data, array.dtype, array.shape), array)
 
 
+@pytest.mark.parametrize("count", [SMALL, LARGE])
+@pytest.mark.parametrize("skipped", range(1, 4))
+def test_elements_are_laid_from_wherever_they_lie(count: int, skipped: int) -> None:
+    values = np.arange(count, dtype=np.float32)
+    message = bytes(skipped) + values.tobytes()
+    array = np.ndarray(values.shape, np.float32, memoryview(message)[skipped:])
+    memory = PageableStaging().allocate(array.nbytes)
+    lay(memory.data, 0, array)
+    np.testing.assert_array_equal(taken(memory.data, values.dtype, values.shape), values)
+
+
 def test_what_is_read_only_can_be_laid_and_what_comes_out_can_be_written() -> None:
     array = np.frombuffer(b"abc", np.uint8)
     memory = PageableStaging().allocate(3)

@@ -19,7 +19,7 @@ import numpy as np
 from pollard.runtime.device_errors import DeviceState, explain
 from pollard.runtime.device_graphs import OwnThread, capturing, running
 from pollard.runtime.errors import DeviceFault, DeviceLost, DeviceMemoryShort
-from pollard.runtime.sessions import Array, Session, TensorInfo
+from pollard.runtime.sessions import Array, Session, TensorInfo, aligned
 from pollard.runtime.staging import Bytes, Staging, lay, taken
 from pollard.runtime.tensors import NUMPY
 
@@ -82,7 +82,7 @@ class Instance:
         """Run with arrays of any shape."""
         options = _options(_NO_GRAPH) if self.graphs else None
         with running(self.gated):
-            values = self.raw.run(list(names), dict(feeds), options)
+            values = self.raw.run(list(names), aligned(feeds), options)
         return dict(zip(names, values, strict=True))
 
     def run_staged(

@@ -87,13 +87,14 @@ class Session:
         """Run one batch and return the outputs by name; releases the GIL.
 
         Args:
-            feeds: Arrays by input name, of the declared types; BF16 as its bits in uint16.
+            feeds: Arrays by input name, of the declared types; BF16 as its bits in uint16. Their
+                elements need not be aligned.
             outputs: Names of the outputs wanted; all when None.
         """
         names = self._output_names if outputs is None else list(outputs)
         if self._by_value:
             return self._run_by_value(feeds, names)
-        values = self.raw.run(names, dict(feeds))
+        values = self.raw.run(names, aligned(feeds))
         return dict(zip(names, values, strict=True))
 
     def run_parts(
@@ -116,7 +117,7 @@ class Session:
 
         wrap = onnxruntime.OrtValue
         # The values do not own the arrays' memory, so those are kept until the run is over.
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in aligned(feeds).items()}
         values = {
             name: (
                 wrap.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BF16)
@@ -130,6 +131,14 @@ class Session:
             name: _bits(value) if self._types[name] == "BF16" else value.numpy()
             for name, value in zip(names, results, strict=True)
         }
+
+
+def aligned(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Return arrays whose elements lie where onnxruntime may read them, as copies where need be.
+
+    onnxruntime takes any address, and its kernels read from it as if it were aligned.
+    """
+    return {name: array if array.flags.aligned else array.copy() for name, array in feeds.items()}
 
 
 def _bits(value: Any) -> Array:

@@ -210,12 +210,7 @@ def _usual_input(
         return None
     if tensor.parameters or tensor.HasField("contents"):
         return None
-    return {spec.name: np.ndarray(shape, kind, _aligned(data, kind.itemsize))}
-
-
-def _aligned(data: RawTensor, itemsize: int) -> RawTensor:
-    """Return bytes that begin where elements of that size may; parts of a message lie anywhere."""
-    return bytes(data) if itemsize > 1 and isinstance(data, memoryview) else data
+    return {spec.name: np.ndarray(shape, kind, data)}
 
 
 def _read(
@@ -266,6 +261,8 @@ def from_raw(
 ) -> Array:
     """View the raw bytes of a tensor as an array.
 
+    Parts of a message lie anywhere, so its elements need not be aligned; sessions take it so.
+
     Raises:
         RequestInvalid: the number of bytes is not that of the shape, or BYTES are malformed.
     """
@@ -277,7 +274,7 @@ def from_raw(
     if datatype == "BOOL":
         # Any other byte than 0 and 1 is undefined as a boolean.
         return np.not_equal(np.frombuffer(data, np.uint8).reshape(shape), 0)
-    return np.frombuffer(_aligned(data, kind.itemsize), kind).reshape(shape)
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 def _check_size(size: int, datatype: str, shape: tuple[int, ...], name: str, model: str) -> None:
