@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,17 +47,46 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str], plugins: Any) -> N
     assert "models" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("group", "summary"),
+    [
+        ([], "Show what the services do now: requests, latencies, queues, swaps and rollouts."),
+        (["keys"], "Sign a bundle: write its file `signature`, in place of an older one."),
+        (["serve"], "Start the preprocess and vision service: images in, answers out."),
+        (
+            ["store"],
+            "Write the registry as it is at one moment, and every bundle, into a directory.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_summaries_of_commands_are_not_cut(
-    capsys: pytest.CaptureFixture[str], plugins: Any, monkeypatch: pytest.MonkeyPatch
+    group: list[str],
+    summary: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    assert _main.run(["--help"]) == 0
+    assert _main.run([*group, "--help"]) == 0
     told = capsys.readouterr().out
     assert "..." not in told.partition("Commands:")[2]
     assert max(map(len, told.splitlines())) <= 60
-    assert "Show what the services do now: requests, latencies, queues, swaps and rollouts." in (
-        " ".join(told.split())
-    )
+    assert summary in " ".join(told.split())
+
+
+def test_every_command_is_listed_where_its_distribution_is_missing(
+    capsys: pytest.CaptureFixture[str], plugins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _main.run(["--help"]) == 0
+    alone = capsys.readouterr().out.partition("Commands:")[2]
+    monkeypatch.undo()
+    assert _main.run(["--help"]) == 0
+    together = capsys.readouterr().out.partition("Commands:")[2]
+    names = re.compile(r"^  (\w+)", re.M)
+    assert set(names.findall(alone)) == set(names.findall(together))
+    assert re.search(r"^  profile .*\(needs pollard-compression\)", alone, re.M)
+    assert re.search(r"^  up .*\(needs pollard-services\)", alone, re.M)
 
 
 @pytest.mark.parametrize(

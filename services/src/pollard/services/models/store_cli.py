@@ -51,7 +51,10 @@ def store() -> None:
 @app.command()
 def backup(
     directory: Annotated[
-        Path, typer.Argument(help="Directory for the backup: new, or that of an earlier one.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Directory for the backup: new, or that of an earlier one."
+        ),
     ],
     store: _Store = None,
     database_url: _DatabaseUrl = None,
@@ -88,7 +91,7 @@ def backup(
 
 @app.command()
 def restore(
-    directory: Annotated[Path, typer.Argument(help="Directory of the backup.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the backup.")],
     store: _Store = None,
     database_url: _DatabaseUrl = None,
     blobs: _Blobs = None,

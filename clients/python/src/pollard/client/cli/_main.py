@@ -31,6 +31,7 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, str]] = {
     "eval": ("pollard-compression[cpu]", "Measure a model's accuracy."),
     "zoo": ("pollard-compression[cpu]", "List the networks that are built in."),
     "compress": ("pollard-compression[cpu]", "Prune and quantize a model into a bundle."),
+    "profile": ("pollard-compression[cpu]", "Measure where a model's time goes."),
     "bundle": ("pollard-compression[cpu]", "Make a bundle of a model as it is."),
     "demo": ("pollard-compression[cpu]", "Train, compress, serve and swap under load."),
 }
@@ -88,6 +89,8 @@ def build_app(command: str = "") -> typer.Typer:
         except ImportError as error:
             broken[entry.dist.name if entry.dist else entry.name] = str(error)
     _add_missing(app, broken)
+    for group in app.registered_groups:
+        group.cls = _Commands
     return app
 
 
@@ -236,7 +239,8 @@ def _add_stand_in(
 
     @app.command(
         name,
-        help=f"{help_text} (needs {plain_name})",
+        # One sentence: of several, lists of commands show the first.
+        help=f"{help_text.removesuffix('.')} (needs {plain_name}).",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         add_help_option=False,
     )
