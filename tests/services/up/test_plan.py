@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,20 @@ def test_free_ports_differ_and_can_be_had(tmp_path: Path) -> None:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
             server.listen()
+
+
+def test_a_process_that_ends_lets_its_ports_go(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from pollard.services.up.plan import UpOptions, make_plan; "
+        f"make_plan(UpOptions(data_dir=Path({str(tmp_path)!r}), port_base=0))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stderr == ""
 
 
 def test_two_that_look_for_ports_at_the_same_time_find_others(

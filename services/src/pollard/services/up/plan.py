@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import random
@@ -38,6 +39,12 @@ _FREE_PORTS = range(20000, 32000)
 
 _held: dict[int, socket.socket] = {}
 """Free ports that this process has chosen, kept from others who look for one until it ends."""
+
+
+@atexit.register
+def _let_go() -> None:
+    for holder in _held.values():
+        holder.close()
 
 
 @dataclass(frozen=True)
