@@ -254,6 +254,10 @@ def test_the_commands_make_list_and_revoke(
     assert entry["limits"]["message_bytes"] == 4_000_000
 
     assert "gate-7, predictor, by token" in run("whoami", token=secret).stdout
+    refused = run("create", "Gate 7", "--role", "viewer")
+    assert refused.returncode == 2
+    assert "name 'Gate 7' is not valid" in refused.stderr
+    assert "model" not in refused.stderr
     refused = run("list", token=secret)
     assert refused.returncode == 1
     assert "needs admin (ROLE_MISSING)" in refused.stderr
@@ -320,3 +324,4 @@ def test_a_viewers_token_is_enough_to_see_what_is_going_on(
     refused = pollard("top", "--once", env=env | {"POLLARD_TOKEN": ""})
     assert refused.returncode == 1
     assert "not known who calls" in refused.stderr
+    assert "taken from POLLARD_TOKEN" in refused.stderr

@@ -102,6 +102,10 @@ class RetryPolicy:
         return cls(max_attempts=1)
 
 
+class ConnectionInvalid(ValueError):
+    """What a client was given to connect with does not fit together."""
+
+
 @dataclass(frozen=True)
 class Tls:
     """An encrypted connection, and what the two sides show each other."""
@@ -116,7 +120,9 @@ class Tls:
 
     def __post_init__(self) -> None:
         if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("certificate_file and key_file are given together or not at all")
+            raise ConnectionInvalid(
+                "certificate_file and key_file are given together or not at all"
+            )
 
 
 def is_local(address: str) -> bool:
@@ -145,16 +151,16 @@ def channel_credentials(
     Without TLS a token is not among them: `plain_token` says what is sent then.
 
     Raises:
-        ValueError: There is a token without TLS, which would show it to the network.
+        ConnectionInvalid: There is a token without TLS, which would show it to the network.
         OSError: A file cannot be read.
     """
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError("token must be printable ASCII, without spaces, and not empty")
+        raise ConnectionInvalid("token must be printable ASCII, without spaces, and not empty")
     if tls is None:
         if token is not None and not is_local(address):
-            raise ValueError(
-                f"a token is sent to {address} over TLS only; give tls=Tls(…) too (without it, "
-                "tokens go to this machine alone)"
+            raise ConnectionInvalid(
+                f"a token is sent to {address} over TLS only; give tls=Tls(…) too, or, to a "
+                "command, POLLARD_TLS_CA (without it, tokens go to this machine alone)"
             )
         return None
     made = grpc.ssl_channel_credentials(

@@ -11,12 +11,22 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 def checked_model(model: str) -> str:
     """Return a model name; "models/NAME" is taken too. Raise ValueError when it is none."""
     name = model.removeprefix("models/")
+    _check("model name", model, name)
+    return name
+
+
+def checked_token_name(name: str) -> str:
+    """Return the name of who will have a token, or raise ValueError when it is none."""
+    _check("name", name, name)
+    return name
+
+
+def _check(what: str, given: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"model name {model!r} is not valid: use 1 to 63 characters out of a-z, 0-9, '-', '_' "
-            "and '.', beginning with a letter or digit"
+            f"{what} {given!r} is not valid: use 1 to 63 characters out of a-z, 0-9, '-', '_' and "
+            "'.', beginning with a letter or digit"
         )
-    return name
 
 
 def checked_alias(alias: str) -> str:

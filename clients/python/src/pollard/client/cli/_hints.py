@@ -8,10 +8,48 @@ from collections.abc import Sequence
 import grpc
 
 from pollard.client import ModelsClient, PollardError, RequestFailed, RetryPolicy
-from pollard.client.environment import connection
+from pollard.client.environment import CA, CERTIFICATE, KEY, TOKEN, connection
 
 _PATIENCE_SECONDS = 3.0
 _NAMED = 5
+
+
+_OF_CONNECTIONS = (
+    (
+        "Failed to create security handshaker",
+        f"A file that {CA}, {CERTIFICATE} or {KEY} names is no PEM file, or certificate and key do "
+        "not belong together.",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "Its certificate is for another name; --server can call it by a name that is in it.",
+    ),
+    (
+        "certificate has expired",
+        "Its certificate has ended, and has to be renewed there.",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        f"Its certificate is signed by none of the authorities in {CA}.",
+    ),
+    (
+        "WRONG_VERSION_NUMBER",
+        f"It speaks no TLS, which {CA} asks for.",
+    ),
+    (
+        "Socket closed",
+        f"It ended the connection. If it speaks TLS, name its authority in {CA}; if it asks for a "
+        f"certificate, name one that it trusts in {CERTIFICATE}, and its key in {KEY}.",
+    ),
+)
+
+
+def of_connection(error: RequestFailed) -> str:
+    """Return what would help where no connection was made."""
+    for words, help_text in _OF_CONNECTIONS:
+        if words in error.message:
+            return help_text
+    return "Is it running? `pollard up` starts all services; --server names another address."
 
 
 def hint(error: RequestFailed) -> str:
@@ -27,6 +65,8 @@ def hint(error: RequestFailed) -> str:
             "`pollard up` prints which address is which; by default models is on port 8021, "
             "preprocess on 8011 and inference on 8001."
         )
+    if error.reason == "TOKEN_MISSING":
+        return f"\nOf commands it is taken from {TOKEN}, or from {CERTIFICATE} and {KEY}."
     if not error.method.startswith("/pollard.models.v1."):
         return ""
     model = error.metadata.get("model", "")

@@ -157,23 +157,26 @@ def _report(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     if isinstance(error, RequestFailed):
+        from pollard.client.cli._hints import hint, of_connection
+
         name = error.code.name
         reason = f" ({error.reason})" if error.reason else ""
         if name == "UNAVAILABLE" and not error.reason:
             return (
                 f"the server at {error.address} cannot be reached: {error.message}\n"
-                "Is it running? `pollard up` starts all services; --server names another address."
+                f"{of_connection(error)}"
             )
         if name == "DEADLINE_EXCEEDED":
             return f"no answer from {error.address} in time; --timeout allows more"
-        from pollard.client.cli._hints import hint
-
         asked = ""
         if error.request_id and name in _FOR_OPERATORS:
             asked = f"\nThe server's log tells more, under request id {error.request_id}."
         return f"{error.message}{reason}{hint(error)}{asked}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        from pollard.client.environment import variable_of
+
+        variable = variable_of(str(error.filename))
+        return f"{variable and f'{variable}='}{error.filename}: {error.strerror}"
     package = _missing_package(error)
     if package:
         return (

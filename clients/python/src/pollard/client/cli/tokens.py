@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pollard.client import ModelsClient, Token, TokenLimits
-from pollard.client._names import checked_model
+from pollard.client._names import checked_token_name
 from pollard.client._tokens import checked_role
 from pollard.client.cli._common import (
     MODELS_SERVER,
@@ -73,7 +73,7 @@ def create(
         typer.Argument(
             metavar="NAME",
             help="Who will have it: a name out of a-z, 0-9, '-', '_' and '.'.",
-            callback=checked_by(checked_model),
+            callback=checked_by(checked_token_name),
         ),
     ],
     role: Annotated[
