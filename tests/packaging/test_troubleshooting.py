@@ -182,6 +182,9 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         "Domain name not found": ask("no-such-host.invalid:1"),
         "Deadline Exceeded": ask(plain, "/t.T/Wait", timeout=0.2),
         "Socket closed": ask(serve("good")[1]),
+        "Failed to create security handshaker": ask(
+            plain, credentials=grpc.ssl_channel_credentials(b"no PEM")
+        ),
         "WRONG_VERSION_NUMBER": ask(plain, credentials=trusted),
         "certificate has expired": ask(serve("expired")[1], credentials=trusted),
         "unable to get local issuer certificate": ask(
