@@ -228,6 +228,21 @@ def test_a_budget_is_met_with_own_batches(trained: nn.Module, tmp_path: Path) ->
         assert torch.equal(again(inputs), kept(inputs))
 
 
+@pytest.mark.long
+def test_no_file_with_own_batches_takes_more_than_the_budget(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    recipe = ModelRecipe(
+        max_drop=1e-4, budget=("size=60kB",), prune_steps=1, epochs=0, calibration="min-max",
+        float_layers=False,
+    )  # fmt: skip
+    with pytest.raises(GateRefused, match=r"within the budget.*parent-int8 takes size"):
+        compress_model(
+            trained, batches(1), closeness, recipe, EXAMPLE, tmp_path / "out",
+            loss_fn=functional.mse_loss,
+        )  # fmt: skip
+
+
 def test_a_budget_out_of_reach_is_refused_before_training(
     trained: nn.Module, tmp_path: Path
 ) -> None:

@@ -240,6 +240,8 @@ def test_a_dry_run_says_whether_a_budget_can_be_met_and_writes_nothing(
     assert "by the table of latencies macs=0.3, size=0.5 can be met" in done.output
     assert "conv2: 64 →" in done.output
     assert "Faster than the parent (lower bound 1.03): can be met" in done.output
+    done = invoke(*plan, "--target", "cpu-int8", "--budget", "size=60kB")
+    assert "Not shipped: parent-int8 takes size 2" in done.output
     done = invoke(*plan, "--budget", "params=0.0001")
     assert done.exit_code == 1
     assert "cannot be met by narrowing, removing blocks and factorising; the least" in done.output

@@ -169,6 +169,28 @@ def test_a_budget_is_met_by_the_file_that_is_shipped(digits_parent: Path, tmp_pa
     assert "What was cut, and why" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.long
+def test_a_budget_holds_for_every_file_and_not_only_for_the_target_that_was_cut_for(
+    digits_parent: Path, tmp_path: Path
+) -> None:
+    # 8 bits meet it with little cut away; in float the same network takes three times as much.
+    small = recipe(digits_parent, budget=("size=60kB",), epochs=2, prune_steps=1, qat_epochs=0)
+    result = compress(small, tmp_path / "out")
+    assert result.report["summary"]["size_compressed_bytes"] <= 60_000
+
+
+@pytest.mark.long
+def test_a_parent_that_takes_more_than_the_budget_is_no_way_out(
+    digits_parent: Path, tmp_path: Path
+) -> None:
+    hopeless = recipe(
+        digits_parent, budget=("size=30kB",), epochs=0, prune_steps=1, max_drop=0.5, qat_epochs=0
+    )
+    with pytest.raises(GateRefused, match=r"within the budget.*parent-int8 takes size 2\d\d"):
+        compress(hopeless, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_gate_that_cannot_be_met_leaves_nothing(digits_parent: Path, tmp_path: Path) -> None:
     hopeless = recipe(digits_parent, target="cpu-fp32", prune=0.95, epochs=0, max_drop=0.5)
     with pytest.raises(GateRefused, match="pruned-fp32 lost") as caught:

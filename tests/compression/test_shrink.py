@@ -126,6 +126,9 @@ def test_a_budget_out_of_reach_is_refused_before_any_training(data: Dataset) -> 
         shrink(build(), data, SPEC, config("latency=0.0001"), FIT)
     with pytest.raises(PruneFailed, match="the least is params"):
         plan_shrink(build(), SPEC, config("params=0.001"))
+    # Not what one of several steps was to come to.
+    with pytest.raises(PruneFailed, match="instead of at most 1 B"):
+        shrink(build(), data, SPEC, config("size=1B", steps=2), FIT)
 
 
 def test_a_block_that_does_nothing_is_the_least_sensitive_and_goes(data: Dataset) -> None:

@@ -75,6 +75,27 @@ def test_pruning_is_dropped_when_the_quantized_parent_is_faster(tmp_path: Path) 
     assert "40.0 µs" in dropped["why"]
 
 
+def test_what_takes_more_than_a_budget_is_not_shipped_however_fast_it_is(tmp_path: Path) -> None:
+    field = [
+        measured(tmp_path, "parent-fp32", 100),
+        measured(tmp_path, "parent-int8", 30),
+        measured(tmp_path, "pruned-fp32", 20),
+        measured(tmp_path, "pruned-int8", 50),
+    ]
+    overruns = {
+        "parent-int8": "parent-int8 takes size 90 kB where size=60kB allows 60 kB",
+        "pruned-fp32": "pruned-fp32 takes size 80 kB where size=60kB allows 60 kB",
+    }
+    assert select(field, 1.0, overruns).candidate.name == "pruned-int8"
+    with pytest.raises(GateRefused, match=r"within the budget.*pruned-fp32 takes size 80 kB"):
+        select(field[:3], 1.0, overruns)
+    without = {"pruned-int8": "pruned-int8 takes latency 50 µs"}
+    chosen = select(field, 1.0, without)
+    assert explain_dropped(field, chosen, 1.0, without) == [
+        {"stage": "quantize", "why": "pruned-int8 takes latency 50 µs"}
+    ]
+
+
 def test_of_two_equally_fast_the_smaller_file_is_taken(tmp_path: Path) -> None:
     field = [
         measured(tmp_path, "parent-fp32", 100),

@@ -43,6 +43,7 @@ from pollard.compress.channel_map import save_pruned
 from pollard.compress.errors import DataInvalid, ExportFailed, GateRefused, UsageInvalid
 from pollard.compress.latency import LatencyTable
 from pollard.compress.macs import count_parameters, total_macs
+from pollard.compress.overruns import FinishedFile, find_overruns
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import Pruned, prune
 from pollard.compress.recipe import (
@@ -277,12 +278,13 @@ def compress_model(
                 )  # fmt: skip
         with reporter.step("Measuring", 1):
             rows = _measure(files, eval_fn, example_input, 40)
-        chosen = _choose(rows, recipe.max_drop)
+        overruns = _overruns(rows, modules, example_input, recipe, reporter)
+        chosen = _choose(rows, recipe.max_drop, overruns)
         final = {name: files[name] for name in ("parent-fp32", chosen.name)}
         with reporter.step("Confirming the choice", 1):
             confirmed = _measure(final, confirm_fn or eval_fn, example_input, 80)
         parent_row, chosen_row = confirmed
-        _choose(confirmed, recipe.max_drop)
+        _choose(confirmed, recipe.max_drop, overruns)
         kind = chosen.name.partition("-")[0]
         shipped = copy.deepcopy(modules[kind]).requires_grad_(True)
         folder = stage / bundling.BUNDLE
@@ -425,17 +427,39 @@ def _measure(
     ]
 
 
-def _choose(rows: list[ModelFigures], max_drop: float) -> ModelFigures:
+def _overruns(
+    rows: list[ModelFigures],
+    modules: dict[str, nn.Module],
+    example: Tensor,
+    recipe: ModelRecipe,
+    reporter: Reporter,
+) -> dict[str, str]:
+    files = []
+    for row in rows:
+        kind, _, kept_as = row.name.partition("-")
+        files.append(FinishedFile(row.name, f"cpu-{kept_as}", modules[kind], row.size_bytes))
+    return find_overruns(files, example, parse_budgets(recipe.budget), reporter)
+
+
+def _choose(rows: list[ModelFigures], max_drop: float, overruns: dict[str, str]) -> ModelFigures:
     parent, *rivals = rows
     told = "; ".join(
         f"{row.name} {row.metric:.4g} at {row.latency_us:.1f} µs ({row.speedup.estimate:.2f} × "
         f"as fast, lower bound {row.speedup.lower:.2f})"
         for row in rows
     )
+    told += "".join(f"; {beyond}" for beyond in overruns.values())
     figures = {"candidates": [asdict(row) for row in rows]}
-    holding = [row for row in rivals if parent.metric - row.metric <= max_drop + 1e-12]
+    holding = [
+        row
+        for row in rivals
+        if parent.metric - row.metric <= max_drop + 1e-12 and row.name not in overruns
+    ]
     if not holding:
-        raise GateRefused(f"nothing loses at most {max_drop:g} of the metric: {told}", figures)
+        within = " within the budget" if overruns else ""
+        raise GateRefused(
+            f"nothing loses at most {max_drop:g} of the metric{within}: {told}", figures
+        )
     fastest = min(holding, key=lambda row: row.latency_us)
     if fastest.speedup.lower < MIN_SPEEDUP:
         raise GateRefused(f"nothing that holds the gate is faster than the parent: {told}", figures)

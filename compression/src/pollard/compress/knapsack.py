@@ -238,9 +238,10 @@ def choose(
                 best = (price, cost_loss, move, after)
         if best is None:
             told = ", ".join(
-                f"{name} {amount(name, costs[name])} instead of at most {amount(name, limit)}"
-                for name, limit in limits.items()
-                if costs[name] > limit
+                f"{b.resource} {amount(b.resource, costs[b.resource])} instead of at most "
+                f"{amount(b.resource, b.limit(reference[b.resource]))}"
+                for b in budgets
+                if costs[b.resource] > limits[b.resource]
             )
             raise PruneFailed(
                 f"the budget {', '.join(b.text for b in budgets)} cannot be met by narrowing, "

@@ -154,7 +154,9 @@ def compress(
             run.recipe = chosen_point.apply(recipe)
         pruned, history = run.prune_and_recover()
         built = run.build(pruned)
-        measured, picked = run.choose(built, _ROUNDS_CHOOSE)
+        # A point that a search has found is no promise to anyone.
+        overruns = run.overruns(built, recipe.budget)
+        measured, picked = run.choose(built, overruns, _ROUNDS_CHOOSE)
         parent_final, chosen = run.confirm(built[0], picked.candidate, _ROUNDS_CONFIRM)
         warnings = [
             w for w in (verify.seen_before(measured[0].accuracy, parent_final.accuracy),) if w
@@ -181,7 +183,7 @@ def compress(
                 parent=parent_final,
                 chosen=chosen,
                 candidates=measured,
-                dropped=verify.explain_dropped(measured, picked, recipe.max_drop),
+                dropped=verify.explain_dropped(measured, picked, recipe.max_drop, overruns),
                 pruned=pruned,
                 history=history,
                 layers_before=layer_costs(parent.module, source.spec),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from torch import nn
 
 from pollard.compress import accelerator, half
 from pollard.compress.accelerator import placed
+from pollard.compress.budget import Budget, parse_budgets
 from pollard.compress.candidates import Candidate, build, build_half
 from pollard.compress.data import Part, part_sizes
 from pollard.compress.devices import CUDA, Device, find_device, open_on
 from pollard.compress.export import probe_images
 from pollard.compress.macs import total_macs
 from pollard.compress.models import LoadedModel, device_for, load_model, resolve
+from pollard.compress.overruns import FinishedFile, find_overruns
 from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import ROUNDING, Pruned, prune
@@ -55,13 +58,19 @@ class Plan:
     """All trials of a search, before that."""
     why_not_timed: str = ""
     """Why no candidate could be timed; empty if they were."""
+    overruns: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that take more than the budgets allow, and what they take."""
 
     @property
     def speed_is_met(self) -> bool:
         """Whether some candidate is faster than the parent, or nothing can be said of it here."""
         if self.why_not_timed:
             return True
-        return any(found.lower >= MIN_SPEEDUP for found in self.speedups.values())
+        return any(
+            found.lower >= MIN_SPEEDUP
+            for name, found in self.speedups.items()
+            if name not in self.overruns
+        )
 
     def lines(self, recipe: Recipe) -> list[str]:
         """Return the plan in words."""
@@ -108,6 +117,7 @@ class Plan:
             f"(lower bound {found.lower:.2f})"
             for name, found in self.speedups.items()
         ]
+        told += [f"Not shipped: {beyond}" for beyond in self.overruns.values()]
         told.append(
             f"Faster than the parent (lower bound {MIN_SPEEDUP:g}): "
             + (
@@ -141,7 +151,7 @@ def make_plan(recipe: Recipe) -> Plan:
         PruneFailed: the share of the MACs cannot be removed; the message says how much can.
         CompressionError: see :mod:`pollard.compress.errors`.
     """
-    trials, recipe = recipe.search, _planned(recipe)
+    trials, budgets, recipe = recipe.search, parse_budgets(recipe.budget), _planned(recipe)
     source = resolve(recipe.model, recipe.spec)
     require_weights(recipe.weights, source)
     if recipe.prunes:
@@ -172,7 +182,7 @@ def make_plan(recipe: Recipe) -> Plan:
             epochs = 0
         started = time.monotonic()
         device = find_device(recipe.target, Machine.detect())
-        speedups = _speedups(recipe, parent, pruned, device)
+        speedups, overruns = _speedups(recipe, parent, pruned, device, budgets)
         other = 3 * (time.monotonic() - started)
     macs = total_macs(parent.module, source.spec)
     # A trial has three tenths of an epoch on one thread, and measures less.
@@ -180,7 +190,7 @@ def make_plan(recipe: Recipe) -> Plan:
     rounds = -(-trials // max(1, min(trials, Machine.detect().cores)))
     return Plan(
         images, len(classes), epochs, macs, pruned, speedups, recovery, other, rounds * trial,
-        device.why_not,
+        device.why_not, overruns,
     )  # fmt: skip
 
 
@@ -212,8 +222,13 @@ def _step_seconds(parent: LoadedModel, pruned: Pruned, batch: int) -> float:
 
 
 def _speedups(
-    recipe: Recipe, parent: LoadedModel, pruned: Pruned | None, device: Device
-) -> dict[str, Ratio]:
+    recipe: Recipe,
+    parent: LoadedModel,
+    pruned: Pruned | None,
+    device: Device,
+    budgets: Sequence[Budget],
+) -> tuple[dict[str, Ratio], dict[str, str]]:
+    """Return how many times faster each candidate is, and which of them go beyond a budget."""
     spec = parent.spec
     probes = probe_images(spec, 32)
     part = Part("probe", probes, np.zeros(len(probes), np.int64))
@@ -234,15 +249,18 @@ def _speedups(
             built += made("pruned", pruned.module)
         if recipe.target == CUDA:
             built = [built[0], *(c for c in built if c.target == CUDA)]
+        files = [FinishedFile(c.name, c.target, c.module, c.size_bytes) for c in built]
+        overruns = find_overruns(files, spec, budgets, Reporter())
         if not device.timed:
-            return {}
+            return {}, overruns
         batch = np.resize(probes, (device.judged_batch, *spec.shape))
         calls = [
             lambda s=session: s.raw.run(None, {s.inputs[0].name: batch})
             for session in (open_on(device, candidate) for candidate in built)
         ]
         turns = interleaved(calls, rounds=20)
-    return {c.name: ratio(turns[0], times) for c, times in zip(built[1:], turns[1:], strict=True)}
+    timed = zip(built[1:], turns[1:], strict=True)
+    return {c.name: ratio(turns[0], times) for c, times in timed}, overruns
 
 
 def _duration(seconds: float) -> str:

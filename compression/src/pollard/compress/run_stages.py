@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 import pollard.compress
 import pollard.runtime.bundle
 from pollard.compress import accelerator, bundling, half, verify
+from pollard.compress.budget import parse_budgets
 from pollard.compress.candidates import Candidate, Tuning, build, build_half
 from pollard.compress.codec import decode, encode
 from pollard.compress.cut_files import load_cut, recover_stage, save_cut
@@ -27,6 +28,7 @@ from pollard.compress.devices import CUDA, Device
 from pollard.compress.errors import GateRefused, UsageInvalid
 from pollard.compress.latency import LatencyTable, default_folder
 from pollard.compress.models import LoadedModel
+from pollard.compress.overruns import FinishedFile, find_overruns
 from pollard.compress.profile import TargetProfile, profile_file
 from pollard.compress.progress import Reporter
 from pollard.compress.prune import ROUNDING, Pruned, prune
@@ -168,15 +170,27 @@ class Run:
             return None
         return make_tuning(self.recipe, self.parent, self.data, self.reporter)
 
-    def choose(self, built: Sequence[Candidate], rounds: int) -> tuple[list[Measured], Measured]:
+    def choose(
+        self, built: Sequence[Candidate], overruns: Mapping[str, str], rounds: int
+    ) -> tuple[list[Measured], Measured]:
         """Measure all candidates on the choosing part and return the one to ship, too.
+
+        Args:
+            built: From :meth:`build`.
+            overruns: From :meth:`overruns`.
+            rounds: Turns of the interleaved timing.
 
         Raises:
             GateRefused: none may be shipped.
         """
         measured = self._measure("Measuring candidates", built, self.data.choose, rounds)
         with self._measured_anew_if_refused():
-            return measured, verify.select(measured, self.recipe.max_drop)
+            return measured, verify.select(measured, self.recipe.max_drop, overruns)
+
+    def overruns(self, built: Sequence[Candidate], budgets: Sequence[str]) -> dict[str, str]:
+        """Return the candidates that take more than the budgets allow, and what they take."""
+        files = [FinishedFile(c.name, c.target, c.module, c.size_bytes) for c in built]
+        return find_overruns(files, self.parent.spec, parse_budgets(budgets), self.reporter)
 
     def confirm(
         self, parent: Candidate, picked: Candidate, rounds: int

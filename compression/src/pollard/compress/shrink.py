@@ -107,10 +107,16 @@ def parent_costs(
     module: nn.Module, takes: InputSpec | Tensor, reporter: Reporter
 ) -> dict[str, float]:
     """Return what the parent's float file takes, from the table."""
+    return costs_of(module, takes, "cpu-fp32", reporter)
+
+
+def costs_of(
+    module: nn.Module, takes: InputSpec | Tensor, target: str, reporter: Reporter
+) -> dict[str, float]:
+    """Return what a module's file of a target takes as it is, from the table."""
     operations = list_operations(module, takes)
-    table = LatencyTable("cpu-fp32")
-    weight, besides = _BYTES["cpu-fp32"]
-    model = CostModel(operations, (), table, _fixed(takes, "cpu-fp32"), weight, besides)
+    weight, besides = _BYTES[target]
+    model = CostModel(operations, (), LatencyTable(target), _fixed(takes, target), weight, besides)
     model.prepare(reporter)
     return model.costs(model.whole())
 

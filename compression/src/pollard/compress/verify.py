@@ -8,7 +8,7 @@ timed again, because the fastest of several is in part the luckiest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,22 +204,35 @@ def _time_all(
     return timings, judged
 
 
-def select(measured: Sequence[Measured], max_drop: float) -> Measured:
+def select(
+    measured: Sequence[Measured], max_drop: float, overruns: Mapping[str, str] | None = None
+) -> Measured:
     """Return the fastest that holds the gate on the choosing part.
 
     Two that are within 3 % of each other are equally fast; the smaller file wins. Where nothing
     could be timed, the one with the least to compute is taken for the fastest.
 
+    Args:
+        measured: The parent's float file, then the others.
+        max_drop: Points that may be lost.
+        overruns: Files that take more than the budgets allow, and what they take.
+
     Raises:
-        GateRefused: none holds the gate and is faster than the parent; the
+        GateRefused: none holds the gate and the budgets and is faster than the parent; the
             numbers of all of them are in the message.
     """
+    overruns = overruns or {}
     rivals = [m for m in measured if m.candidate.name != PARENT_FLOAT]
-    holding = [m for m in rivals if m.drop.points <= max_drop + 1e-9]
+    holding = [
+        m for m in rivals if m.drop.points <= max_drop + 1e-9 and m.candidate.name not in overruns
+    ]
+    beyond = "".join(f"; {told}" for told in overruns.values())
     if not holding:
         raise GateRefused(
-            f"no candidate loses at most {max_drop:g} points: {_numbers(rivals)}. "
-            "Remove less, recover longer, or allow a larger drop",
+            f"no candidate loses at most {max_drop:g} points"
+            f"{' within the budget' if overruns else ''}: {_numbers(rivals)}{beyond}. "
+            f"{'Allow more' if overruns else 'Remove less'}, recover longer, or allow a larger "
+            "drop",
             _figures(measured),
         )
     if not all(m.timed for m in holding):
@@ -230,7 +243,7 @@ def select(measured: Sequence[Measured], max_drop: float) -> Measured:
     if not chosen.is_faster:
         raise GateRefused(
             f"nothing that holds {max_drop:g} points is faster than the parent (the lower bound "
-            f"of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers(rivals)}",
+            f"of the speed-up must reach {MIN_SPEEDUP:g}): {_numbers(rivals)}{beyond}",
             _figures(measured),
         )
     return chosen
@@ -288,12 +301,17 @@ def seen_before(choosing: Accuracy, held_out: Accuracy) -> str:
 
 
 def explain_dropped(
-    measured: Sequence[Measured], chosen: Measured, max_drop: float
+    measured: Sequence[Measured],
+    chosen: Measured,
+    max_drop: float,
+    overruns: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
     """Say which stages are not in the chosen file, and why, in numbers."""
     dropped: list[dict[str, str]] = []
 
     def why(rival: Measured) -> str:
+        if told := (overruns or {}).get(rival.candidate.name):
+            return told
         if rival.drop.points > max_drop + 1e-9:
             return (
                 f"{rival.candidate.name} lost {rival.drop.points:.2f} points, "
