@@ -38,7 +38,7 @@ def with_evidence(**more: Any) -> pb.Rollout:
                 words="3 of 1234 (0.24%) requests failed",
             )
         ],
-        waiting_for=["12 s of 60 s to pass"],
+        waiting_for=["12 s more (of 60 s)"],
     )
     return running(evidence=seen, **more)
 
@@ -94,7 +94,7 @@ def test_it_lists_and_gives_orders_to_the_one_that_runs(
     said = capsys.readouterr().out
     assert "canary, step 1 of 2 (5 %)" in said
     assert "gate max_error_rate: 4 of 20" in said
-    for words in ("1,234", "17 dropped", "98.00% of 100 items", "holds", "12 s of 60 s to pass"):
+    for words in ("1,234", "17 dropped", "98.00% of 100 items", "holds", "12 s more (of 60 s)"):
         assert words in said
     assert _main.run(["models", "rollout", "m", "--pause", "--json", "--server", address]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "PAUSED"

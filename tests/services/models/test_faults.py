@@ -489,7 +489,7 @@ async def test_what_a_step_has_seen_survives_a_kill(manager: Manager, helpers: A
     report(70, 1400)
     evidence = await seen(60)
     assert (evidence.revision.failed, evidence.base.requests) == (0, 1200)
-    assert "40 of 100 requests" in evidence.waiting_for[-1]
+    assert "40 more requests (of 100)" in evidence.waiting_for[-1]
     await manager.end()
     await server.close()
     await manager.start()

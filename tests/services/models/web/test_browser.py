@@ -74,6 +74,14 @@ UNNAMED = """
 """
 """What can be used and has no name that can be read out."""
 
+CUT_OFF = """
+() => [...document.querySelectorAll("main input")]
+  .filter((element) => element.value && element.checkVisibility({ visibilityProperty: true }))
+  .filter((element) => element.scrollWidth > element.clientWidth)
+  .map((element) => `${element.name}: ${element.value}`)
+"""
+"""Fields that are too narrow for what stands in them."""
+
 
 @dataclass
 class World:
@@ -411,6 +419,7 @@ async def test_every_page_can_be_read(world: World, browser: Any) -> None:
             await page.set_viewport_size({"width": width, "height": 800})
             wider = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert wider <= 0, (path, width)
+            assert await page.evaluate(CUT_OFF) == [], (path, width)
     await context.close()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 
 ACTIVE = pb.Alias.STATE_ACTIVE
@@ -88,6 +89,12 @@ async def test_every_page_shows_what_the_manager_holds(
     fleet = await visitor.get("/fleet")
     assert re.search(r"i3 Inference Refuses .* no room <here>", words(fleet.text))
     assert re.search(r"i2 Inference Away", words(fleet.text))
+    # In a row of its own: the cell of the name is too narrow for it on a small screen.
+    refusing.report(("m", 2, fleet_pb.REVISION_STATE_FAILED))
+    row = r'<tr class="why"[^>]*><td colspan="4" class="trouble">i3 cannot'
+    await helpers.eventually(
+        lambda: visitor.get("/fleet"), lambda answer: bool(re.search(row, answer.text))
+    )
 
 
 async def test_what_is_not_there_is_said_on_a_page(served: Any, visit: Any) -> None:

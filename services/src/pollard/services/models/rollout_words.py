@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from sqlalchemy.orm import Session
@@ -152,9 +154,9 @@ def _waiting_for(row: Rollout, evidence: RolloutEvidence, judge: Judge) -> list[
         waiting.append("an order to go on: it is paused")
     left = (row.hold_us - evidence.held_us) / 1e6
     if left > 0:
-        waiting.append(f"{left:.0f} s of {row.hold_us / 1e6:g} s to pass")
+        waiting.append(f"{math.ceil(left)} s more (of {row.hold_us / 1e6:g} s)")
     missing = row.min_requests - seen_in_step(row, judge)
     if missing > 0:
-        what = "shadows to be compared" if row.step < 0 else "requests"
-        waiting.append(f"{missing} of {row.min_requests} {what}")
+        what = "compared shadows" if row.step < 0 else "requests"
+        waiting.append(f"{missing} more {what} (of {row.min_requests})")
     return waiting

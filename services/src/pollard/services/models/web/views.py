@@ -381,7 +381,7 @@ class Views:
 
 _DEFAULTS = {
     "alias": "production",
-    "steps": ", ".join(f"{step:g}" for step in rollouts.DEFAULT_STEPS),
+    "steps": ",".join(f"{step:g}" for step in rollouts.DEFAULT_STEPS),
     "hold": f"{rollouts.DEFAULT_HOLD_SECONDS:g}",
     "min_requests": str(rollouts.DEFAULT_MIN_REQUESTS),
     "max_error_rate": f"{rollouts.DEFAULT_MAX_ERROR_RATE * 100:g}",
