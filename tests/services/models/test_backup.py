@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import DataLoss, StartupError
-from pollard.services.models.backup import INFO, back_up, read_info, restore
+from pollard.services.models.backup import INFO, Progress, back_up, read_info, restore
 from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.database import make_database
 from pollard.services.models.main import build_server
@@ -30,12 +35,15 @@ def back_up_suite(suite: Any, directory: Path) -> Any:
     return back_up(database, LocalBlobs(settings.store / "blobs"), directory)
 
 
-def restore_to(store: Path, directory: Path, database_url: str = "") -> Any:
+def restore_to(
+    store: Path, directory: Path, progress: Progress | None = None, *, database_url: str = ""
+) -> Any:
     return restore(
         directory,
         store,
         lambda made: make_database(database_url, made, DATABASE),
         lambda made: LocalBlobs(made / "blobs"),
+        progress,
     )
 
 
@@ -80,7 +88,9 @@ async def test_what_is_restored_is_what_was_backed_up_in_either_database(
         assert (info.models, info.damaged) == (1, ())
         await suite.client.push(bundles.tar(9), "later")
     shutil.rmtree(suite.settings.store)
-    await asyncio.to_thread(restore_to, tmp_path / "new", tmp_path / "backup", elsewhere)
+    await asyncio.to_thread(
+        restore_to, tmp_path / "new", tmp_path / "backup", database_url=elsewhere
+    )
     settings = suite.settings.model_copy(
         update={"store": tmp_path / "new", "database_url": elsewhere}
     )
@@ -218,9 +228,9 @@ def test_only_an_empty_place_is_restored_to(backup: Path, tmp_path: Path, postgr
     (tmp_path / "empty").mkdir()
     restore_to(tmp_path / "empty", backup)
     name = postgres.new_database()
-    restore_to(tmp_path / "first", backup, postgres.url(name))
+    restore_to(tmp_path / "first", backup, database_url=postgres.url(name))
     with pytest.raises(StartupError, match="holds a registry already"):
-        restore_to(tmp_path / "second", backup, postgres.url(name))
+        restore_to(tmp_path / "second", backup, database_url=postgres.url(name))
     assert not (tmp_path / "second").exists()
     postgres.drop_database(name)
 
@@ -253,6 +263,114 @@ def test_a_backup_that_is_damaged_or_was_not_finished_is_refused(
         restore_to(new, tmp_path / "nowhere")
     assert not new.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".new")] == []
+
+
+def copy_of(store: Path) -> tuple[Any, LocalBlobs]:
+    """What a backup is made of, not open."""
+    return make_database("", store, DATABASE), LocalBlobs(store / "blobs")
+
+
+def test_a_backup_is_written_by_one_at_a_time_and_not_while_it_is_restored(
+    backup: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    refused: list[StartupError] = []
+
+    def meanwhile(work: Callable[[], Any]) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            with pytest.raises(StartupError, match="is being written") as caught:
+                work()
+            refused.append(caught.value)
+
+        return progress
+
+    # Each would remove the rows that the other has written.
+    back_up(*copy_of(store), backup, meanwhile(lambda: back_up(*copy_of(store), backup)))
+    back_up(*copy_of(store), backup, meanwhile(lambda: restore_to(tmp_path / "new", backup)))
+    restore_to(tmp_path / "new", backup, meanwhile(lambda: back_up(*copy_of(store), backup)))
+    assert len(refused) == 3 * read_info(backup).blobs
+    assert (tmp_path / "new" / DATABASE).is_file()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pollard.services.models import backup
+from pollard.services.models.blobs_local import LocalBlobs
+from pollard.services.models.database import make_database
+from pollard.services.models.store import DATABASE
+
+def database(store): return make_database("", store, DATABASE)
+def blobs(store): return LocalBlobs(store / "blobs")
+def die(done, total): os.kill(os.getpid(), signal.SIGKILL)
+
+what, directory, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+if what == "backup":
+    backup.back_up(database(store), blobs(store), directory, die)
+else:
+    backup.restore(directory, store, database, blobs, die)
+"""
+
+
+def test_what_killed_commands_have_left_goes_with_the_next(backup: Path, tmp_path: Path) -> None:
+    def kill(what: str, directory: Path, store: Path) -> None:
+        done = subprocess.run([sys.executable, "-c", KILLED, what, directory, store], check=False)
+        assert done.returncode == -signal.SIGKILL
+
+    first = tmp_path / "first"
+    kill("backup", first, tmp_path / "store")
+    assert list((first / "blobs").glob("pollard-blobs-*"))
+    # As one that was killed while it wrote its last file has it.
+    (first / f".{INFO}.1.tmp").write_bytes(b"{")
+    back_up(*copy_of(tmp_path / "store"), first)
+    assert sorted(path.name for path in (first / "blobs").iterdir()) == ["new", "sha256"]
+    assert {path.name for path in first.iterdir() if not path.name.startswith("registry-")} == {
+        *("blobs", "lock", INFO)
+    }
+    kill("restore", backup, tmp_path / "new")
+    (left,) = tmp_path.glob(".new-*")
+    assert (left / "store" / "blobs").is_dir()
+    assert not (tmp_path / "new").exists()
+    restore_to(tmp_path / "new", first)
+    assert list(tmp_path.glob(".new-*")) == []
+
+
+def test_a_store_that_is_made_meanwhile_stays_as_it_is(backup: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+
+    def another(done: int, total: int) -> None:
+        if done == total:
+            restore_to(new, backup)
+            (new / "mine").write_bytes(b"")
+
+    with pytest.raises(StartupError, match="is not empty any more"):
+        restore_to(new, backup, another)
+    assert (new / "mine").exists()
+    assert list(tmp_path.glob(".new-*")) == []
+
+
+async def test_what_is_whole_of_a_damaged_backup_can_be_restored(
+    backup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pollard.client.cli._main import run
+
+    kept = LocalBlobs(backup / "blobs")
+    blob = max(map(kept.path, kept), key=lambda path: path.stat().st_size)
+    blob.chmod(0o644)
+    os.truncate(blob, 1)
+    command = ["store", "restore", str(backup), "--store", str(tmp_path / "new")]
+    assert await asyncio.to_thread(run, command) == 1
+    assert "--skip-damaged" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert await asyncio.to_thread(run, [*command, "--skip-damaged"]) == 1
+    said = capsys.readouterr().out
+    assert "1 model, 5 files" in said
+    assert "1 files are damaged or missing in the backup" in said
+    assert blob.name in said
+    assert len(list(LocalBlobs(tmp_path / "new" / "blobs"))) == 5
+    service = build_server(ModelsSettings(store=tmp_path / "new", port=0, http_port="off"))
+    await service.start()
+    await service.stop(0)
 
 
 def test_a_backup_is_not_written_over_something_else(stock: Path, tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 A backup is a directory: ``registry-….sqlite`` with the rows of the registry, whether it lies in
 SQLite or in PostgreSQL, ``blobs/`` as a store keeps them, and ``backup.json``, which is written
 last and names the registry with its digest. A backup into the same directory again adds the blobs
-that are new, and replaces the registry in one step.
+that are new, and replaces the registry in one step. ``lock`` is held by who writes or restores it.
 
 Not kept: what is under way (uploads, leases, holds), which belongs to managers that run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -20,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import delete, func, insert, select, text
@@ -38,10 +42,13 @@ from pollard.services.models.schema import Base, BlobHold, BundleFile, Event, Le
 from pollard.services.models.store import DATABASE
 
 INFO = "backup.json"
+LOCK = "lock"
 _FORMAT = 1
 _LEFT_OUT = {table.__tablename__ for table in (BlobHold, Lease, Upload)}
 _ROWS = 500
 _ROUNDS = 5
+_SCRATCH = "pollard-blobs-"
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 Progress = Callable[[int, int], None]
 """Told the bytes that are done, and all."""
@@ -76,14 +83,21 @@ def back_up(
         progress: Told how far it is.
 
     Raises:
-        StartupError: the registry cannot be opened, or the directory holds something else.
+        StartupError: the registry cannot be opened, the directory holds something else, or another
+            backup is being written there.
         ServiceError: the blobs cannot be read.
         OSError: the backup cannot be written.
     """
     _check_target(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        return _back_up(database, blobs, directory, progress)
+
+
+def _back_up(database: Database, blobs: Blobs, directory: Path, progress: Progress | None) -> Info:
     kept = LocalBlobs(directory / "blobs")
     kept.check()
+    _remove_leftovers(kept, directory)
     with _opened(database):
         for _ in range(_ROUNDS):
             registry = directory / f"registry-{secrets.token_hex(6)}.sqlite"
@@ -129,6 +143,8 @@ def restore(
     open_database: Callable[[Path], Database],
     open_blobs: Callable[[Path], Blobs],
     progress: Progress | None = None,
+    *,
+    skip_damaged: bool = False,
 ) -> Info:
     """Make a store from a backup. It is whole when it has its name, and is not there before.
 
@@ -138,23 +154,41 @@ def restore(
         open_database: Returns the database of a store at a path, not open; it must be empty.
         open_blobs: Returns the blobs of a store at a path.
         progress: Told how far it is.
+        skip_damaged: Leave out blobs of the backup that are damaged, instead of restoring nothing.
+
+    Returns:
+        What the backup says of itself; with `skip_damaged` those that were left out are among its
+        damaged blobs.
 
     Raises:
-        StartupError: there is no whole backup, or what is restored to is not empty.
+        StartupError: there is no whole backup, what is restored to is not empty, or the backup is
+            being written.
         ServiceError: the blobs cannot be written.
         DataLoss: a blob of the backup is damaged.
         OSError: the store cannot be written.
     """
+    with _unchanging(directory):
+        return _restore(directory, store, open_database, open_blobs, progress, skip_damaged)
+
+
+def _restore(
+    directory: Path,
+    store: Path,
+    open_database: Callable[[Path], Database],
+    open_blobs: Callable[[Path], Blobs],
+    progress: Progress | None,
+    skip_damaged: bool,
+) -> Info:
     info = read_info(directory)
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StartupError(
             f"{store} is not empty; restore into a new directory, and move the old one away first"
         )
     store.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{store.name}-", dir=store.parent) as folder:
-        made = Path(folder) / "store"
+    with _workplace(store) as folder:
+        made = folder / "store"
         made.mkdir()
-        source = SqliteDatabase(Path(folder) / "registry.sqlite")
+        source = SqliteDatabase(folder / "registry.sqlite")
         shutil.copyfile(directory / info.registry, source.path)
         blobs, database = open_blobs(made), open_database(made)
         blobs.check()
@@ -172,23 +206,43 @@ def restore(
                 wanted.pop(digest, None)
             kept = LocalBlobs(directory / "blobs")
             damaged = _copy_blobs(kept, blobs, wanted, progress)
-            if damaged:
+            if damaged and not skip_damaged:
                 raise DataLoss(
-                    f"the backup {directory} is damaged: {len(damaged)} blobs are not what their "
-                    f"names say, such as {min(damaged)}. Nothing was restored; take another backup",
+                    f"the backup {directory} is damaged: {len(damaged)} blobs are missing or not "
+                    f"what their names say, such as {min(damaged)}. Nothing was restored; take "
+                    "another backup, or restore what is whole of this one (--skip-damaged)",
                     reason="BACKUP_DAMAGED",
                 )
+            info = _without(info, {digest: wanted[digest] for digest in damaged})
             # The rows come last: they say that everything they refer to is there.
             _copy_in(source, database)
         _flatten(made / DATABASE)
         for path in (made, *made.rglob("*")):
             if path.is_dir():
                 sync_directory(path)
-        if store.exists():
-            store.rmdir()
-        made.rename(store)
+        try:
+            if store.exists():
+                store.rmdir()
+            made.rename(store)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise StartupError(
+                f"{store} is not empty any more: somebody else has made it meanwhile, and it is "
+                "left as it is. Restore into another directory if it is not what you want"
+            ) from error
         sync_directory(store.parent)
     return info
+
+
+def _without(info: Info, damaged: dict[str, int]) -> Info:
+    """Return what a backup says of itself without some of its blobs, whose sizes are given."""
+    return replace(
+        info,
+        blobs=info.blobs - len(damaged),
+        blob_bytes=info.blob_bytes - sum(damaged.values()),
+        damaged=tuple(sorted({*info.damaged, *damaged})),
+    )
 
 
 def read_info(directory: Path) -> Info:
@@ -212,7 +266,9 @@ def read_info(directory: Path) -> Info:
             f"writes {INFO} last"
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StartupError(f"the backup {directory} cannot be read: {error}") from error
+        raise StartupError(
+            f"{INFO} of the backup {directory} cannot be read: {error}; take another backup"
+        ) from error
     if actual != info.registry_sha256:
         raise StartupError(
             f"the backup {directory} is damaged: the SHA-256 of {info.registry} is {actual} and "
@@ -228,13 +284,74 @@ def _check_target(directory: Path) -> None:
         return
     # What an interrupted first backup has left may stay.
     if any(
-        entry.name != "blobs" and not entry.name.startswith("registry-")
+        entry.name not in ("blobs", LOCK) and not entry.name.startswith(("registry-", f".{INFO}."))
         for entry in directory.iterdir()
     ):
         raise StartupError(
             f"{directory} holds something that is no backup; name a new directory, or that of an "
             "earlier backup"
         )
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Write a backup that nobody else writes or restores."""
+    with (directory / LOCK).open("ab") as lock:
+        if not _take(lock.fileno(), fcntl.LOCK_EX):
+            raise StartupError(
+                f"the backup {directory} is being written or restored by another command; wait "
+                "until that has ended, or name another directory"
+            )
+        yield
+
+
+@contextmanager
+def _unchanging(directory: Path) -> Iterator[None]:
+    """Read a backup that nobody writes meanwhile, as far as that can be known."""
+    with contextlib.ExitStack() as stack:
+        # An older version leaves none, and whoever may only read the others need not this one.
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context((directory / LOCK).open("rb"))
+            if not _take(lock.fileno(), fcntl.LOCK_SH):
+                raise StartupError(
+                    f"the backup {directory} is being written; restore it when that has ended"
+                )
+        yield
+
+
+def _take(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network disks have no locks.
+        return error.errno not in _HELD
+    return True
+
+
+@contextmanager
+def _workplace(store: Path) -> Iterator[Path]:
+    """Return a folder beside a store that is to be; what killed restores have left there goes."""
+    prefix = f".{store.name}-"
+    for other in store.parent.glob(f"{glob.escape(prefix)}*/{LOCK}"):
+        with contextlib.suppress(OSError), other.open("rb") as lock:
+            if _take(lock.fileno(), fcntl.LOCK_EX):
+                shutil.rmtree(other.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=store.parent) as made:
+        folder = Path(made)
+        with (folder / "new").open("wb") as lock:
+            # Has its name once it is held: others would take it for one that was left.
+            _take(lock.fileno(), fcntl.LOCK_EX)
+            (folder / "new").rename(folder / LOCK)
+            yield folder
+
+
+def _remove_leftovers(kept: LocalBlobs, directory: Path) -> None:
+    """Remove what killed backups have left, but for blobs and rows, which may be needed."""
+    for folder in kept.directory.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    kept.remove_leftovers(time.time())
+    for file in directory.glob(f".{INFO}.*"):
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -327,7 +444,7 @@ def _copy_blobs(
     damaged: set[str] = set()
     total, done = sum(wanted.values()), 0
     there = set(target) & wanted.keys()
-    with tempfile.TemporaryDirectory(prefix="pollard-blobs-", dir=_scratch(target)) as folder:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=_scratch(target)) as folder:
         for sha256, size in sorted(wanted.items()):
             if sha256 not in there or not _is_whole(target, sha256):
                 file = Path(folder) / sha256

@@ -97,18 +97,28 @@ def restore(
     blobs: _Blobs = None,
     blobs_endpoint: _Endpoint = None,
     config: _Config = None,
+    skip_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--skip-damaged",
+            help="Restore what is whole though files of the backup are damaged or missing; ends "
+            "with 1 then. Their bundles have to be pushed again.",
+        ),
+    ] = False,
 ) -> None:
     """Make a manager's store from a backup, where there is none yet.
 
     The store must not exist or be empty, and so must the database. Every file is compared with its
     digest; the store is there only when all of it is. Then start the manager with the same options.
     """
+    from pollard.services.models.backup import read_info
     from pollard.services.models.backup import restore as restore_backup
     from pollard.services.models.blobs import open_blobs
     from pollard.services.models.database import make_database
     from pollard.services.models.store import DATABASE
 
     told = _settings(store, database_url, blobs, blobs_endpoint, config)
+    known = read_info(directory).damaged
     with _progress("Restoring") as progress:
         info = restore_backup(
             directory,
@@ -116,10 +126,20 @@ def restore(
             lambda made: make_database(told.database_url, made, DATABASE),
             lambda made: open_blobs(told.blobs, told.blobs_endpoint, made / "blobs"),
             progress,
+            skip_damaged=skip_damaged,
         )
     print(f"Restored: {told.store}: {_content(info)}")
-    if info.damaged:
-        print(f"{len(info.damaged)} files were damaged already when the backup was made.")
+    if known:
+        print(f"{len(known)} files were damaged already when the backup was made.")
+    if left_out := [digest for digest in info.damaged if digest not in known]:
+        print(
+            f"{len(left_out)} files are damaged or missing in the backup, and were left out; start "
+            "the manager, let `pollard models verify` say which bundles they belong to, and push "
+            "those again:"
+        )
+        for sha256 in left_out[:20]:
+            print(f"  {sha256}")
+        raise typer.Exit(1)
 
 
 def _settings(
