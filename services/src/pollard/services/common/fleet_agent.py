@@ -12,7 +12,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,9 @@ _log = structlog.get_logger("pollard.fleet")
 
 _FIRST_PAUSE_SECONDS = 0.1
 """Before the stream is opened again; it doubles while the manager is away."""
+
+_LAST_WORDS_SECONDS = 1.0
+"""How long a stream to which nothing can be sent any more has to say why."""
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -248,6 +251,10 @@ class FleetAgent:
                     code=error.code().name,
                     details=error.details(),
                 )
+            except ConnectionError as error:
+                _log.warning(
+                    "no stream to the manager; serving on", manager=self.manager, details=str(error)
+                )
             except Exception as error:
                 _log.error("the stream to the manager failed", exc_info=error)
             raise_if_cancelled()
@@ -279,28 +286,42 @@ class FleetAgent:
         )
         outbox.put_nowait(self._report())
         call: Any = fleet_grpc.FleetServiceStub(self._channel).Sync(
-            _drain(outbox), metadata=self._options.token.metadata()
+            metadata=self._options.token.metadata()
         )
         self._outbox = outbox
         reporter = asyncio.create_task(self._report_regularly(outbox), name="fleet-report")
+        listening = asyncio.create_task(self._listen(call), name="fleet-listen")
+        # Given to the call to write by itself, it would stop at an error without a word, and the
+        # manager would hear nothing more of a server that still hears it.
+        saying = asyncio.create_task(_say(call, outbox), name="fleet-say")
         try:
-            async for response in call:
-                self._heard = True
-                if response.HasField("access"):
-                    await self._take_access(response.access)
-                if not response.HasField("desired_state"):
-                    continue
-                state = response.desired_state
-                if state.HasField("report_interval"):
-                    seconds = state.report_interval.ToTimedelta().total_seconds()
-                    self._report_seconds = max(0.1, seconds)
-                    self._report_wanted.set()
-                self._order = state
-                self._ordered.set()
+            await asyncio.wait({listening, saying}, return_when=asyncio.FIRST_COMPLETED)
+            if not listening.done():
+                # It says why the stream has ended, if it has.
+                await asyncio.wait({listening}, timeout=_LAST_WORDS_SECONDS)
+            if listening.done():
+                listening.result()
+            else:
+                raise ConnectionError("nothing can be sent to it any more")
         finally:
             self._outbox = None
-            await cancel(reporter)
+            await cancel(reporter, saying, listening)
             call.cancel()
+
+    async def _listen(self, call: Any) -> None:
+        async for response in call:
+            self._heard = True
+            if response.HasField("access"):
+                await self._take_access(response.access)
+            if not response.HasField("desired_state"):
+                continue
+            state = response.desired_state
+            if state.HasField("report_interval"):
+                seconds = state.report_interval.ToTimedelta().total_seconds()
+                self._report_seconds = max(0.1, seconds)
+                self._report_wanted.set()
+            self._order = state
+            self._ordered.set()
 
     async def _take_access(self, access: fleet_pb.AccessList) -> None:
         if self._options.gate is not None:
@@ -470,11 +491,12 @@ class FleetAgent:
         self._outbox.put_nowait(answer)
 
 
-async def _drain(
-    outbox: asyncio.Queue[fleet_pb.SyncRequest],
-) -> AsyncIterator[fleet_pb.SyncRequest]:
-    while True:
-        yield await outbox.get()
+async def _say(call: Any, outbox: asyncio.Queue[fleet_pb.SyncRequest]) -> None:
+    """Send what comes, until the stream takes no more."""
+    # A call that has ended says InvalidStateError.
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(await outbox.get())
 
 
 def _bundles_of(state: fleet_pb.DesiredState) -> set[str]:

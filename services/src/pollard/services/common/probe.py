@@ -27,7 +27,7 @@ def probe(address: str, *, service: str = "", timeout_seconds: float = 5.0) -> t
     target = checked_address(address)
     # Without its token: health is open, and a token would be shown to whoever listens there.
     credentials = channel_credentials(connection()["tls"], None, target)
-    options = [("grpc.enable_http_proxy", 0)]
+    options = [("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
     channel = (
         grpc.insecure_channel(target, options=options)
         if credentials is None

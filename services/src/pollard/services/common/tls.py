@@ -14,6 +14,15 @@ import grpc
 from pollard.services.common.tls_files import TlsFiles
 from pollard.services.common.tls_renewal import Renewing, read_authorities, read_pair
 
+_ALWAYS: list[tuple[str, str | int]] = [
+    # Whoever opens a channel here tries again by himself. gRPC's own retries must not do so: from
+    # 1.83 on, a call that meets a connection which is given up as soon as it stands is sent again
+    # without a pause, takes a gigabyte a second, and may never end (tests/services/common).
+    ("grpc.enable_retries", 0),
+    # A proxy from the environment must not come between the services.
+    ("grpc.enable_http_proxy", 0),
+]
+
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
     """Return the credentials of a service's port; None for a plain one.
@@ -59,11 +68,13 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """Open a channel to another service, by TLS if there are authorities to trust.
 
+    gRPC sends nothing again on it: who calls does that.
+
     Raises:
         StartupError: a file cannot be read.
     """
     credentials = channel_credentials(tls)
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=list(options))
+        return grpc.aio.insecure_channel(address, options=[*_ALWAYS, *options])
     named = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
-    return grpc.aio.secure_channel(address, credentials, options=[*options, *named])
+    return grpc.aio.secure_channel(address, credentials, options=[*_ALWAYS, *options, *named])

@@ -309,7 +309,7 @@ class Supervisor:
                     await asyncio.sleep(pause)
 
     def _channel(self, child: Child) -> grpc.aio.Channel:
-        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 200)]
+        options = [("grpc.max_reconnect_backoff_ms", 200)]
         return open_channel(child.plan.address, self._tls, options)
 
     async def _announce(self, child: Child) -> None:
