@@ -26,4 +26,7 @@ def main(model: str, *images: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        print("usage: python classify_images.py MODEL IMAGE…", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(*sys.argv[1:]))

@@ -255,10 +255,10 @@ def test_the_example_program_answers(
     known = CASES["predict: an image file is answered by the production revision"]["arguments"]
     image.write_bytes(base64.b64decode(known["image_base64"]))
 
-    def classify(model: str) -> subprocess.CompletedProcess[str]:
+    def classify(*arguments: str) -> subprocess.CompletedProcess[str]:
         address = {"POLLARD_VISION_ADDRESS": live.address("preprocess")}
         return subprocess.run(
-            [*example.example(), model, str(image)],
+            [*example.example(), *arguments],
             capture_output=True,
             text=True,
             env={**os.environ, **example.environment(), **address},
@@ -266,13 +266,17 @@ def test_the_example_program_answers(
             check=False,
         )
 
-    answered = classify("digits")
+    answered = classify("digits", str(image))
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.startswith(f"{image}: two 6")
     assert answered.stdout.endswith("(revision 1)\n")
-    refused = classify("nothing")
+    refused = classify("nothing", str(image))
     assert refused.returncode == 1
     assert refused.stderr.startswith("push a model first: ")
+    for few in ((), ("digits",)):
+        refused = classify(*few)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("usage: ")
 
 
 def test_every_vector_is_for_a_language_that_exists() -> None:

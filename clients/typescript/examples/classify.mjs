@@ -2,6 +2,10 @@
 import { NotFoundError, PollardError, VisionClient } from "@pollard-ai/client";
 
 const [model, ...images] = process.argv.slice(2);
+if (images.length === 0) {
+  console.error("usage: node classify.mjs MODEL IMAGE…");
+  process.exit(2);
+}
 const vision = new VisionClient(process.env.POLLARD_VISION_ADDRESS ?? "127.0.0.1:8011");
 try {
   for (const image of images) {

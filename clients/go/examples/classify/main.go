@@ -12,6 +12,10 @@ import (
 )
 
 func main() {
+	if len(os.Args) < 3 {
+		fmt.Fprintln(os.Stderr, "usage: classify MODEL IMAGE…")
+		os.Exit(2)
+	}
 	if err := run(os.Args[1], os.Args[2:]); err != nil {
 		if errors.Is(err, pollard.ErrNotFound) {
 			fmt.Fprintln(os.Stderr, "push a model first:", err)

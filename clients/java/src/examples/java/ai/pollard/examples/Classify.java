@@ -15,6 +15,10 @@ public final class Classify {
 
   /** Runs the program. */
   public static void main(String[] arguments) throws IOException {
+    if (arguments.length < 2) {
+      System.err.println("usage: Classify MODEL IMAGE…");
+      System.exit(2);
+    }
     String address = System.getenv().getOrDefault("POLLARD_VISION_ADDRESS", "127.0.0.1:8011");
     try (VisionClient vision = new VisionClient(address)) {
       for (int index = 1; index < arguments.length; index++) {
