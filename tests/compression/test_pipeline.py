@@ -177,6 +177,9 @@ def test_a_budget_holds_for_every_file_and_not_only_for_the_target_that_was_cut_
     small = recipe(digits_parent, budget=("size=60kB",), epochs=2, prune_steps=1, qat_epochs=0)
     result = compress(small, tmp_path / "out")
     assert result.report["summary"]["size_compressed_bytes"] <= 60_000
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "kept for choosing and takes no more than size=60kB is shipped" in page
+    assert "Beyond the budget: pruned-fp32 takes size" in page
 
 
 @pytest.mark.long

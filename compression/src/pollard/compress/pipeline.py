@@ -184,6 +184,7 @@ def compress(
                 chosen=chosen,
                 candidates=measured,
                 dropped=verify.explain_dropped(measured, picked, recipe.max_drop, overruns),
+                overruns=overruns,
                 pruned=pruned,
                 history=history,
                 layers_before=layer_costs(parent.module, source.spec),

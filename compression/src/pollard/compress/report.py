@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -66,6 +66,8 @@ class Compression:
     candidates: list[Measured]
     """On the choosing part."""
     dropped: list[dict[str, str]]
+    overruns: Mapping[str, str]
+    """Candidates that take more than the budgets allow, and what they take."""
     pruned: Pruned | None
     history: History | None
     layers_before: list[LayerCost]
@@ -129,6 +131,7 @@ def describe_compression(run: Compression) -> dict[str, Any]:
         "chosen": chosen.to_json(),
         "candidates": [m.to_json() for m in run.candidates],
         "dropped_stages": run.dropped,
+        "overruns": dict(run.overruns),
         "warnings": [*run.data.warnings, *run.warnings],
         "pruning": None if run.pruned is None else _pruning(run.pruned, run.recipe["prune"]),
         "recovery": None if run.history is None else asdict(run.history),

@@ -257,11 +257,13 @@ def _candidate_text(content: dict[str, Any]) -> str:
     timed = content["device"]["timed"]
     best = "fastest file" if timed else "file with the least to compute"
     equal = "equally fast" if timed else "such"
+    budgets = content["recipe"]["budget"]
+    within = f" and takes no more than {html.escape(', '.join(budgets))}" if budgets else ""
     return (
         f"<p>Parent and pruned model compete in every form that the target allows. The {best} "
         f"that loses at most {points(gate['max_drop_points'])} on the {content['data']['choose']} "
-        f"images kept for choosing is shipped; of two {equal} ones the smaller. The bars are "
-        "95 % intervals of the drop.</p>"
+        f"images kept for choosing{within} is shipped; of two {equal} ones the smaller. "
+        "The bars are 95 % intervals of the drop.</p>"
     )
 
 
@@ -307,6 +309,12 @@ def _stage_notes(content: dict[str, Any]) -> list[str]:
         f"<li>The stage <b>{html.escape(d['stage'])}</b> is not in the shipped file: "
         f"{html.escape(d['why'])}.</li>"
         for d in content["dropped_stages"]
+    ]
+    told = {d["why"] for d in content["dropped_stages"]}
+    notes += [
+        f"<li>Beyond the budget: {html.escape(beyond)}.</li>"
+        for beyond in content["overruns"].values()
+        if beyond not in told
     ]
     pruning = content["pruning"]
     if pruning:
