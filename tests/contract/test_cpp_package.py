@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,8 @@ import pytest
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.long]
 
-VERSION = (Path(__file__).resolve().parents[2] / "VERSION").read_text().strip()
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = (ROOT / "VERSION").read_text().strip()
 MAJOR, MINOR = (int(part) for part in VERSION.split(".")[:2])
 
 PROJECT = """\
@@ -82,3 +85,32 @@ def test_a_version_that_does_not_fit_is_refused(prefix: Path, tmp_path: Path) ->
     done = configure(tmp_path, prefix, wanted)
     assert done.returncode != 0
     assert f'compatible with requested version "{wanted}"' in " ".join(done.stderr.split())
+
+
+def test_a_project_fetches_the_client_as_its_page_says(builds: ModuleType, tmp_path: Path) -> None:
+    if words := builds.LANGUAGES["cpp"].missing():
+        pytest.skip(words)
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    # The repository as others see it: what the client needs, on the branch `main`.
+    theirs, project = tmp_path / "repository", tmp_path / "project"
+    shutil.copytree(ROOT / "clients" / "cpp", theirs / "clients" / "cpp")
+    shutil.copytree(ROOT / "protos", theirs / "protos")
+    shutil.copy(ROOT / "VERSION", theirs)
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    for command in (("init", "-b", "main"), ("add", "."), (*identity, "commit", "-m", "All")):
+        done = run("git", *command, cwd=theirs)
+        assert done.returncode == 0, done.stderr
+    page = (ROOT / "clients" / "cpp" / "README.md").read_text()
+    (block,) = re.findall(r"^```cmake\n(.*?)^```$", page, re.M | re.S)
+    assert "https://github.com/pollard-ai/pollard.git" in block
+    project.mkdir()
+    (project / "main.cc").write_text(PROGRAM)
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.16)\n"
+        "project(my_program LANGUAGES CXX)\n"
+        "add_executable(my_program main.cc)\n"
+        + block.replace("https://github.com/pollard-ai/pollard.git", theirs.as_uri())
+    )
+    done = run("cmake", "-B", "build", cwd=project)
+    assert done.returncode == 0, done.stderr

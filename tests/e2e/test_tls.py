@@ -101,3 +101,17 @@ def test_half_of_what_tls_needs_is_refused(
     done = pollard("up", "--port-base", "0", "--data-dir", tmp_path / "data", *flags)
     assert done.returncode == 1
     assert words in done.stderr
+
+
+def test_a_certificate_for_another_name_is_told_at_the_start(
+    pollard: Callable[..., Any], make_authority: Callable[[str], Any], tmp_path: Path
+) -> None:
+    ours = make_authority("ours")
+    certificate, key = ours.issue("services", "pollard.example")
+    done = pollard(
+        *("up", "--data-dir", tmp_path / "up", "--port-base", "0"),
+        *("--tls-certificate", certificate, "--tls-key", key, "--tls-ca", ours.ca),
+    )
+    assert done.returncode == 1
+    assert "certificate that models shows is not for 127.0.0.1" in done.stderr
+    assert "--tls-name" in done.stderr

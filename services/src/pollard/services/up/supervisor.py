@@ -204,7 +204,8 @@ class Supervisor:
             StartupError: One of them, or one started before, has ended or takes too long.
         """
         started = [child for child in self.children.values() if child.process is not None]
-        healthy = asyncio.ensure_future(asyncio.gather(*(self._healthy(child) for child in wave)))
+        waiting = [asyncio.create_task(self._first_healthy(child)) for child in wave]
+        healthy = asyncio.ensure_future(asyncio.gather(*waiting))
         deaths = [asyncio.create_task(child.wait()) for child in started]
         stop = asyncio.create_task(self._stopping.wait())
         tasks: list[asyncio.Future[Any]] = [healthy, stop, *deaths]
@@ -227,7 +228,7 @@ class Supervisor:
                 )
             healthy.result()
         finally:
-            await cancel(*tasks)
+            await cancel(*tasks, *waiting)
 
     async def _keep(self, child: Child) -> None:
         """Start a service again whenever it dies or hangs.
@@ -317,8 +318,23 @@ class Supervisor:
         self._notice(f"{child.plan.name} is healthy again")
         self._changed()
 
-    async def _healthy(self, child: Child) -> None:
-        """Return when a service says that it serves."""
+    async def _first_healthy(self, child: Child) -> None:
+        """Return when a service says that it serves, as `_healthy` does.
+
+        Raises:
+            StartupError: Its certificate cannot be trusted, which does not pass by itself.
+        """
+
+        def judge(error: grpc.aio.AioRpcError) -> None:
+            if words := _distrust(error.details() or "", child.plan.address):
+                raise StartupError(f"the certificate that {child.plan.name} shows {words}")
+
+        await self._healthy(child, judge)
+
+    async def _healthy(
+        self, child: Child, judge: Callable[[grpc.aio.AioRpcError], None] | None = None
+    ) -> None:
+        """Return when a service says that it serves; `judge` hears of checks that fail."""
         async with self._channel(child) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
@@ -329,8 +345,9 @@ class Supervisor:
                         if child.plan.service == MODELS and child.pid is not None:
                             make_way(child.pid)
                         return
-                except grpc.RpcError:
-                    pass
+                except grpc.aio.AioRpcError as error:
+                    if judge is not None:
+                        judge(error)
                 await asyncio.sleep(_HEALTH_POLL_SECONDS)
 
     async def _stop_all(self) -> bool:
@@ -375,6 +392,21 @@ def _how(code: int) -> str:
     with contextlib.suppress(ValueError):
         return f"was killed by {signal.Signals(-code).name}"
     return f"was killed by signal {-code}"
+
+
+def _distrust(details: str, address: str) -> str:
+    """Say why a service's certificate is not trusted; empty where that is not the trouble."""
+    if "Hostname Verification Check failed" in details:
+        host = address.rpartition(":")[0]
+        return (
+            f"is not for {host}, where the services reach each other: name one that it is for "
+            "with --tls-name"
+        )
+    if "certificate has expired" in details:
+        return "has ended: renew it"
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "is signed by no authority of --tls-ca"
+    return ""
 
 
 def _could_not_start(child: Child, code: int) -> str:
