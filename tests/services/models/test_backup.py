@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -18,7 +19,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from pollard.models.v1 import model_service_pb2 as pb
-from pollard.services.common.errors import DataLoss, StartupError
+from pollard.services.common.errors import DataLoss, ResourceExhausted, StartupError
 from pollard.services.models.backup import INFO, Progress, back_up, read_info, restore
 from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.database import make_database
@@ -333,6 +334,21 @@ def test_what_killed_commands_have_left_goes_with_the_next(backup: Path, tmp_pat
     assert not (tmp_path / "new").exists()
     restore_to(tmp_path / "new", first)
     assert list(tmp_path.glob(".new-*")) == []
+
+
+def test_a_full_disk_is_named_with_what_became_of_what_was_there(
+    backup: Path, tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(
+            ResourceExhausted, match=rf"the disk of {tmp_path} is full; nothing was"
+        ):
+            restore_to(tmp_path / "new", backup)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    restore_to(tmp_path / "new", backup)
 
 
 def test_a_store_that_is_made_meanwhile_stays_as_it_is(backup: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import StartupError, Unavailable
 from pollard.services.models.main import build_server
@@ -294,6 +296,28 @@ async def test_a_full_disk_refuses_and_leaves_everything_as_it_was(
         (small_disk / "more").unlink()
         await suite.client.models.UpdateModel(update)
         assert (await suite.client.push(large)).revision.revision == 2
+
+
+async def test_servers_that_come_while_the_disk_is_full_do_not_fill_the_log(
+    suite_with: Callable[..., Any], small_disk: Path
+) -> None:
+    async with suite_with(store=small_disk / "store") as suite:
+        filler = await asyncio.to_thread(fill, small_disk)
+        hello = fleet_pb.Hello(server_id="s", kind=fleet_pb.SERVER_KIND_PREPROCESS)
+        with structlog.testing.capture_logs() as lines:
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await suite.client.fleet.Sync(iter([fleet_pb.SyncRequest(hello=hello)])).read()
+                assert caught.value.code() == CODE.RESOURCE_EXHAUSTED
+                assert str(small_disk / "store") in (caught.value.details() or "")
+            filler.unlink()
+            await suite.join("s", kind=hello.kind)
+        told = [line for line in lines if line["event"].startswith("the fleet ")]
+        assert [line["event"] for line in told] == [
+            "the fleet cannot move on",
+            "the fleet moves on again",
+        ]
+        assert "is full" in told[0]["error"]
 
 
 @pytest.mark.parametrize("folder", ["uploads", "blobs"])

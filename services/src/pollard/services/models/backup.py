@@ -33,7 +33,8 @@ from sqlalchemy.orm import Session
 
 from pollard.runtime.bundle import sync_directory, write_durably
 from pollard.runtime.digests import sha256_file
-from pollard.services.common.errors import DataLoss, StartupError
+from pollard.runtime.disk import disk_full
+from pollard.services.common.errors import DataLoss, ResourceExhausted, StartupError
 from pollard.services.models import ownership
 from pollard.services.models.blobs import OWNER, Blobs
 from pollard.services.models.blobs_local import LocalBlobs
@@ -86,11 +87,12 @@ def back_up(
         StartupError: the registry cannot be opened, the directory holds something else, or another
             backup is being written there.
         ServiceError: the blobs cannot be read.
+        ResourceExhausted: the disk is full.
         OSError: the backup cannot be written.
     """
     _check_target(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    with _room(directory, "a backup that was there is as it was"), _alone(directory):
         return _back_up(database, blobs, directory, progress)
 
 
@@ -165,9 +167,10 @@ def restore(
             being written.
         ServiceError: the blobs cannot be written.
         DataLoss: a blob of the backup is damaged.
+        ResourceExhausted: the disk is full.
         OSError: the store cannot be written.
     """
-    with _unchanging(directory):
+    with _room(store.parent, "nothing was restored"), _unchanging(directory):
         return _restore(directory, store, open_database, open_blobs, progress, skip_damaged)
 
 
@@ -291,6 +294,20 @@ def _check_target(directory: Path) -> None:
             f"{directory} holds something that is no backup; name a new directory, or that of an "
             "earlier backup"
         )
+
+
+@contextmanager
+def _room(directory: Path, kept: str) -> Iterator[None]:
+    """Say of which disk it is that it is full, and what became of what was there."""
+    try:
+        yield
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise ResourceExhausted(
+            f"the disk of {directory} is full; {kept}. Free some space and run the command again",
+            reason="DISK_FULL",
+        ) from error
 
 
 @contextmanager

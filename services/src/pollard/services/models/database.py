@@ -339,8 +339,8 @@ class SqliteDatabase(Database):
                 )
             if "full" in text or "disk I/O" in text:
                 return ResourceExhausted(
-                    "the disk of the store is full; nothing was changed. Free some space and try "
-                    "again",
+                    f"the disk of {self.path.parent} is full; nothing was changed. Free some "
+                    "space and try again",
                     reason="DISK_FULL",
                 )
         return error

@@ -38,6 +38,9 @@ MAX_REPORTED_REVISIONS = 10_000
 MAX_VERSION = 2**53
 RETRY_SECONDS = 1.0
 
+SAID_SECONDS = 60.0
+"""How long nothing is said of steps that fail for the reason that was said last."""
+
 MOVE_SECONDS = 15.0
 """How much longer servers are waited for that come over from another manager: one whose machine
 is gone is noticed by its servers only after a while."""
@@ -436,22 +439,30 @@ class Fleet:
         return [server.to_proto() for server in self._servers.values()]
 
     async def _run(self) -> None:
-        retry = False
+        retry, said, said_at = False, "", 0.0
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RETRY_SECONDS if retry else self._until_deadline()):
-                    await self._wake.wait()
+            if retry:
+                # No sooner, whoever asks: each server that comes would find the same again.
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_deadline()):
+                        await self._wake.wait()
             self._wake.clear()
             began = self._clock()
             try:
                 self._apply(await self._step())
-                retry = False
-            except Unavailable as error:
-                # The database is away, or another manager has taken the lead.
-                _log.warning("the fleet cannot move on", error=error.message)
+                if retry:
+                    _log.info("the fleet moves on again")
+                retry, said = False, ""
+            except ServiceError as error:
+                # The database is away or its disk full, or another manager has taken the lead:
+                # everything stays as it is, and is tried again.
                 retry = True
+                if error.message != said or began - said_at >= SAID_SECONDS:
+                    said, said_at = error.message, began
+                    _log.warning("the fleet cannot move on", error=error.message)
             except Exception:
-                # A full disk, for example: everything stays as it is, and is tried again.
                 _log.exception("the fleet cannot move on")
                 retry = True
             # Of thousands of servers each step takes in what many have said, rather than one.

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -177,6 +178,11 @@ def _message(error: Exception) -> str:
 
         variable = variable_of(str(error.filename))
         return f"{variable and f'{variable}='}{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk that this command writes to is full ({error.strerror}); free some space and "
+            "run it again"
+        )
     package = _missing_package(error)
     if package:
         return (
