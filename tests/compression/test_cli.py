@@ -281,6 +281,8 @@ def test_the_zoo_is_listed_with_what_its_models_cost(invoke: Invoke, tmp_path: P
     done = invoke("zoo", "--json", tmp_path / "zoo.json")
     assert done.exit_code == 0, done.output
     assert "zoo:resnet50" in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "…" not in done.output
     models = {row["name"]: row for row in json.loads((tmp_path / "zoo.json").read_text())["models"]}
     assert models["vgg16"]["parameters"] == 138_357_544
     assert models["vgg16"]["macs"] == 15_470_264_320

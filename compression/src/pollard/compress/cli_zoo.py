@@ -19,22 +19,25 @@ def zoo(
     with errors(json_file) as console:
         from rich.table import Table
 
+        from pollard.compress.budget import amount
         from pollard.compress.zoo import ENTRIES
         from pollard.compress.zoo.figures import describe
 
         rows = [describe(entry) for entry in ENTRIES.values()]
         write_json(json_file, {"models": rows})
-        table = Table()
+        # Without lines: the last column has room left beside 80 characters.
+        table = Table(box=None, pad_edge=False)
         table.add_column("model", no_wrap=True)
-        for column in ("parameters", "MACs", "classes"):
+        for column in ("params", "MACs", "classes", "input"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("takes")
+        table.add_column("what it is", overflow="fold")
         for row in rows:
             table.add_row(
                 f"zoo:{row['name']}",
-                f"{row['parameters']:,}",
-                f"{row['macs']:,}",
+                amount("params", row["parameters"]),
+                amount("macs", row["macs"]),
                 str(row["classes"]),
+                "×".join(str(row["input"][side]) for side in ("height", "width", "channels")),
                 row["summary"],
             )
         console.print(table)

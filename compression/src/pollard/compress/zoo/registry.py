@@ -91,8 +91,7 @@ _SCENE_INPUT = InputSpec(
 def _imagenet(
     name: str, title: str, build: Callable[[int], nn.Module], spec: InputSpec = _IMAGENET_INPUT
 ) -> Entry:
-    summary = f"{spec.height}×{spec.width}×3: {title}; torchvision's checkpoints load"
-    return Entry(name, summary, build, spec, 1000, _IMAGENET_TRAINING)
+    return Entry(name, f"torchvision's {title}", build, spec, 1000, _IMAGENET_TRAINING)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -100,7 +99,7 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         Entry(
             "small-cnn-28",
-            "28×28×1: conv32-pool-conv64-pool-dense64-dense",
+            "2 convolutions, 2 dense layers",
             SmallCnn28,
             # Plain scaling to 0-1, as in the tutorials; it folds into the first
             # convolution without a trace.
@@ -114,14 +113,14 @@ ENTRIES: dict[str, Entry] = {
         ),
         Entry(
             "small-cnn-224",
-            "224×224×3: conv32-pool-conv64-pool-conv128-pool-dense",
+            "3 convolutions, 1 dense layer",
             SmallCnn224,
             InputSpec(224, 224, 3, (0.0,) * 3, (1.0,) * 3, augmentation="crop-flip"),
             training=TrainDefaults(epochs=10, batch_size=16, learning_rate=1e-3, recover_epochs=3),
         ),
         Entry(
             "small-cnn-512",
-            "150×150×3: conv32-pool-conv64-pool-conv128-pool-conv128-pool-dense512-dense",
+            "4 convolutions, 2 dense layers",
             SmallCnn512,
             InputSpec(150, 150, 3, (0.0,) * 3, (1.0,) * 3, augmentation="crop-flip"),
             classes=2,
@@ -129,28 +128,28 @@ ENTRIES: dict[str, Entry] = {
         ),
         Entry(
             "resnet20-cifar",
-            "32×32×3: ResNet-20 with option-A shortcuts",
+            "ResNet-20 with option-A shortcuts",
             resnet20,
             _CIFAR_INPUT,
             training=_CIFAR_TRAINING,
         ),
         Entry(
             "resnet56-cifar",
-            "32×32×3: ResNet-56 with option-A shortcuts",
+            "ResNet-56 with option-A shortcuts",
             resnet56,
             _CIFAR_INPUT,
             training=_CIFAR_TRAINING,
         ),
         Entry(
             "vgg16-bn-cifar",
-            "32×32×3: the convolutions of VGG-16 with batch norms, one dense layer",
+            "the convolutions of VGG-16 with batch norms, one dense layer",
             CifarVgg,
             _CIFAR_INPUT,
             training=replace(_CIFAR_TRAINING, learning_rate=0.05),
         ),
         Entry(
             "mobilenet-v2-cifar",
-            "32×32×3: MobileNetV2 with two strides fewer",
+            "MobileNetV2 with two strides fewer",
             mobilenet_v2_cifar,
             _CIFAR_INPUT,
             training=_CIFAR_TRAINING,
@@ -165,7 +164,7 @@ ENTRIES: dict[str, Entry] = {
         _imagenet("mobilenet-v2", "MobileNetV2", mobilenet_v2),
         Entry(
             "small-fcos",
-            "96×96×3: anchor-free detector of one stage; boxes and scores of 12×12 cells",
+            "anchor-free detector of one stage; boxes and scores of 12×12 cells",
             SmallFcos,
             _SCENE_INPUT,
             classes=5,
@@ -180,7 +179,7 @@ ENTRIES: dict[str, Entry] = {
         ),
         Entry(
             "small-unet",
-            "96×96×3: U-Net of three levels; a class for each pixel",
+            "U-Net of three levels; a class for each pixel",
             SmallUNet,
             _SCENE_INPUT,
             classes=6,
