@@ -225,6 +225,7 @@ def test_services_budgets_and_policies_find_their_pods(
         ("preprocess", "models"),
         ("inference", "models"),
         ("models", "models"),
+        ("models", "preprocess"),
     ):
         port = pods[called][1]["ports"][0]["containerPort"]
         assert _allows(kinds["NetworkPolicy"], pods, "egress", caller, called, port)
