@@ -291,6 +291,36 @@ async def test_more_than_may_wait_is_refused_at_once(start_pool, make_picture):
     await asyncio.gather(*tasks)
 
 
+BELOW_A_LIMIT = """
+import asyncio, resource, sys
+from pollard.services.preprocess.decode_pool import DecodePool
+from pollard.services.preprocess.worker import WorkerLimits
+
+async def main():
+    limits = WorkerLimits()
+    below = limits.memory_bytes * 3 // 4
+    resource.setrlimit(resource.RLIMIT_AS, (below, below))
+    pool = DecodePool(1, limits, 2**20)
+    await pool.start()
+    print(len(pool.pids))
+    await pool.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_service_that_may_have_less_memory_than_its_workers_starts() -> None:
+    # As `ulimit -v` or systemd's LimitAS give it.
+    done = subprocess.run(
+        [sys.executable, "-c", BELOW_A_LIMIT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["1"], done.stderr
+
+
 async def test_an_image_that_needs_more_memory_than_allowed_is_too_large(start_pool, make_picture):
     pool = await start_pool(memory_bytes=256 * 1024**2, max_image_pixels=100_000_000)
     with pytest.raises(ImageTooLarge, match="memory"):
