@@ -84,6 +84,16 @@ async def test_bundles_are_kept_from_a_registry_that_does_not_know_them(
     await service.stop(0)
 
 
+@pytest.mark.parametrize("left", [b"", b"\xff\xfe\x00", b"\x00" * 21])
+def test_a_managers_name_that_is_damaged_is_made_anew(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "manager-id").write_bytes(left)
+    store = Store(tmp_path)
+    store.open()
+    store.close()
+    assert store.manager_id.startswith("manager-")
+    assert (tmp_path / "manager-id").read_text("ascii").strip() == store.manager_id
+
+
 def test_a_registry_of_a_newer_version_is_refused(tmp_path: Path, stock: Path) -> None:
     shutil.copytree(stock, tmp_path / "store")
     with contextlib.closing(sqlite3.connect(tmp_path / "store" / DATABASE)) as database:

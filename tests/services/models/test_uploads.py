@@ -485,6 +485,28 @@ async def test_files_are_downloaded_by_name_alias_and_digest(
     assert list(some) == ["manifest.json", "a.txt"]
 
 
+async def test_a_blob_that_is_there_and_cannot_be_read_is_named(
+    suite: Any, bundles: Any, refused: Any
+) -> None:
+    revision = (await suite.client.push(bundles.tar(1))).revision
+    model = next(f.sha256 for f in revision.manifest.files if f.path.endswith(".onnx"))
+    for sha256, call in (
+        (model, lambda: suite.client.download(name=revision.name)),
+        (
+            revision.bundle_sha256,
+            lambda: suite.client.models.GetRevision(pb.GetRevisionRequest(name=revision.name)),
+        ),
+    ):
+        # As with a sector that is gone, the name is there and reading fails.
+        path = suite.service.blobs.path(sha256)
+        path.unlink()
+        path.mkdir()
+        reason, words = await refused(call(), CODE.DATA_LOSS)
+        assert reason == "BLOB_DAMAGED"
+        assert f"{sha256} cannot be read: Is a directory" in words
+        path.rmdir()
+
+
 async def test_a_damaged_blob_is_named_and_never_sent_whole(
     suite: Any, bundles: Any, refused: Any
 ) -> None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +43,9 @@ SEVERAL = ("boxes", "scores")
 CORE_INPUT = "normalized"
 
 MAX_BATCH = 1024
+
+# What the exporter says of the line of the model's code that it could not follow.
+_WHERE = re.compile(r'following call raised this error:\s+File "([^"]+)", line (\d+), in .*\n(.*)')
 
 # Largest difference of the logits that is still the same function, relative to
 # their range: what float32 in another order of summation gives.
@@ -89,6 +95,8 @@ def export_core(module: nn.Module, spec: InputSpec | torch.Tensor) -> onnx.Model
         told = f"the model cannot be exported to ONNX: {first_line(cause)}"
         if "data-dependent" in told:
             told += " An `if` that asks for the values of a tensor must become torch.where"
+        if where := _WHERE.search(str(cause)):
+            told += f" ({where[1]}, line {where[2]}: {where[3].strip()})"
         raise ExportFailed(told) from error
     strip_metadata(model)
     _lower_batch_norms(model)
@@ -151,18 +159,47 @@ def _lower_batch_norms(model: onnx.ModelProto) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # The exporter warns of its own deprecated calls and logs every pass.
-    names = ("onnxscript", "onnx_ir", "torch.onnx", "torch.onnx._internal.exporter._registration")
+    names = (
+        "onnxscript",
+        "onnx_ir",
+        "torch.onnx",
+        "torch.onnx._internal.exporter._registration",
+        "torch.fx.experimental.symbolic_shapes",
+    )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    stderr = sys.stderr
+    sys.stderr = _Hushed(stderr)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        sys.stderr = stderr
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _Hushed:
+    """Standard error for all threads but the one that exports.
+
+    Of a model that it cannot follow, the exporter prints what it had got so far.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._thread:
+            return len(text)
+        written: int = self._stream.write(text)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @functools.cache
@@ -421,11 +458,31 @@ def check_parity(model: bytes, module: nn.Module, spec: InputSpec) -> float:
             span = float(np.ptp(wanted[..., part])) or 1.0
             worst = max(worst, float(np.abs(got[..., part] - want[..., part]).max()) / span)
     if not worst <= _PARITY:
+        chance = by_chance(wanted, lambda: torch_predictor(module, spec)(images))
         raise ExportFailed(
             f"the exported file differs from the PyTorch model by {worst:.2e} of the logits' range "
-            f"(allowed {_PARITY:g})"
+            f"(allowed {_PARITY:g}){chance}"
         )
     return worst
+
+
+def try_export(module: nn.Module, spec: InputSpec) -> None:
+    """Export a module and compare, keep nothing: before the work that only an export makes useful.
+
+    Raises:
+        ExportFailed: it cannot be exported, or the file computes something else.
+    """
+    check_parity(serialize(attach_pixels(export_core(module, spec), spec)), module, spec)
+
+
+def by_chance(before: NDArray[np.float32], again: Callable[[], NDArray[np.float32]]) -> str:
+    """Return what to say where a model answers the same input otherwise each time."""
+    if np.array_equal(before, again(), equal_nan=True):
+        return ""
+    return (
+        ". It answers the same input otherwise each time: what is random must stop with eval(), "
+        "such as F.dropout(x, training=self.training)"
+    )
 
 
 def _outputs(session: Session, width: int) -> list[slice]:

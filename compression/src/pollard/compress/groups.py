@@ -166,6 +166,7 @@ def analyse(
         raise PruneFailed(
             "nothing in this model can be pruned: "
             + "; ".join(f"{name}: {why}" for name, why in left_whole.items())
+            + ". With prune 0 it is only quantized"
         )
     return Prunable(work, groups, left_whole, rewritten, macs, graph, example, shapes, frozen)
 

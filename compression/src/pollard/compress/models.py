@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pollard.compress import accelerator
+from pollard.compress import accelerator, factories
 from pollard.compress.accelerator import placed
 from pollard.compress.errors import (
     CompressionError,
@@ -104,11 +102,7 @@ class Source:
             return OnnxModule(read_core(self.file, self.spec), self.spec)
         if kind == "zoo":
             return find(name).build(classes)
-        model = _import_factory(kind, name)()
-        if not isinstance(model, nn.Module):
-            raise ModelUnknown(
-                f"{self.reference} returned {type(model).__name__}, not a torch.nn.Module"
-            )
+        model = factories.build(kind, name)
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
             raise ModelUnknown(
                 f"{self.reference} has lazy layers, whose weights have no size yet; let the "
@@ -257,7 +251,11 @@ def load_model(
     module.eval()
     found = _count_classes(module, source)
     if classes and found != classes:
-        raise LabelsMismatch(f"{source.reference} has {found} classes, the data {classes}")
+        one = found == 1
+        raise LabelsMismatch(
+            f"{source.reference} has {found} {'class' if one else 'classes'}, the data {classes}"
+            + ("; it must give a score for each class, of two classes, too" if one else "")
+        )
     return LoadedModel(module, source, found, digest)
 
 
@@ -346,21 +344,6 @@ def _drop_auxiliary(module: nn.Module) -> None:
 def _listed(keys: list[str]) -> str:
     more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
     return ", ".join(keys[:_LISTED_KEYS]) + more
-
-
-def _import_factory(module_name: str, attribute: str) -> Any:
-    # A script's own directory is not on the path of an installed command.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelUnknown(f"cannot import {module_name!r}: {error}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise ModelUnknown(f"{module_name} has no callable {attribute!r}")
-    return factory
 
 
 def _count_classes(module: nn.Module, source: Source) -> int:

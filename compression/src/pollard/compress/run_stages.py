@@ -26,6 +26,7 @@ from pollard.compress.cut_files import load_cut, recover_stage, save_cut
 from pollard.compress.data import Dataset, Part
 from pollard.compress.devices import CUDA, Device
 from pollard.compress.errors import GateRefused, UsageInvalid
+from pollard.compress.export import try_export
 from pollard.compress.latency import LatencyTable, default_folder
 from pollard.compress.models import LoadedModel
 from pollard.compress.overruns import FinishedFile, find_overruns
@@ -92,6 +93,7 @@ class Run:
 
     def _prune(self, folder: Path) -> None:
         recipe, parent = self.recipe, self.parent
+        try_export(parent.module, parent.spec)  # before recovery, which may take hours
         with self.reporter.step("Pruning", 1):
             cut = prune(
                 parent.module,

@@ -32,6 +32,7 @@ from pollard.compress.dense import (
     ranks_now,
 )
 from pollard.compress.errors import PruneFailed
+from pollard.compress.export import try_export
 from pollard.compress.groups import Gradients, Prunable, analyse, compose
 from pollard.compress.kernels import Kernel
 from pollard.compress.knapsack import Choice, CostModel, Picked, choose
@@ -230,6 +231,7 @@ def cut_step(
 
     Raises:
         PruneFailed: the budgets cannot be met.
+        ExportFailed: the parent cannot be exported, so that no cut would be of use.
     """
     spec = around.takes
     prunable = analyse(
@@ -241,6 +243,8 @@ def cut_step(
     )
     if meets(prunable, spec, config, reference, reporter):
         return None
+    if earlier is None and isinstance(spec, InputSpec):
+        try_export(parent, spec)  # before recovery, which may take hours
     blocks = find_blocks(prunable.module, spec) if config.remove_blocks else []
     dense, whole = offered(prunable.module, spec, config)
     losses = around.losses(prunable, blocks, dense)

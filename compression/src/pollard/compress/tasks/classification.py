@@ -53,7 +53,11 @@ class Classification:
     def check(self, outputs: object, batch: int) -> int:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != batch:
             form = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ModelUnknown(f"must give logits of shape [batch, classes], it gives {form}")
+            flat = (
+                isinstance(outputs, Tensor) and outputs.ndim > 2 and set(outputs.shape[2:]) == {1}
+            )
+            hint = ", which .flatten(1) makes of it" if flat else ""
+            raise ModelUnknown(f"must give logits of shape [batch, classes], it gives {form}{hint}")
         return int(outputs.shape[1])
 
     def loss(

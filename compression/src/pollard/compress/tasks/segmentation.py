@@ -64,7 +64,12 @@ class Segmentation:
     metric_key = "mIoU"
 
     def check(self, outputs: object, batch: int) -> int:
-        if not isinstance(outputs, Tensor) or outputs.ndim != 4 or outputs.shape[0] != batch:
+        if (
+            not isinstance(outputs, Tensor)
+            or outputs.ndim != 4
+            or outputs.shape[0] != batch
+            or outputs.shape[2:] == (1, 1)  # those of classes, not flattened
+        ):
             form = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ModelUnknown(
                 f"must give logits of shape [batch, classes, height, width], it gives {form}"
