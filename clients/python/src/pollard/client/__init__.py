@@ -17,10 +17,10 @@ from pollard.client._channel import (
     DEFAULT_MODELS_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
     DEFAULT_VISION_ADDRESS,
-    RetryPolicy,
     Tls,
 )
 from pollard.client._images import ImageLike
+from pollard.client._retrying import RetryPolicy
 from pollard.client._sync.inference import InferenceClient
 from pollard.client._sync.models import ModelsClient
 from pollard.client._sync.vision import VisionClient

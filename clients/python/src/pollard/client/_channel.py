@@ -1,4 +1,4 @@
-"""How channels are opened: limits, deadlines, retries."""
+"""How channels are opened: addresses, limits, deadlines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,81 +24,6 @@ MAX_CONNECTIONS = 64
 DEFAULT_INFERENCE_ADDRESS = "127.0.0.1:8001"
 DEFAULT_VISION_ADDRESS = "127.0.0.1:8011"
 DEFAULT_MODELS_ADDRESS = "127.0.0.1:8021"
-
-# Methods without side effects, and those whose request_id makes a second sending harmless.
-# UploadBundle is not among them: the client resumes it by itself, from what is on disk.
-_RETRIED: Mapping[str, Sequence[str]] = {
-    "inference.GRPCInferenceService": (
-        "ServerLive",
-        "ServerReady",
-        "ServerMetadata",
-        "ModelReady",
-        "ModelMetadata",
-        "ModelInfer",
-        "RepositoryIndex",
-    ),
-    "pollard.vision.v1.VisionService": ("Predict", "PredictBatch"),
-    "pollard.preprocess.v1.PreprocessService": ("Transform",),
-    "pollard.models.v1.ModelService": (
-        "GetUpload",
-        "GetModel",
-        "ListModels",
-        "UpdateModel",
-        "DeleteModel",
-        "UndeleteModel",
-        "GetRevision",
-        "ListRevisions",
-        "UpdateRevision",
-        "DeleteRevision",
-        "UndeleteRevision",
-        "GetAlias",
-        "ListAliases",
-        "SetAlias",
-        "RollbackAlias",
-        "DeleteAlias",
-        "CreateRollout",
-        "GetRollout",
-        "ListRollouts",
-        "PauseRollout",
-        "ResumeRollout",
-        "PromoteRollout",
-        "AbortRollout",
-        "ListEvents",
-        "DownloadBundle",
-    ),
-    "pollard.models.v1.FleetService": ("ListServers",),
-}
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often a request that met UNAVAILABLE is sent again, within its deadline.
-
-    CANCELLED by the server counts as UNAVAILABLE: that is what gRPC answers while it stops.
-    """
-
-    max_attempts: int = 4
-    """Attempts in all, 1 to 5; 1 means never again."""
-    initial_backoff_seconds: float = 0.1
-    """Upper end of the first random pause."""
-    max_backoff_seconds: float = 2.0
-    """Upper end of any pause."""
-    backoff_multiplier: float = 2.0
-    """Growth of the pauses."""
-
-    def __post_init__(self) -> None:
-        # gRPC itself cuts max_attempts at 5; a larger number would silently mean 5.
-        if not 1 <= self.max_attempts <= 5:
-            raise ValueError(f"max_attempts must be 1 to 5, not {self.max_attempts}")
-        if self.initial_backoff_seconds <= 0 or self.max_backoff_seconds <= 0:
-            raise ValueError("backoffs must be longer than 0 seconds")
-        if self.backoff_multiplier <= 0:
-            raise ValueError(f"backoff_multiplier must be above 0, not {self.backoff_multiplier}")
-
-    @classmethod
-    def none(cls) -> RetryPolicy:
-        """Never send a request again: every failure reaches the caller."""
-        return cls(max_attempts=1)
 
 
 class ConnectionInvalid(ValueError):
@@ -182,16 +106,23 @@ def _read(path: str | os.PathLike[str] | None) -> bytes | None:
     return None if path is None else Path(path).read_bytes()
 
 
+SPREADING = json.dumps(
+    {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        # "" is the server in whole. One that cannot be asked, such as a balancer, counts as well.
+        "healthCheckConfig": {"serviceName": ""},
+    }
+)
+"""gRPC's service config that gives requests in turn to the servers that are there and well: each is
+asked to tell when its health changes, and one that drains gets no more."""
+
+
 def channel_options(
-    retry: RetryPolicy,
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    *,
-    spread: bool = False,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, *, spread: bool = False
 ) -> list[tuple[str, Any]]:
     """Return the options with which every channel is opened.
 
     Args:
-        retry: When requests are sent again.
         max_message_bytes: Largest message in either direction.
         spread: The address stands for several servers that take requests in turn.
     """
@@ -213,45 +144,14 @@ def channel_options(
         ("grpc.http2.max_pings_without_data", 0),
         # A proxy from the environment must not come between a client and its services.
         ("grpc.enable_http_proxy", 0),
+        # `_retrying` sends requests again. gRPC's own retries must not do so: from 1.83 on, a call
+        # that meets a connection which is given up as soon as it stands is sent again without a
+        # pause, and takes a gigabyte a second until its deadline.
+        ("grpc.enable_retries", 0),
     ]
-    if retry.max_attempts > 1 or spread:
-        options.append(("grpc.service_config", service_config(retry, spread=spread)))
-    options.append(("grpc.enable_retries", int(retry.max_attempts > 1)))
-    return options
-
-
-def service_config(retry: RetryPolicy, *, spread: bool = False) -> str:
-    """Return gRPC's service config (JSON) that retries the idempotent methods.
-
-    With `spread` it also gives requests in turn to the servers that are there and well: each is
-    asked to tell when its health changes, and one that drains gets no more.
-    """
-    config: dict[str, Any] = {}
     if spread:
-        config["loadBalancingConfig"] = [{"round_robin": {}}]
-        # "" is the server in whole. One that cannot be asked, such as a balancer, counts as well.
-        config["healthCheckConfig"] = {"serviceName": ""}
-    if retry.max_attempts > 1:
-        config["methodConfig"] = [_retries(retry)]
-    return json.dumps(config)
-
-
-def _retries(retry: RetryPolicy) -> dict[str, Any]:
-    names = [
-        {"service": service, "method": method}
-        for service, methods in _RETRIED.items()
-        for method in methods
-    ]
-    policy = {
-        "maxAttempts": retry.max_attempts,
-        "initialBackoff": f"{retry.initial_backoff_seconds}s",
-        "maxBackoff": f"{retry.max_backoff_seconds}s",
-        "backoffMultiplier": retry.backoff_multiplier,
-        # gRPC's servers cancel what reaches them while they stop, before it has begun. What a
-        # caller cancels itself is never sent again.
-        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-    }
-    return {"name": names, "retryPolicy": policy}
+        options.append(("grpc.service_config", SPREADING))
+    return options
 
 
 def checked_address(address: str) -> str:

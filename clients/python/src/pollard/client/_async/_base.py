@@ -10,6 +10,7 @@ import grpc
 
 from pollard.client import _channel
 from pollard.client._async import _io
+from pollard.client._retrying import Attempts, RetryPolicy
 from pollard.client.errors import from_rpc_error
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ class AsyncBaseClient:
         address: str,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
@@ -59,10 +60,9 @@ class AsyncBaseClient:
             raise ValueError(
                 f"with tls give one name for all servers, as dns:///NAME:PORT, not {address!r}"
             )
+        self._retry = retry or RetryPolicy()
         options = _channel.channel_options(
-            retry or _channel.RetryPolicy(),
-            max_message_bytes,
-            spread=_channel.is_several(self.address),
+            max_message_bytes, spread=_channel.is_several(self.address)
         )
         self._channel = _io.open_channels(
             _channel.checked_connections(connections),
@@ -101,10 +101,17 @@ class AsyncBaseClient:
         if self._closed:
             raise RuntimeError(f"this {type(self).__name__} is closed")
         deadline = _channel.checked_timeout(timeout, self._timeout)
-        try:
-            return await method(request, timeout=deadline, metadata=metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.address, method=name) from None
+        attempts = Attempts(self._retry, name, deadline)
+        while True:
+            try:
+                return await method(request, timeout=attempts.timeout, metadata=metadata)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, address=self.address, method=name)
+                pause = attempts.pause(error)
+            if pause is not None and not self._closed:
+                await _io.sleep(pause)
+            if pause is None or self._closed:
+                raise failure
 
     async def _stream(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pollard.client import _channel
 from pollard.client._async._base import AsyncBaseClient
+from pollard.client._retrying import RetryPolicy
 from pollard.models.v1 import (
     fleet_service_pb2_grpc,
     model_service_pb2_grpc,
@@ -22,7 +23,7 @@ class AsyncManagerClient(AsyncBaseClient):
         address: str = _channel.DEFAULT_MODELS_ADDRESS,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,

@@ -15,6 +15,7 @@ from pollard.client._async.aliases import AliasMethods
 from pollard.client._async.revisions import RevisionMethods
 from pollard.client._bundle import BundleTar, BundleWriter
 from pollard.client._names import checked_alias, checked_model, model_name, revision_name
+from pollard.client._retrying import Attempts
 from pollard.client._upload import ProgressCallback, Upload, transfer_timeout
 from pollard.client.errors import (
     DeadlineExceeded,
@@ -236,20 +237,28 @@ class BundleMethods(AliasMethods, RevisionMethods):
         request = model_service_pb2.DownloadBundleRequest(name=revision_name(model, found.revision))
         done = 0
         with BundleWriter(directory) as writer:
-            call = self._stub.DownloadBundle(request, timeout=transfer_timeout(found.size_bytes))
-            try:
-                async for piece in call:
-                    writer.write(piece.path, piece.offset, piece.data, piece.total_bytes)
-                    done += len(piece.data)
-                    if progress is not None:
-                        progress(Progress(done, max(done, found.size_bytes)))
-            except grpc.RpcError as error:
-                raise from_rpc_error(
-                    error, address=self.address, method=f"{SERVICE}/DownloadBundle"
-                ) from None
-            except (InvalidBundle, OSError):
-                call.cancel()
-                raise
+            method = f"{SERVICE}/DownloadBundle"
+            attempts = Attempts(self._retry, method, transfer_timeout(found.size_bytes))
+            while True:
+                call = self._stub.DownloadBundle(request, timeout=attempts.timeout)
+                try:
+                    async for piece in call:
+                        writer.write(piece.path, piece.offset, piece.data, piece.total_bytes)
+                        done += len(piece.data)
+                        if progress is not None:
+                            progress(Progress(done, max(done, found.size_bytes)))
+                    break
+                except grpc.RpcError as error:
+                    failure = from_rpc_error(error, address=self.address, method=method)
+                    # What has begun to come does not come from its beginning again.
+                    pause = attempts.pause(error) if done == 0 else None
+                except (InvalidBundle, OSError):
+                    call.cancel()
+                    raise
+                if pause is not None and not self._closed:
+                    await _io.sleep(pause)
+                if pause is None or self._closed:
+                    raise failure
             await _io.run_blocking(writer.finish, found.bundle_sha256)
         return found
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from pollard.client import _channel, _convert, _images, _predictions
 from pollard.client._async import _io
 from pollard.client._async._base import AsyncBaseClient
+from pollard.client._retrying import RetryPolicy
 from pollard.client.errors import RequestFailed
 from pollard.client.types import Explanation, Prediction, Transformed
 from pollard.preprocess.v1 import preprocess_service_pb2, preprocess_service_pb2_grpc
@@ -27,7 +28,7 @@ class AsyncVisionClient(AsyncBaseClient):
         address: str = _channel.DEFAULT_VISION_ADDRESS,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pollard.client import _channel
+from pollard.client._retrying import RetryPolicy
 from pollard.client._sync._base import BaseClient
 from pollard.models.v1 import (
     fleet_service_pb2_grpc,
@@ -23,7 +24,7 @@ class ManagerClient(BaseClient):
         address: str = _channel.DEFAULT_MODELS_ADDRESS,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,

@@ -12,6 +12,7 @@ import grpc
 from pollard.client import _convert, _copying
 from pollard.client._bundle import BundleTar, BundleWriter
 from pollard.client._names import checked_alias, checked_model, model_name, revision_name
+from pollard.client._retrying import Attempts
 from pollard.client._sync import _io
 from pollard.client._sync._manager import SERVICE
 from pollard.client._sync.aliases import AliasMethods
@@ -235,20 +236,28 @@ class BundleMethods(AliasMethods, RevisionMethods):
         request = model_service_pb2.DownloadBundleRequest(name=revision_name(model, found.revision))
         done = 0
         with BundleWriter(directory) as writer:
-            call = self._stub.DownloadBundle(request, timeout=transfer_timeout(found.size_bytes))
-            try:
-                for piece in call:
-                    writer.write(piece.path, piece.offset, piece.data, piece.total_bytes)
-                    done += len(piece.data)
-                    if progress is not None:
-                        progress(Progress(done, max(done, found.size_bytes)))
-            except grpc.RpcError as error:
-                raise from_rpc_error(
-                    error, address=self.address, method=f"{SERVICE}/DownloadBundle"
-                ) from None
-            except (InvalidBundle, OSError):
-                call.cancel()
-                raise
+            method = f"{SERVICE}/DownloadBundle"
+            attempts = Attempts(self._retry, method, transfer_timeout(found.size_bytes))
+            while True:
+                call = self._stub.DownloadBundle(request, timeout=attempts.timeout)
+                try:
+                    for piece in call:
+                        writer.write(piece.path, piece.offset, piece.data, piece.total_bytes)
+                        done += len(piece.data)
+                        if progress is not None:
+                            progress(Progress(done, max(done, found.size_bytes)))
+                    break
+                except grpc.RpcError as error:
+                    failure = from_rpc_error(error, address=self.address, method=method)
+                    # What has begun to come does not come from its beginning again.
+                    pause = attempts.pause(error) if done == 0 else None
+                except (InvalidBundle, OSError):
+                    call.cancel()
+                    raise
+                if pause is not None and not self._closed:
+                    _io.sleep(pause)
+                if pause is None or self._closed:
+                    raise failure
             _io.run_blocking(writer.finish, found.bundle_sha256)
         return found
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pollard.client import _channel, _convert
 from pollard.client._names import checked_alias, checked_model, checked_revision
+from pollard.client._retrying import RetryPolicy
 from pollard.client._sync._base import BaseClient
 from pollard.client.types import InferResult, ModelMetadata, RepositoryEntry, ServerMetadata
 from pollard.inference import grpc_service_pb2, grpc_service_pb2_grpc
@@ -25,7 +26,7 @@ class InferenceClient(BaseClient):
         address: str = _channel.DEFAULT_INFERENCE_ADDRESS,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pollard.client import _channel, _convert, _images, _predictions
+from pollard.client._retrying import RetryPolicy
 from pollard.client._sync import _io
 from pollard.client._sync._base import BaseClient
 from pollard.client.errors import RequestFailed
@@ -28,7 +29,7 @@ class VisionClient(BaseClient):
         address: str = _channel.DEFAULT_VISION_ADDRESS,
         *,
         timeout: float = _channel.DEFAULT_TIMEOUT_SECONDS,
-        retry: _channel.RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
         max_message_bytes: int = _channel.DEFAULT_MAX_MESSAGE_BYTES,
         tls: _channel.Tls | None = None,
         token: str | None = None,
