@@ -17,6 +17,7 @@ from pollard.compress.anydata_eight_bits import MetricJudge, Predict, quantize_m
 from pollard.compress.channel_map import load_pruned, save_pruned
 from pollard.compress.errors import (
     DataInvalid,
+    ExportFailed,
     GateRefused,
     PruneFailed,
     UsageInvalid,
@@ -241,6 +242,27 @@ def test_no_file_with_own_batches_takes_more_than_the_budget(
             trained, batches(1), closeness, recipe, EXAMPLE, tmp_path / "out",
             loss_fn=functional.mse_loss,
         )  # fmt: skip
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.net(x)
+            return outputs * 2 if outputs.mean() > 0 else outputs
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("nothing is to be trained")
+
+    with pytest.raises(ExportFailed, match=r"torch\.where"):
+        compress_model(
+            Branching().eval(), batches(1), closeness, ModelRecipe(max_drop=1.0), EXAMPLE,
+            tmp_path / "out", loss_fn=never,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_budget_out_of_reach_is_refused_before_training(

@@ -101,6 +101,31 @@ def test_a_model_that_cannot_be_exported_is_refused() -> None:
         export.export_core(_Undecided(), UNEVEN)
 
 
+def test_the_line_that_cannot_be_followed_is_told_without_the_exporters_listing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ExportFailed, match=r"\(.*test_export\.py, line \d+: return x\["):
+        export.export_core(_Undecided(), UNEVEN)
+    assert capfd.readouterr().err == ""
+
+
+class _Restless(nn.Module):
+    """Drops some of its answers in evaluation, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.net(x), 0.5)
+
+
+def test_answers_that_change_from_call_to_call_are_told_as_that() -> None:
+    with pytest.raises(ExportFailed, match=r"otherwise each time: .*training=self\.training"):
+        export.try_export(_Restless().eval(), UNEVEN)
+    export.try_export(_net(), UNEVEN)
+
+
 class _FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

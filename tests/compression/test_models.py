@@ -106,6 +106,10 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def lazy():\n"
         "    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(5))\n"
         "def rows():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2))\n"
+        "def pixel():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1))\n"
+        "def sized(classes):\n    return nn.Linear(3, classes)\n"
+        "def broken():\n    return {}['weights']\n"
+        "made = nn.Linear(2, 2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "my_factories"
@@ -122,10 +126,14 @@ def test_a_factory_is_found_by_import_path(factories: str) -> None:
         ("wrong", "not a torch"),
         ("lazy", "lazy layers, .* run the model once"),
         ("rows", "must give logits"),
+        ("pixel", r"it gives \[2, 4, 1, 1\], which \.flatten\(1\) makes of it"),
         ("nothing", "no callable"),
+        ("sized", r"without arguments, but: .*'classes'.*def make\(\): return sized"),
+        ("broken", r"failed with KeyError: 'weights' \(.*my_factories\.py, line 15\)"),
+        ("made", "is a model already; name a function"),
     ],
 )
-def test_factories_whose_answers_are_of_no_task_are_refused(
+def test_factories_that_give_no_model_or_one_of_no_task_are_refused(
     factories: str, name: str, why: str
 ) -> None:
     with pytest.raises(ModelUnknown, match=why):
@@ -142,9 +150,42 @@ def test_a_factory_needs_its_input_stated() -> None:
         resolve("package.module:factory")
 
 
-def test_an_unknown_module_is_named() -> None:
-    with pytest.raises(ModelUnknown, match="no_such_package"):
-        load_model("no_such_package:net", spec=SPEC)
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("no_such_package", r"'no_such_package'; it is looked for in .* and on PYTHONPATH"),
+        ("./folder/own", "in the folder folder give own:net"),
+        ("own.py", r"in the folder \. give own:net"),
+        ("needs", r"cannot import 'needs': No module named 'no_such_library'$"),
+        ("unfinished", r"SyntaxError: .*unfinished\.py, line 1"),
+        ("divides", r"ZeroDivisionError: .*divides\.py, line 2"),
+    ],
+)
+def test_what_cannot_be_imported_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own.py").touch()
+    Path("needs.py").write_text("import no_such_library\n")
+    Path("unfinished.py").write_text("def net(:\n")
+    Path("divides.py").write_text("\n1 / 0\n")
+    with pytest.raises(ModelUnknown, match=why):
+        load_model(f"{name}:net", spec=SPEC)
+
+
+def test_one_score_for_two_classes_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "single.py").write_text(
+        "from torch import nn\n"
+        "def net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(1))\n".replace(
+            "LazyLinear(1)", f"Linear({SPEC.height * SPEC.width * SPEC.channels}, 1)"
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LabelsMismatch, match="has 1 class, the data 2; it must give a score for"):
+        load_model("single:net", spec=SPEC, classes=2)
 
 
 @pytest.mark.long

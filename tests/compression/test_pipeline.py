@@ -13,11 +13,15 @@ import onnx
 import pytest
 
 from pollard.compress import bundling
-from pollard.compress.errors import GateRefused, OutputExists, UsageInvalid
+from pollard.compress.errors import ExportFailed, GateRefused, OutputExists, UsageInvalid
+from pollard.compress.models import load_model, save_state
 from pollard.compress.pipeline import CompressionResult, bundle_parent, compress
 from pollard.compress.recipe import Recipe
+from pollard.compress.zoo import find
 from pollard.runtime.bundle import Bundle
 from pollard.runtime.sessions import check_golden, check_signature, open_session
+
+SPEC = find("small-cnn-28").spec
 
 
 def recipe(weights: Path, **changes: object) -> Recipe:
@@ -192,6 +196,32 @@ def test_a_parent_that_takes_more_than_the_budget_is_no_way_out(
     with pytest.raises(GateRefused, match=r"within the budget.*parent-int8 takes size 2\d\d"):
         compress(hopeless, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("way", [{"prune": 0.5}, {"budget": ("macs=0.5",)}])
+def test_what_cannot_be_exported_is_refused_before_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, object]
+) -> None:
+    (tmp_path / "branching.py").write_text(
+        "from pollard.compress.zoo import find\n"
+        "from torch import nn\n"
+        "class Branching(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = find('small-cnn-28').build(10)\n"
+        "    def forward(self, x):\n"
+        "        x = self.net(x)\n"
+        "        return x * 2 if x.mean() > 0 else x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "branching", raising=False)
+    weights = tmp_path / "w.safetensors"
+    save_state(load_model("branching:Branching", spec=SPEC).module, weights)
+    stages = tmp_path / "stages"
+    asked = recipe(weights, model="branching:Branching", spec=SPEC, qat_epochs=0, **way)
+    with pytest.raises(ExportFailed, match=r"branching\.py, line 9"):
+        compress(asked, tmp_path / "out", cache=stages)
+    assert not list(stages.glob("recover-*"))
 
 
 def test_a_gate_that_cannot_be_met_leaves_nothing(digits_parent: Path, tmp_path: Path) -> None:
