@@ -7,6 +7,7 @@ passes it on compares its digest first.
 from __future__ import annotations
 
 import abc
+import errno
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -127,6 +128,8 @@ class Blobs(abc.ABC):
             content = b"".join(self.pieces(sha256))
         except FileNotFoundError:
             raise missing(sha256) from None
+        except OSError as error:
+            raise unreadable(sha256, error) from error
         actual = sha256_bytes(content)
         if actual != sha256:
             raise damaged(sha256, actual)
@@ -172,6 +175,19 @@ def damaged(sha256: str, actual: str) -> DataLoss:
     return DataLoss(
         f"the blob {sha256} is damaged: its SHA-256 is {actual}. Restore it from a backup, or "
         "push its bundle again",
+        reason="BLOB_DAMAGED",
+        sha256=sha256,
+    )
+
+
+def unreadable(sha256: str, error: OSError) -> BaseException:
+    """Return the error that a blob is there and cannot be read."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        # Nothing is wrong with the blob.
+        return error
+    return DataLoss(
+        f"the blob {sha256} cannot be read: {error.strerror}. See that its disk is well and may be "
+        "read; or restore it from a backup, or push its bundle again",
         reason="BLOB_DAMAGED",
         sha256=sha256,
     )

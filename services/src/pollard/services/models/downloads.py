@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from pollard.runtime.bundle import MANIFEST
 from pollard.services.common.errors import DataLoss, NotFound
 from pollard.services.models import bundle_rows, registry
-from pollard.services.models.blobs import PIECE_BYTES, Blobs, BlobUrl, missing
+from pollard.services.models.blobs import PIECE_BYTES, Blobs, BlobUrl, missing, unreadable
 from pollard.services.models.schema import BundleFile
 from pollard.services.models.store import Store
 
@@ -213,6 +213,9 @@ def _read(blobs: Blobs, file: BundleFile, pace: Pace | None) -> Generator[Piece,
             offset += len(data)
     except FileNotFoundError:
         raise missing(file.sha256) from None
+    except OSError as error:
+        _log.error("a blob cannot be read", sha256=file.sha256, path=file.path, error=str(error))
+        raise unreadable(file.sha256, error) from error
     if digest.hexdigest() != file.sha256 or offset != file.size_bytes:
         _log.error("a blob is damaged", sha256=file.sha256, path=file.path)
         raise DataLoss(

@@ -122,9 +122,10 @@ class Store:
 
     def _own_id(self) -> str:
         path = self.directory / "manager-id"
-        with contextlib.suppress(FileNotFoundError):
+        # One that is damaged is made anew: what was held in its name ends by itself.
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             known = path.read_text("ascii").strip()
-            if known:
+            if known.isprintable() and known:
                 return known
         made = f"manager-{secrets.token_hex(6)}"
         temporary = path.with_suffix(".new")

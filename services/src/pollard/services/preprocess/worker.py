@@ -63,7 +63,10 @@ def main() -> None:
     """Serve the socket whose descriptor is the first argument until it closes."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     limits = WorkerLimits(**json.loads(sys.argv[2]))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    # Whoever started the service may allow it less.
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if allowed == resource.RLIM_INFINITY or allowed > limits.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     # A core dump would hold a user's picture.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Pillow's warnings of damaged metadata are nobody's business here.
