@@ -630,6 +630,43 @@ async def test_a_way_back_that_comes_while_its_bundle_goes_has_it_all_the_same(
     assert server.engine.table.models["adder"].routes["production"] == ((1, 1),)
 
 
+async def test_an_order_that_comes_while_another_is_saved_is_saved_after_it(
+    manager, start_server, make_bundle, monkeypatch
+) -> None:
+    """Each writes the same file, beside it first: the older must neither fail it nor come last."""
+    server = await start_server(manager.address)
+    cache = server.agent.cache
+    begun, go_on = threading.Event(), threading.Event()
+    saving, most = 0, 0
+    save_state = cache.save_state
+
+    def slowly(state: fleet_pb.DesiredState) -> None:
+        nonlocal saving, most
+        saving += 1
+        most = max(most, saving)
+        if not begun.is_set():
+            begun.set()
+            assert go_on.wait(20)
+        save_state(state)
+        saving -= 1
+
+    monkeypatch.setattr(cache, "save_state", slowly)
+    bundle = make_bundle(1.0)
+    manager.want("adder", {1: bundle}, {})
+    manager.send()
+    await eventually(begun.is_set)
+    manager.want("adder", {1: bundle}, {"production": {1: 1}})
+    manager.send()
+    # Long enough to be taken up by whoever does not wait.
+    await asyncio.sleep(0.3)
+    go_on.set()
+    assert (await manager.answer()).HasField("ack")
+    assert most == 1
+    kept = cache.load_state()
+    assert kept is not None
+    assert [route.alias for route in kept.models[0].routes] == ["production"]
+
+
 async def test_a_cache_that_cannot_be_tidied_up_holds_up_no_order(
     manager, start_server, make_bundle, monkeypatch
 ) -> None:

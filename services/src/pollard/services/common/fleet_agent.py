@@ -31,7 +31,7 @@ from pollard.services.common.auth.wire import table_of
 from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
-from pollard.services.common.lifecycle import cancel, raise_if_cancelled
+from pollard.services.common.lifecycle import cancel, raise_if_cancelled, to_its_end
 from pollard.services.common.retries import Pauses, may_pass, promise, promised
 from pollard.services.common.status import to_proto
 from pollard.services.common.tls import open_channel
@@ -454,10 +454,16 @@ class FleetAgent:
         running.version = self._saved.version if applied.failures else order.version
         running.nonce = ""
         failures = applied.failures
-        # Saved before it is acknowledged: what the manager was told survives a crash.
-        try:
-            await asyncio.to_thread(self.cache.save_state, running)
+
+        def save() -> None:
+            self.cache.save_state(running)
             self._saved = running
+
+        # Saved before it is acknowledged: what the manager was told survives a crash. To its end,
+        # though a newer order overtakes this one: two that save at the same time would take each
+        # other's file away, and the older might come last.
+        try:
+            await to_its_end(asyncio.to_thread(save))
         except OSError as error:
             why = FailedPrecondition(
                 f"what runs cannot be noted in the cache: {error}", reason="CACHE_FAULT"

@@ -13,9 +13,9 @@ import contextlib
 import faulthandler
 import ipaddress
 import signal
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import structlog
@@ -32,6 +32,8 @@ from pollard.services.common.tls import server_credentials
 from pollard.services.common.tls_files import PLAIN, TlsFiles
 
 _log = structlog.get_logger("pollard.lifecycle")
+
+T = TypeVar("T")
 
 _CLOSING_SECONDS = 30.0
 """Longest time for closing everything, once the requests in flight have had theirs."""
@@ -357,6 +359,18 @@ def raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def to_its_end(work: Awaitable[T]) -> T:
+    """Wait for what goes on in a thread, even where the waiting is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # marks it as seen
+        raise
 
 
 async def together(*works: Coroutine[Any, Any, Any]) -> None:
