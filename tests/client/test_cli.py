@@ -172,6 +172,10 @@ def test_a_directory_that_is_no_bundle_is_exit_code_1(
     scripted.on("GetModel", lambda request, context: model_service_pb2.GetModelResponse())
     assert _main.run(["models", "push", str(tmp_path), "--model", "m", "--server", address]) == 1
     assert "holds no manifest.json" in capsys.readouterr().err
+    other = tmp_path / "model.pt"
+    other.write_bytes(b"")
+    assert _main.run(["models", "push", str(other), "--model", "m", "--server", address]) == 1
+    assert "neither the directory of a bundle nor a .onnx file" in capsys.readouterr().err
 
 
 def test_deleting_asks_first(

@@ -88,6 +88,22 @@ def test_a_model_goes_all_the_way_by_the_command_line(
     assert pollard("models", "pull", "cli", target, "--revision", "2", env=env).returncode == 0
     assert Bundle.open(target).digest == second.digest
 
+    # What goes on all the same is told as the command takes it.
+    refused = pollard("models", "delete", "cli", "--yes", env=env)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("(MODEL_IN_USE)\nOn the command line: --force\n")
+    again = pollard("models", "push", first.path, "--model", "cli", env=env)
+    assert "It is served already, as 'production'." in again.stdout
+    wider = pollard("models", "push", make_bundle(size=10).path, "--model", "cli", env=env)
+    assert "pollard models alias cli production 3" in wider.stdout
+    refused = pollard("models", "alias", "cli", "production", "3", env=env)
+    assert refused.stderr.endswith("On the command line: --allow-signature-change\n")
+    refused = pollard("models", "rollout", "cli", "3", env=env)
+    assert "move the alias at once instead" in refused.stderr
+    assert refused.stderr.endswith(
+        "pollard models alias cli production 3 --allow-signature-change\n"
+    )
+
     refused = pollard("models", "delete", "cli", "--revision", "1", "--yes", env=env)
     assert refused.returncode == 1
     assert "REVISION_IN_USE" in refused.stderr

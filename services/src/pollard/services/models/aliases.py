@@ -154,8 +154,19 @@ def _refuse_while_rolling_out(session: Session, row: Alias) -> None:
         )
 
 
-def check_signature(session: Session, row: Alias, number: int) -> None:
+def check_signature(
+    session: Session,
+    row: Alias,
+    number: int,
+    advice: str = "set allow_signature_change if they are ready for it",
+) -> None:
     """Compare the inputs of a revision with those of an alias's current one.
+
+    Args:
+        session: Reads the registry.
+        row: The alias.
+        number: The revision that it is to lead to.
+        advice: What the error says to do.
 
     Raises:
         NotFound: there is no such revision.
@@ -170,7 +181,7 @@ def check_signature(session: Session, row: Alias, number: int) -> None:
         raise FailedPrecondition(
             f"the inputs of revision {number} differ from those of revision {row.revision}, which "
             f"{row.name!r} serves: {_inputs(after)} instead of {_inputs(before)}. Clients that "
-            "send tensors would fail; set allow_signature_change if they are ready for it",
+            f"send tensors would fail; {advice}",
             reason="SIGNATURE_CHANGED",
             model=row.model,
             alias=row.name,

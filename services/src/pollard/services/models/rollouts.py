@@ -170,7 +170,12 @@ def create(
             alias=name,
             revision=plan.revision,
         )
-    aliases.check_signature(session, alias, plan.revision)
+    aliases.check_signature(
+        session,
+        alias,
+        plan.revision,
+        "when they are ready for it, move the alias at once instead, with allow_signature_change",
+    )
     if shadow is not None and shadow.base_revision != alias.revision:
         raise Conflict(
             f"{name} has moved to revision {alias.revision} meanwhile; begin again",

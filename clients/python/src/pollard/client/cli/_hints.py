@@ -44,6 +44,10 @@ _OF_CONNECTIONS = (
 )
 
 
+_FLAGS = {"SIGNATURE_CHANGED": "--allow-signature-change", "MODEL_IN_USE": "--force"}
+"""By reason: what goes on all the same."""
+
+
 def of_connection(error: RequestFailed) -> str:
     """Return what would help where no connection was made."""
     for words, help_text in _OF_CONNECTIONS:
@@ -67,6 +71,13 @@ def hint(error: RequestFailed) -> str:
         )
     if error.reason == "TOKEN_MISSING":
         return f"\nOf commands it is taken from {TOKEN}, or from {CERTIFICATE} and {KEY}."
+    if error.reason == "SIGNATURE_CHANGED" and error.method.endswith("/CreateRollout"):
+        words = [error.metadata.get(key, "") for key in ("model", "alias", "revision")]
+        return (
+            f"\nOn the command line: pollard models alias {' '.join(words)} {_FLAGS[error.reason]}"
+        )
+    if error.reason in _FLAGS:
+        return f"\nOn the command line: {_FLAGS[error.reason]}"
     if not error.method.startswith("/pollard.models.v1."):
         return ""
     model = error.metadata.get("model", "")

@@ -140,7 +140,18 @@ def push(
         elif chosen:
             say(f"{chosen} is moving to revision {number}; see `pollard models show {model}`.")
         else:
-            say(f"To serve it: pollard models alias {model} production {number}")
+            leading = _leading(client, model, number) if pushed.existed else []
+            say(
+                f"It is served already, as {', '.join(leading)}."
+                if leading
+                else f"To serve it: pollard models alias {model} production {number}"
+            )
+
+
+def _leading(client: ModelsClient, model: str, revision: int) -> list[str]:
+    """Return the aliases that lead to a revision."""
+    aliases = client.model(model).aliases
+    return [repr(alias.name) for alias in aliases if alias.revision == revision]
 
 
 @contextmanager
@@ -149,6 +160,8 @@ def _as_bundle(source: Path, labels: Path | None, *, quiet: bool) -> Iterator[Pa
     if source.is_dir() or source.suffix != ".onnx":
         if labels is not None:
             raise typer.BadParameter("a bundle has its own labels", param_hint="--labels")
+        if source.is_file():
+            raise InvalidBundle(f"{source} is neither the directory of a bundle nor a .onnx file")
         yield source
         return
     try:
