@@ -410,3 +410,9 @@ def test_settings_that_say_nothing_are_refused() -> None:
     ):
         with pytest.raises(StartupError, match="blobs_public_endpoint"):
             ModelsSettings.load(told)
+
+
+@pytest.mark.parametrize("which", ["blobs_endpoint", "blobs_public_endpoint"])
+def test_an_endpoint_without_a_scheme_is_refused_at_once(which: str) -> None:
+    with pytest.raises(StartupError, match=f"{which} is a URL.* not 'minio:9000'"):
+        ModelsSettings.load({"blobs": "s3://bucket/pollard", which: "minio:9000"})

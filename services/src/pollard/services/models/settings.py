@@ -135,8 +135,11 @@ class ModelsSettings(ServiceSettings):
         where = self.blobs_public_endpoint
         if where and not self.blobs.startswith("s3://"):
             raise ValueError("blobs_public_endpoint is for a --blobs s3://BUCKET/PREFIX")
-        if where and not where.startswith(("http://", "https://")):
-            raise ValueError("blobs_public_endpoint is a URL, as https://HOST or http://HOST:PORT")
+        for name, url in (("endpoint", self.blobs_endpoint), ("public_endpoint", where)):
+            if url and not url.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"blobs_{name} is a URL, as https://HOST or http://HOST:PORT, and not {url!r}"
+                )
         return self
 
     @property
