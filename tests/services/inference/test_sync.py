@@ -257,6 +257,34 @@ async def test_a_bundle_damaged_in_the_cache_is_fetched_again(
         assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 1.0
 
 
+async def test_what_is_damaged_in_the_cache_is_not_unknown_without_the_manager(
+    manager, server, start_server, make_bundle, tensor_request
+) -> None:
+    """Whoever has several servers asks another one, and does not take it for gone."""
+    first, second = make_bundle(1.0), make_bundle(2.0)
+    manager.want("adder", {1: first, 2: second}, {"production": {2: 1}, "canary": {1: 1}})
+    assert (await manager.apply()).HasField("ack")
+    (server.agent.cache.bundle_path(second.digest) / "cpu-fp32/model.onnx").write_bytes(b"")
+    await server.stop(1.0)
+    await manager.stop()
+    again = await start_server(manager.address)
+    async with grpc.aio.insecure_channel(again.address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+
+        async def refused(alias: str) -> grpc.StatusCode:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ModelInfer(
+                    tensor_request(), timeout=10, metadata=[("pollard-alias", alias)]
+                )
+            return caught.value.code()
+
+        assert await refused("production") == grpc.StatusCode.UNAVAILABLE
+        assert await refused("nobody") == grpc.StatusCode.NOT_FOUND
+        canary = [("pollard-alias", "canary")]
+        response = await stub.ModelInfer(tensor_request(), timeout=10, metadata=canary)
+        assert answer_of(response) == 1.0
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["unlimited", "limited"])
 async def test_a_cache_removed_beneath_a_server_is_made_anew(
     manager, start_server, make_bundle, tensor_request, limit

@@ -298,6 +298,29 @@ async def test_it_serves_on_and_restarts_without_the_manager(
     assert answer(response) == answer(before)
 
 
+async def test_what_is_damaged_in_the_cache_is_not_unknown_without_the_manager(
+    fleet, make_picture, start_preprocess, manager
+):
+    """Whoever has several servers asks another one, and does not take it for gone."""
+    replica = fleet.replicas[0]
+    cache = replica.server.agent.cache
+    await replica.server.stop(0.0)
+    await manager.stop()
+    for folder in cache.folders():
+        (folder / "manifest.json").write_bytes(b"")
+    again = await start_preprocess(REPLICAS[0])
+
+    async def refused(**which) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await again.vision.Predict(question(make_picture(), **which), timeout=20)
+        return caught.value.code()
+
+    assert await refused() == grpc.StatusCode.UNAVAILABLE
+    assert await refused(revision=1) == grpc.StatusCode.UNAVAILABLE
+    assert await refused(alias="nobody") == grpc.StatusCode.NOT_FOUND
+    assert await refused(revision=7) == grpc.StatusCode.NOT_FOUND
+
+
 async def predict(replica, content: bytes) -> vision_pb.PredictResponse:
     return await replica.vision.Predict(question(content), timeout=30)
 

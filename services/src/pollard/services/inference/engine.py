@@ -73,6 +73,8 @@ class Engine:
         self.known: Mapping[str, frozenset[int]] = {}
         """Revisions that should be served, loaded or not, by model: what is known but not loaded
         is "not ready", the rest is unknown."""
+        self.known_aliases: Mapping[str, frozenset[str]] = {}
+        """Aliases that should lead somewhere, loaded or not, by model."""
         self.settled = True
         """Whether `known` is what the manager, or the cache, says; until then nothing is unknown,
         only not ready."""
@@ -135,6 +137,13 @@ class Engine:
             raise ModelUnknown(f"Request for unknown model: '{model}' is not found", model=model)
         wanted = alias or PRODUCTION
         number_or_none = choose_revision(served.routes.get(wanted, ()), sticky_key)
+        if number_or_none is None and wanted in self.known_aliases.get(model, ()):
+            raise ModelNotReady(
+                f"Request for unknown model: '{model}' is not at ready state: what alias "
+                f"'{wanted}' leads to is not loaded here",
+                model=model,
+                alias=wanted,
+            )
         if number_or_none is None:
             raise ModelUnknown(
                 f"Request for unknown model: '{model}' has no alias '{wanted}'; it has "

@@ -334,6 +334,9 @@ class InferenceMember:
             for name, model in wanted.items()
         }
         self._engine.known = known
+        self._engine.known_aliases = {
+            name: frozenset(route.alias for route in model.routes) for name, model in wanted.items()
+        }
         self._engine.settled = True
         for (model, number), status in list(self._statuses.items()):
             if status.state == fleet_pb.REVISION_STATE_FAILED and number not in known.get(

@@ -158,6 +158,15 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What should be served of one model and is not, for its manifest could not be had."""
+
+    revisions: frozenset[int] = frozenset()
+    aliases: frozenset[str] = frozenset()
+    """Those that lead nowhere for that."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Everything that requests are served from."""
 
@@ -171,6 +180,8 @@ class Snapshot:
         default_factory=lambda: MappingProxyType({})
     )
     """Models and revisions that some of them refuse, by target."""
+    missing: Mapping[str, Missing] = field(default_factory=lambda: MappingProxyType({}))
+    """By model; only those of which something is missing."""
 
     def endpoints_for(self, model: str, revision: int) -> tuple[str, ...]:
         """Return the inference servers that can run a revision; all of them when none is known."""
@@ -195,8 +206,8 @@ class Snapshot:
         Raises:
             RevisionUnknown: there is no such model, revision or alias; says
                 what there is.
-            RevisionNotReady: the alias leads nowhere for now, or nobody has said
-                yet what to serve.
+            RevisionNotReady: the alias leads nowhere for now, what is asked for could not be had
+                here, or nobody has said yet what to serve.
         """
         if not self.settled:
             raise RevisionNotReady(
@@ -204,6 +215,22 @@ class Snapshot:
                 model=selector.model,
             )
         model = self.models.get(selector.model)
+        missing = self.missing.get(selector.model)
+        if missing is not None and (
+            selector.revision in missing.revisions
+            if selector.revision is not None
+            else selector.alias in missing.aliases
+        ):
+            what = (
+                f"revision {selector.revision}"
+                if selector.revision is not None
+                else f"the revision that alias {selector.alias!r} leads to"
+            )
+            raise RevisionNotReady(
+                f"{what} of model {selector.model!r} is not on this server yet, and its log says "
+                "why; try again later, or another server",
+                model=selector.model,
+            )
         if model is None:
             raise RevisionUnknown(
                 f"there is no model {selector.model!r}; {_there('models', sorted(self.models))}",

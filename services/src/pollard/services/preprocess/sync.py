@@ -24,6 +24,7 @@ from pollard.services.preprocess.counts import Counts
 from pollard.services.preprocess.inference_client import InferenceClient
 from pollard.services.preprocess.snapshot import (
     Current,
+    Missing,
     ServedModel,
     ServedRevision,
     Snapshot,
@@ -87,11 +88,20 @@ class PreprocessMember:
         )
         # From here on nothing waits, so no newer state can come in between.
         failures = tuple(failure for _, failed in outcomes for failure in failed)
+        missing = {
+            desired.model: Missing(
+                frozenset(failure.revision for failure in failed) - model.revisions.keys(),
+                frozenset(route.alias for route in desired.routes) - model.routes.keys(),
+            )
+            for desired, (model, failed) in zip(state.models, outcomes, strict=True)
+            if failed
+        }
         snapshot = Snapshot(
             models=MappingProxyType(
                 {model.name: model for model, _ in outcomes if model.revisions or model.routes}
             ),
             endpoints=tuple(endpoint.address for endpoint in state.inference_endpoints),
+            missing=MappingProxyType(missing),
             refused=MappingProxyType(
                 {
                     endpoint.address: frozenset(
