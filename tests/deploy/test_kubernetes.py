@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ OURS = ("serving.kserve.io", "monitoring.coreos.com", "cert-manager.io")
 Object = dict[str, Any]
 
 
-def render(folder: str) -> list[Object]:
+def render(folder: str | Path) -> list[Object]:
     """What `kubectl apply -k` would send."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -263,6 +264,18 @@ def _allows(
     return False
 
 
+def test_an_overlay_of_ones_own_takes_images_from_elsewhere(tmp_path: Path) -> None:
+    page = (ROOT.parents[1] / "docs" / "deploy.md").read_text()
+    (overlay,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    # Bases are named relative to the folder, which lies beside `deploy`.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kustomization.yaml").write_text(overlay)
+    shutil.copytree(ROOT, tmp_path / "deploy" / "kubernetes")
+    version = (ROOT.parents[1] / "VERSION").read_text().strip()
+    images = {container["image"] for _, _, container in workloads(render(tmp_path / "mine"))}
+    assert images == {f"registry.example/pollard-services:{version}"}
+
+
 def test_what_the_fleet_is_to_be_given_is_said(
     rendered: Callable[[str], list[Object]],
 ) -> None:
@@ -278,14 +291,16 @@ def test_what_the_fleet_is_to_be_given_is_said(
             for volume in pod["volumes"]
             if "secret" in volume
         }
-    said = (ROOT / "overlays/fleet/kustomization.yaml").read_text()
+    said = "".join(
+        (ROOT / "overlays" / name / "kustomization.yaml").read_text() for name in ("fleet", "tls")
+    )
     assert wanted == {
         ("secret", "pollard-database"),
         ("secret", "pollard-s3"),
         ("configmap", "pollard-s3"),
         ("secret", "pollard-tls"),
     }
-    for kind, name in wanted - {("secret", "pollard-tls")}:
+    for kind, name in wanted:
         words = f"create {kind} generic {name}" if kind == "secret" else f"create {kind} {name}"
         assert words in said
     certificate = yaml.safe_load((ROOT / "overlays/tls/certificate.yaml").read_text())
