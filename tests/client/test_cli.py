@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,27 @@ def test_every_command_is_listed_where_its_distribution_is_missing(
     assert set(names.findall(alone)) == set(names.findall(together))
     assert re.search(r"^  profile .*\(needs pollard-compression\)", alone, re.M)
     assert re.search(r"^  up .*\(needs pollard-services\)", alone, re.M)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pollard mod", ["models"]),
+        ("pollard models ro", ["rollback", "rollout"]),
+        ("pollard models rollout m --st", ["--steps"]),
+        ("pollard serve inference --tls-c", ["--tls-certificate", "--tls-client-ca", "--tls-ca"]),
+    ],
+)
+def test_a_shell_completes_commands_and_their_options(typed: str, offered: list[str]) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pollard.client.cli"],
+        env={**os.environ, **words, "_POLLARD_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == offered, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ This module is imported by every `pollard` command, so it imports nothing heavy 
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,19 @@ def register(app: typer.Typer) -> None:
     app.add_typer(store, name="store")
 
 
+_TYPED = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
+"""Where a shell that completes a command says what was typed so far: bash, and the others."""
+
+
 def _add_service(app: typer.Typer, name: str, text: str) -> None:
+    if any(f"serve {name} " in os.environ.get(variable, "") for variable in _TYPED):
+        from pollard.services.up.serve import service_app
+
+        (command,) = service_app(name).registered_commands
+        command.name = name
+        app.registered_commands.append(command)
+        return
+
     # The options are the fields of the service's settings; reading those imports pydantic, so it
     # waits until the command runs.
     @app.command(name, help=text, context_settings=_PASS_ON)

@@ -67,7 +67,6 @@ def build_app(command: str = "") -> typer.Typer:
         cls=_Commands,
         help="Compress convolutional networks, serve them over gRPC, swap them under load.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
