@@ -1,7 +1,9 @@
 # `pollard compress`, `train` and `eval`, for jobs. Build it at the root of the repository:
 #
 #   docker build -f deploy/containers/compression.Dockerfile -t pollard-compression:0.1.0 .
-#   docker run --rm -v "$PWD:/work" pollard-compression:0.1.0 compress --help
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" pollard-compression:0.1.0 compress --help
+#
+# As yourself, so that it may write into the folder that is mounted.
 FROM python:3.11-slim-bookworm AS build
 ARG EXTRAS=cpu
 # Where torch comes from: its index for processors brings no CUDA. For GPUs take
