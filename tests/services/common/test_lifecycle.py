@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -250,3 +251,48 @@ def test_a_process_that_stops_says_nothing_more():
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0
         assert b"a_store_that_never_closes" not in said
+
+
+_FEW_FILES = """
+import resource, sys
+from pollard.services.common import lifecycle, open_files
+
+open_files._EVERY_SECONDS = 0.05
+
+
+class Serving:
+    async def start(self):
+        self.server = lifecycle.GrpcServer(lifecycle.Listen(), [])
+        await self.server.start()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        print(self.server.port, flush=True)
+
+    async def stop(self, grace_seconds):
+        await self.server.stop(grace_seconds)
+
+
+sys.exit(lifecycle.run_service(Serving, grace_seconds=0.1))
+"""
+
+
+def test_a_process_that_has_as_many_files_open_as_it_may_says_so():
+    """It takes no connection then, and gRPC says nothing of that."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _FEW_FILES],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        said = iter(process.stdout.readline, "")
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            told = next(line for line in said if "no connection is taken" in line)
+            assert "may have 40 files open" in told
+            assert "LimitNOFILE" in told
+        assert any("connections are taken" in line for line in said)
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 0

@@ -26,6 +26,7 @@ from pollard.services.common import systemd
 from pollard.services.common.auth.gate import Gate
 from pollard.services.common.auth.interceptor import GateInterceptor
 from pollard.services.common.errors import StartupError
+from pollard.services.common.open_files import watch_open_files
 from pollard.services.common.reflection import reflection_pool
 from pollard.services.common.telemetry import setup
 from pollard.services.common.tls import server_credentials
@@ -305,7 +306,9 @@ async def _run(make: Callable[[], Service], grace_seconds: float) -> int:
         else:
             starting.result()
             systemd.notify("READY=1")
+        watching = asyncio.ensure_future(watch_open_files())
         await waiting
+        await cancel(watching)
     except StartupError as error:
         _log.error(str(error))
         if service is not None:

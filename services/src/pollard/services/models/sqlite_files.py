@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 from pathlib import Path
+
+from pollard.services.common.open_files import none_left
 
 UNOPENED = "unable to open database file"
 """What SQLite says of whatever keeps it from opening a file."""
@@ -29,20 +29,5 @@ def why_unopened(path: Path) -> str:
         return f"there is no file {path.name} in {folder}; restore it from a backup"
     if not os.access(path, os.R_OK | os.W_OK):
         return f"{user} may not read and write {path}; give them the right to"
-    opened: list[int] = []
-    try:
-        # As many as SQLite needs: the file, its log, and the index of that.
-        for _ in range(3):
-            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            return ""
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return (
-            f"this process may have {most} files open at a time, and has; allow it more "
-            "(LimitNOFILE, ulimit -n)"
-        )
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return ""
+    # As many as SQLite needs: the file, its log, and the index of that.
+    return none_left(3)
