@@ -178,6 +178,49 @@ def test_a_stopped_run_names_its_checkpoint_and_how_to_go_on(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+def test_a_killed_run_does_not_go_on_with_other_code_of_the_model(tmp_path: Path) -> None:
+    code = (
+        "from torch import nn\n"
+        "def make():\n"
+        "    head = nn.Linear(5408, 10)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), head)\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    out, checkpoint = tmp_path / "w.safetensors", tmp_path / "w.checkpoint.pt"
+
+    def command(size: int) -> list[str]:
+        return [
+            sys.executable, *POLLARD[:3], "own:make", "--data", "digits", *QUICK, "--epochs",
+            "10000", "--out", str(out), "--checkpoint-seconds", "0", "--input-size",
+            f"{size}x28x1",
+        ]  # fmt: skip
+
+    def refused(size: int = 28) -> str:
+        done = subprocess.run(
+            [*command(size), "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode in (1, 2)
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    process = subprocess.Popen(command(28), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+    (tmp_path / "own.py").write_text(code.replace("ReLU", "SiLU"))
+    assert "another recipe: model_layers was" in refused()
+    (tmp_path / "own.py").write_text(code.replace("1, 8, 3", "1, 8, (5, 3)"))
+    assert "input.height was 28 and is 30" in refused(30)
+    (tmp_path / "own.py").write_text(code)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    assert "is damaged; give --force instead of --resume to begin anew" in refused()
+    assert not out.exists()
+
+
+@pytest.mark.long
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     recipe = [*QUICK, "--epochs", "2", "--augment", "shift,cutmix", "--label-smoothing", "0.1"]
     results = {}

@@ -74,8 +74,14 @@ class Checkpoint:
             if content["schema_version"] == SCHEMA_VERSION:
                 return str(content["belongs_to"])
         except Exception as error:  # torch.load raises whatever unpickling raises
-            raise WeightsInvalid(f"the checkpoint {self.path} is damaged") from error
-        raise WeightsInvalid(f"the checkpoint {self.path} is of another version of Pollard")
+            raise WeightsInvalid(
+                f"the checkpoint {self.path} is damaged; give --force instead of --resume to begin "
+                "anew"
+            ) from error
+        raise WeightsInvalid(
+            f"the checkpoint {self.path} is of another version of Pollard; go on with that one, or "
+            "give --force instead of --resume to begin anew"
+        )
 
     def read(self) -> bytes | None:
         """Return what the file holds, or None if it is not there."""

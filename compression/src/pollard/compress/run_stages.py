@@ -284,7 +284,7 @@ def open_stages(
         "trained_on": accelerator.describe(torch.device(recipe.device)),
         "data": data.digest,
         "model": parent.source.reference,
-        "model_code": _code_digest(parent.module),
+        "model_code": code_digest(parent.module),
         "weights": parent.weights_digest,
         "takes": parent.spec,
     }
@@ -322,7 +322,7 @@ def module_digest(module: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _code_digest(module: nn.Module) -> str:
+def code_digest(module: nn.Module) -> str:
     """Return a digest of the files that define a module's own classes."""
     files: set[Path] = set()
     for kind in {type(part) for part in module.modules()}:

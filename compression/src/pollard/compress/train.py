@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from pollard.compress import accelerator, augmentation_truth, kept_weights
 from pollard.compress.augmentation import Augment
 from pollard.compress.checkpoint import Checkpoint, checkpoint_beside
@@ -20,6 +22,7 @@ from pollard.compress.models import Source, device_for, load_model, resolve, sav
 from pollard.compress.parallel import Team, team
 from pollard.compress.pipeline import torch_threads
 from pollard.compress.progress import Reporter
+from pollard.compress.run_stages import code_digest
 from pollard.compress.schedules import SCHEDULES, Schedule
 from pollard.compress.spec import InputSpec
 from pollard.compress.tasks import task_of
@@ -228,7 +231,7 @@ def train(
         loaded = load_model(source, classes=len(dataset.classes), auxiliary=True)
         accelerator.tell(place, reporter)
         frozen = _begin_from(options, loaded.module, source, reporter)
-        recipe = _recipe(source, dataset, config, options)
+        recipe = _recipe(source, loaded.module, dataset, config, options)
         checkpoint = Checkpoint(path, recipe, every_seconds=checkpoint_seconds)
         if resume:
             _check_recipe(checkpoint)
@@ -272,11 +275,16 @@ def _begin_from(
     return freeze_backbone(module, source.spec, options.unfreeze_every)
 
 
-def _recipe(source: Source, data: Dataset, config: FitConfig, options: TrainOptions) -> str:
+def _recipe(
+    source: Source, module: nn.Module, data: Dataset, config: FitConfig, options: TrainOptions
+) -> str:
     """Return all that a run depends on, as text; what goes on must have the same."""
     start = "" if options.start is None else sha256_file(kept_weights.weights_file(options.start))
+    # What is built in is told by its name; a later version of Pollard may go on with it.
+    own = not source.reference.startswith("zoo:")
     fields = {
         "model": source.reference,
+        **({"model_layers": repr(module), "model_code": code_digest(module)} if own else {}),
         "input": asdict(source.spec),
         "data": data.digest,
         "split": data.split,
@@ -293,7 +301,7 @@ def _check_recipe(checkpoint: Checkpoint) -> None:
     owner = checkpoint.owner()
     if owner in ("", checkpoint.belongs_to):
         return
-    was, now = json.loads(owner), json.loads(checkpoint.belongs_to)
+    was, now = _flat(json.loads(owner)), _flat(json.loads(checkpoint.belongs_to))
     differences = [
         f"{name} was {_short(was.get(name))} and is {_short(now.get(name))}"
         for name in sorted(was.keys() | now.keys())
@@ -303,6 +311,15 @@ def _check_recipe(checkpoint: Checkpoint) -> None:
         f"the unfinished run {checkpoint.path} has another recipe: {'; '.join(differences)}. Give "
         "the same to go on, or --force instead of --resume to begin anew"
     )
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of fields under names such as "input.height": what differs is to be seen."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): one for key, one in inner.items()}
+    return flat
 
 
 def _short(value: object) -> str:
