@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
@@ -43,3 +44,24 @@ async def test_registry_aliases_and_fleet_are_told_and_forgotten(
     scraped = await scrape(url)
     assert scraped.value("pollard_alias_revision", model="m") is None
     assert scraped.value("pollard_registry_models") == 0
+
+
+async def test_a_database_that_keeps_silent_holds_up_no_scrape(
+    suite_with: Any, postgres: Any, scrape: Any
+) -> None:
+    import psycopg
+
+    url = postgres.url(postgres.new_database())
+    async with suite_with(database_url=url) as suite:
+        scraped = await scrape(suite.service.http.url)
+        assert scraped.value("pollard_registry_up") == 1
+        with psycopg.connect(url) as other:
+            other.execute("LOCK TABLE models IN ACCESS EXCLUSIVE MODE")
+            async with asyncio.timeout(20):
+                silent = await scrape(suite.service.http.url)
+            assert silent.value("pollard_registry_up") == 0
+            assert silent.value("pollard_registry_models") is None
+            assert silent.value("pollard_manager_leads") == 1
+        again = await scrape(suite.service.http.url)
+        assert again.value("pollard_registry_up") == 1
+        assert again.value("pollard_registry_models") == 0

@@ -5,6 +5,8 @@ Everything is read when it is asked for; what was deleted leaves no series behin
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ from pollard.services.models.fleet import Fleet
 from pollard.services.models.leader import Leadership
 from pollard.services.models.schema import Alias, Bundle, Model, Revision, Rollout
 from pollard.services.models.store import Store
+
+_PATIENCE_SECONDS = 3.0
+"""How long a scrape waits for the database: less than Prometheus waits for the scrape."""
 
 _KINDS = {
     fleet_pb.SERVER_KIND_INFERENCE: "inference",
@@ -59,13 +64,21 @@ class ManagerMetrics(Collector):
         self._fleet = fleet
         self._leadership = leadership
         self._registry: _Registry | None = None
+        self._reading: asyncio.Task[_Registry] | None = None
 
     async def prepare(self) -> None:
         """Ask the database; while it cannot be had, nothing is told of the registry."""
-        try:
-            self._registry = await self._store.read(_read)
-        except ServiceError:
-            self._registry = None
+        self._registry = None
+        # A database that keeps silent is asked once, not again with each scrape.
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._store.read(_read), name="metrics-read")
+        reading = self._reading
+        if not (await asyncio.wait({reading}, timeout=_PATIENCE_SECONDS))[0]:
+            return
+        if self._reading is reading:
+            self._reading = None
+        with contextlib.suppress(ServiceError):
+            self._registry = reading.result()
 
     def collect(self) -> Iterable[Metric]:
         """Return what is known."""
