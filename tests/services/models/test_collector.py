@@ -32,6 +32,8 @@ class Manager:
 
     def add(self, content: bytes) -> str:
         sha256 = hashlib.sha256(content).hexdigest()
+        # The one before may be a blob by now, which only root may write.
+        self._source.unlink(missing_ok=True)
         self._source.write_bytes(content)
         self.blobs.adopt(self._source, sha256)
         return sha256

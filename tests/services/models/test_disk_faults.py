@@ -84,6 +84,16 @@ async def test_bundles_are_kept_from_a_registry_that_does_not_know_them(
     await service.stop(0)
 
 
+async def test_a_store_without_bundles_may_have_another_registry(
+    tmp_path: Path, empty_registry: Path
+) -> None:
+    for _ in range(2):
+        service = build_server(ModelsSettings(store=tmp_path / "store", port=0, http_port="off"))
+        await service.start()
+        await service.stop(0)
+        shutil.copy(empty_registry, tmp_path / "store" / DATABASE)
+
+
 @pytest.mark.parametrize("left", [b"", b"\xff\xfe\x00", b"\x00" * 21])
 def test_a_managers_name_that_is_damaged_is_made_anew(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "manager-id").write_bytes(left)

@@ -23,6 +23,7 @@ import pytest
 from pollard.bundle.v1 import bundle_pb2
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.models import uploads
+from pollard.services.models.blobs import OWNER
 from pollard.services.models.part import Part
 
 CODE = grpc.StatusCode
@@ -72,7 +73,7 @@ async def nothing_was_stored(suite: Any) -> None:
     request = pb.ListModelsRequest(show_deleted=True)
     assert not (await suite.client.models.ListModels(request)).models
     store = suite.settings.store
-    assert files_below(store / "blobs") == []
+    assert files_below(store / "blobs") == [OWNER]
     assert list((store / "uploads").iterdir()) == []
     assert list((store / "blobs" / "new").iterdir()) == []
 
@@ -535,7 +536,7 @@ async def test_equal_files_are_stored_once(suite: Any, bundles: Any, helpers: An
     two = bundles.make(2, **{"one.txt": b"same"})
     for bundle in (one, two):
         await suite.client.push(helpers.packed(bundle))
-    blobs = files_below(suite.settings.store / "blobs")
+    blobs = files_below(suite.settings.store / "blobs" / "sha256")
     assert len(blobs) == len(set(blobs)) == 5
     for number, bundle in enumerate((one, two), 1):
         got = await suite.client.download(name=f"models/m/revisions/{number}")

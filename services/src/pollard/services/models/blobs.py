@@ -71,6 +71,10 @@ class Blobs(abc.ABC):
         """Say whose blobs these are, unless somebody has already."""
 
     @abc.abstractmethod
+    def disown(self) -> None:
+        """Take back what was said of whose blobs these are."""
+
+    @abc.abstractmethod
     def adopt(self, file: Path, sha256: str) -> None:
         """Keep a file as the blob of ``sha256``, durably; the file itself stays as it is.
 

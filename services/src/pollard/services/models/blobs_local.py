@@ -67,6 +67,10 @@ class LocalBlobs(Blobs):
             new.unlink(missing_ok=True)
         sync_directory(self.directory)
 
+    def disown(self) -> None:
+        """Remove the owner's mark."""
+        (self.directory / OWNER).unlink(missing_ok=True)
+
     def adopt(self, file: Path, sha256: str) -> None:
         """Link the file, or copy one from another disk, and give it the blob's name."""
         target = self.path(sha256)

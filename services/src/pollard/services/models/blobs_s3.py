@@ -138,6 +138,11 @@ class S3Blobs(Blobs):
             with self._for_writing():
                 self._call("put_object", Key=self._prefix + OWNER, Body=installation.encode())
 
+    def disown(self) -> None:
+        """Remove the owner's mark."""
+        with self._for_writing():
+            self._call("delete_object", Key=self._prefix + OWNER)
+
     def adopt(self, file: Path, sha256: str) -> None:
         """Put the file, unless what S3 has is whole, and read it back."""
         size = file.stat().st_size

@@ -38,6 +38,9 @@ def claim(store: Store, blobs: Blobs) -> None:
         ServiceError: they cannot be read or written.
     """
     own = store.write_now(installation_id)
+    if not blobs.shared and blobs.owner() != own and next(iter(blobs), None) is None:
+        # Only this manager reaches them, and there are none that could be lost.
+        blobs.disown()
     if not blobs.owner():
         blobs.set_owner(own)
     if blobs.owner() == own:
