@@ -99,7 +99,10 @@ def compress(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="As for the other commands; or in the recipe.", show_default=False
+            "--data",
+            help="digits, shapes, or a directory or zip with train/CLASS/* and test/CLASS/*, or "
+            "CLASS/*; or in the recipe.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -400,7 +403,12 @@ def bundle(
     model: _Model,
     out: _Out,
     data: Annotated[
-        str, typer.Option("--data", help="As for the other commands; judges the bundle.")
+        str,
+        typer.Option(
+            "--data",
+            help="Judges the bundle: digits, shapes, or a directory or zip with train/CLASS/* and "
+            "test/CLASS/*, or CLASS/*.",
+        ),
     ] = "",
     labels: Annotated[
         Path | None,
