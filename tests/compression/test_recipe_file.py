@@ -12,6 +12,7 @@ from pollard.compress import recipe_file
 from pollard.compress.cli import register
 from pollard.compress.errors import UsageInvalid
 from pollard.compress.recipe import Recipe
+from pollard.compress.zoo import find
 
 
 def run(*arguments: object) -> Result:
@@ -23,6 +24,19 @@ def run(*arguments: object) -> Result:
 def write(path: Path, **fields: object) -> Path:
     path.write_text(json.dumps({"schema_version": 1, **fields}))
     return path
+
+
+@pytest.mark.parametrize("name", ["small-fcos", "resnet50", "small-cnn-28"])
+def test_what_a_manifest_holds_is_a_recipe_too(name: str, tmp_path: Path) -> None:
+    recipe = Recipe(f"zoo:{name}", "shapes", "w.safetensors", spec=find(name).spec)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.public()))
+    fields = recipe_file.read(path)
+    assert recipe_file.make_spec(fields["spec"]) == find(name).spec
+    path.write_text(json.dumps({**recipe.public(), "spec": {"letterbox": True}}))
+    fields = recipe_file.read(path)
+    with pytest.raises(UsageInvalid, match="needs height, width, channels"):
+        recipe_file.make_spec(fields["spec"])
 
 
 def test_a_commented_recipe_names_every_field_and_reads_back(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pollard.compress.progress import Reporter
 from pollard.runtime.bundle import write_durably
 from pollard.runtime.machine import Machine
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Operators of one small graph: enough to spread the cost of making a session, few enough
 # that every one is met again before the machine has changed.
@@ -264,7 +264,8 @@ def _profile(model: onnx.ModelProto, threads: int) -> dict[str, dict[str, list[f
     for event in events:
         name = event.get("name", "")
         if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            prefix = name.partition(".")[0]
+            # A dense layer with its activation is called "fused k4.1".
+            prefix = name.rpartition(" ")[2].partition(".")[0]
             # The clock counts whole microseconds that have passed.
             node = f"{name.removesuffix('_kernel_time')} {event['args']['op_name']}"
             found[prefix][node].append(float(event["dur"]) + 0.5)

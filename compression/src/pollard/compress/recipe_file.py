@@ -93,7 +93,7 @@ _FIELDS: dict[str, tuple[str, bool, str]] = {
         "# mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}; null for zoo models.",
     ),
 }
-_SPEC = ("height", "width", "channels", "mean", "std", "augmentation", "short_side")
+_SPEC = ("height", "width", "channels", "mean", "std", "augmentation", "short_side", "letterbox")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -201,7 +201,10 @@ def make_spec(fields: Mapping[str, Any]) -> Any:
     short_side = fields.get("short_side", 0)
     if not isinstance(short_side, int) or isinstance(short_side, bool):
         raise UsageInvalid(f"spec: short_side {short_side!r} is not a whole number of pixels")
-    return InputSpec(sizes[0], sizes[1], sizes[2], mean, std, augmentation, short_side)
+    letterbox = fields.get("letterbox", False)
+    if not isinstance(letterbox, bool):
+        raise UsageInvalid(f"spec: letterbox {letterbox!r} is not true or false")
+    return InputSpec(sizes[0], sizes[1], sizes[2], mean, std, augmentation, short_side, letterbox)
 
 
 def render(values: Mapping[str, Any]) -> str:
