@@ -79,6 +79,12 @@ def test_what_does_not_fit_together_is_one_line(
     assert "sesame" not in error
 
 
+def test_several_addresses_with_tls_are_one_line_too(error_of: Callable[..., str]) -> None:
+    error = error_of("127.0.0.1:1,127.0.0.2:1", **{CA: "system"})
+    assert error.startswith("error: with tls give one name for all servers")
+    assert len(error.strip().splitlines()) == 1
+
+
 def test_a_certificate_that_cannot_be_trusted_says_why(
     make_authority: Callable[[str], Any], error_of: Callable[..., str]
 ) -> None:

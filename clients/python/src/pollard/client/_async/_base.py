@@ -57,7 +57,7 @@ class AsyncBaseClient:
         self.address = _channel.checked_address(address)
         self._timeout = _channel.checked_timeout(timeout, timeout)
         if tls is not None and "," in self.address:
-            raise ValueError(
+            raise _channel.ConnectionInvalid(
                 f"with tls give one name for all servers, as dns:///NAME:PORT, not {address!r}"
             )
         self._retry = retry or RetryPolicy()
