@@ -47,6 +47,21 @@ def test_a_deadline_cannot_be_left_out(runner: Any, timeout: float) -> None:
         runner.call("models", "127.0.0.1:1", "models", client={"timeout": timeout})
 
 
+@pytest.mark.parametrize("timeout", [1e10, 1e300])
+def test_a_deadline_beyond_what_grpc_knows_is_a_long_one(
+    runner: Any, address: str, scripted: Any, timeout: float
+) -> None:
+    left = []
+
+    def answer(request: Any, context: grpc.ServicerContext) -> Any:
+        left.append(context.time_remaining())
+        return vision_service_pb2.PredictResponse(model="digits", revision=7)
+
+    scripted.on("Predict", answer)
+    runner.call("vision", address, "predict", b"png", "digits", client={"timeout": timeout})
+    assert left[0] > 1e7
+
+
 def test_unavailable_is_tried_again(
     runner: Any, address: str, scripted: Any, abort_with: Callable[..., None]
 ) -> None:

@@ -18,6 +18,10 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message in either direction; the servers' default too."""
 
+_LONGEST_SECONDS = 1e8
+"""Of a deadline: three years. More than some 300, gRPC cannot reckon with: it takes them for the
+past."""
+
 MAX_CONNECTIONS = 64
 """Most channels of one client."""
 
@@ -208,4 +212,4 @@ def checked_timeout(timeout: float | None, default: float) -> float:
     chosen = default if timeout is None else timeout
     if not chosen > 0 or chosen == float("inf"):
         raise ValueError(f"timeout must be a finite number of seconds above 0, not {timeout}")
-    return chosen
+    return min(chosen, _LONGEST_SECONDS)
