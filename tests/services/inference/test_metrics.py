@@ -28,7 +28,8 @@ async def until(scrape: Any, url: str, name: str, expected: float, **labels: str
 async def test_requests_failures_and_swaps_are_counted_by_model_and_revision(
     manager, start_server, make_bundle, tensor_request, scrape, frontend: str
 ) -> None:
-    manager.want("adder", {1: make_bundle(1.0)}, {"production": {1: 1}})
+    first = make_bundle(1.0)
+    manager.want("adder", {1: first}, {"production": {1: 1}})
     manager.send()
     server = await start_server(manager.address, inline_microseconds=0.0, frontend=frontend)
     assert (await manager.answer()).HasField("ack")
@@ -71,12 +72,15 @@ async def test_requests_failures_and_swaps_are_counted_by_model_and_revision(
         assert scraped.value("pollard_inference_loads_total", outcome="loaded") == 1
         assert scraped.value("nv_model_load_duration_secs", **ONE) > 0
 
-        manager.want("adder", {2: make_bundle(2.0)}, {"production": {2: 1}})
+        second = make_bundle(2.0)
+        manager.want("adder", {1: first, 2: second}, {"production": {2: 1}})
+        await manager.apply()
+        manager.want("adder", {2: second}, {"production": {2: 1}})
         await manager.apply()
         await stub.ModelInfer(tensor_request(), timeout=20)
         scraped = await until(scrape, url, "nv_inference_request_success", 1, **TWO)
         assert scraped.value("nv_inference_count", **ONE) is None
-        assert scraped.value("pollard_inference_switches_total", model="adder") == 2
+        assert scraped.value("pollard_inference_switches_total", model="adder") == 3
         assert scraped.value("pollard_inference_route_weight", alias="production", **TWO) == 1
 
         del manager.models["adder"]

@@ -18,7 +18,7 @@ from pollard.inference import grpc_service_pb2_grpc as pb_grpc
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.sessions import open_session
 from pollard.services.common.errors import StartupError
-from pollard.services.inference import idle_tuning, loader
+from pollard.services.inference import idle_tuning, loader, sync
 
 OF_A_FREED_ONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
 
@@ -124,6 +124,37 @@ async def test_one_order_that_replaces_a_revision_drops_nothing_either(
         await asyncio.sleep(0.05)
     stop.set()
     assert all(count > 0 for count in await asyncio.gather(*clients))
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["gone", "wanted again"])
+async def test_what_one_order_takes_away_is_answered_until_the_others_know(
+    manager, server, stub, make_bundle, tensor_request, monkeypatch, back
+) -> None:
+    """After a restore of the manager, preprocess servers may hear of it seconds later."""
+    monkeypatch.setattr(sync, "LINGER_SECONDS", 0.5)
+    first, second = make_bundle(1.0), make_bundle(2.0)
+    manager.want("adder", {2: second}, {"production": {2: 1}})
+    assert (await manager.apply()).HasField("ack")
+    manager.want("adder", {1: first}, {"production": {1: 1}})
+    assert (await manager.apply()).HasField("ack")
+    assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 1.0
+    named = tensor_request()
+    named.model_version = "2"
+    assert answer_of(await stub.ModelInfer(named, timeout=10)) == 2.0
+    states = {s.revision: s.state for s in server.member.statuses()}
+    assert states[2] == fleet_pb.REVISION_STATE_DRAINING
+    if back:
+        manager.want("adder", {1: first, 2: second}, {"production": {2: 1}})
+        assert (await manager.apply()).HasField("ack")
+        assert server.agent.cache.bundle_path(second.digest).exists()
+        ends = (task for task in server.member._draining if task.get_name() == "let-go-2")
+        await asyncio.gather(*ends)
+        assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 2.0
+        return
+    await eventually(lambda: len(server.member.statuses()) == 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ModelInfer(named, timeout=10)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 def lying_outputs() -> list[bundle_pb2.TensorSpec]:

@@ -12,6 +12,7 @@ import pytest
 
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
 from pollard.services.common import retries
+from pollard.services.inference import sync
 from pollard.services.preprocess.errors import RevisionGone, RevisionNotReady
 from pollard.services.preprocess.prediction import by_one_revision
 from pollard.services.preprocess.snapshot import (
@@ -164,8 +165,9 @@ async def slow_decoding(replica, content: bytes):
 
 
 async def test_a_request_that_a_swap_overtakes_is_answered_by_the_revision_that_it_chose(
-    fleet, make_picture, offline
+    fleet, make_picture, offline, monkeypatch
 ):
+    monkeypatch.setattr(sync, "LINGER_SECONDS", 0.0)
     await fleet.load(1, 2, production=1)
     await fleet.route(1, 2, production=1)
     async with slow_decoding(fleet.replicas[0], make_picture()) as request:
@@ -177,8 +179,9 @@ async def test_a_request_that_a_swap_overtakes_is_answered_by_the_revision_that_
 
 
 async def test_a_revision_that_is_gone_when_the_tensor_arrives_is_chosen_and_transformed_again(
-    fleet, make_picture, offline
+    fleet, make_picture, offline, monkeypatch
 ):
+    monkeypatch.setattr(sync, "LINGER_SECONDS", 0.0)
     await fleet.load(1, 2, production=1)
     await fleet.route(1, 2, production=1)
     async with slow_decoding(fleet.replicas[0], make_picture()) as request:
@@ -230,11 +233,27 @@ async def test_a_slow_request_that_meets_one_swap_after_another_is_answered_all_
 async def test_a_named_revision_that_is_gone_is_not_found(fleet, make_picture):
     await fleet.load(1, 2, production=1)
     await fleet.route(1, 2, production=2)
+    await fleet.load(1, 2, production=2)
     await fleet.load(2, production=2)
+    await fleet.freed(1)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await fleet.replicas[0].vision.Predict(question(make_picture(), revision=1))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     assert "on no inference server" in caught.value.details()
+
+
+async def test_images_are_answered_until_their_server_knows_what_the_inference_server_knows(
+    fleet, make_picture
+):
+    """As after a restore of the manager: each server hears of it when it has come back."""
+    await fleet.load(1, 2, production=1)
+    await fleet.route(1, 2, production=1)
+    await fleet.load(2, production=2)
+    response = await fleet.replicas[0].vision.Predict(question(make_picture()), timeout=20)
+    assert response.revision == 1
+    await fleet.route(2, production=2)
+    response = await fleet.replicas[0].vision.Predict(question(make_picture()), timeout=20)
+    assert response.revision == 2
 
 
 async def test_a_refused_state_leaves_the_routes_where_they_were(fleet, make_bundle, make_picture):

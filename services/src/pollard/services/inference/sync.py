@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import structlog
@@ -16,7 +17,7 @@ from google.protobuf import duration_pb2
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.runtime.errors import BundleError, SignatureInvalid, SignatureUntrusted
 from pollard.services.common.bundle_source import BundleSource, cache_fault
-from pollard.services.common.desired import follow_routes, follow_shadows, tell_model
+from pollard.services.common.desired import Route, follow_routes, follow_shadows, tell_model
 from pollard.services.common.fleet_agent import Applied, Failure, RevisionKey
 from pollard.services.common.lifecycle import cancel
 from pollard.services.common.status import to_proto
@@ -27,6 +28,13 @@ from pollard.services.inference.loader import Loader
 from pollard.services.inference.revision import LoadedRevision
 
 _log = structlog.get_logger("pollard.inference.sync")
+
+LINGER_SECONDS = 15.0
+"""How long a revision is kept that an alias has left in the same order that takes it away.
+
+A manager does that only where it cannot know that requests may still be sent to it, as after a
+restore from a backup: preprocess servers may be told some seconds later than this one.
+"""
 
 _Key = tuple[str, int, str]
 """Model, revision and digest: what makes a load the same load."""
@@ -69,6 +77,9 @@ class InferenceMember:
         # revision does not begin its load again.
         self._loads: dict[_Key, asyncio.Task[LoadedRevision]] = {}
         self._draining: set[asyncio.Task[None]] = set()
+        self._lingering: dict[tuple[str, int], LoadedRevision] = {}
+        """Served for those who name them, and not wanted. One that is wanted again is loaded
+        anew: the cache may have let its bundle go."""
 
     def statuses(self) -> list[fleet_pb.RevisionStatus]:
         """Return the state and the counters of every revision that is wanted or still there."""
@@ -145,6 +156,7 @@ class InferenceMember:
     async def close(self) -> None:
         """Abandon every load."""
         await self._abandon(list(self._loads))
+        await cancel(*self._draining)
         self._loader.close()
 
     async def _apply_model(
@@ -160,6 +172,8 @@ class InferenceMember:
         failures: list[Failure] = []
         for revision in desired.revisions:
             loaded = served.revisions.get(revision.revision)
+            if self._lingering.get((model, revision.revision)) is loaded:
+                loaded = None
             if loaded is not None and loaded.info.digest == revision.bundle_sha256:
                 available[revision.revision] = loaded
             elif (why := hopeless.get((model, revision.revision))) is not None:
@@ -187,9 +201,12 @@ class InferenceMember:
         running: Mapping[int, LoadedRevision],
     ) -> None:
         routes, available = follow_routes(desired, running, served.routes, served.revisions)
+        lingered = self._lingering_of(served.name)
+        self._linger(served, routes, available)
+        lingering = self._lingering_of(served.name)
         switched = ServedModel(
             served.name,
-            MappingProxyType(available),
+            MappingProxyType(dict(sorted({**lingering, **available}.items()))),
             MappingProxyType(routes),
             MappingProxyType(follow_shadows(desired, routes, available)),
         )
@@ -202,10 +219,42 @@ class InferenceMember:
                 routes={alias: list(targets) for alias, targets in routes.items()},
             )
         for number, revision in served.revisions.items():
-            if available.get(number) is not revision:
+            if revision not in (available.get(number), lingered.get(number)):
                 self._drain(revision)
         for revision in available.values():
             self._set_ready(revision)
+
+    def _lingering_of(self, model: str) -> dict[int, LoadedRevision]:
+        return {number: kept for (name, number), kept in self._lingering.items() if name == model}
+
+    def _linger(
+        self,
+        served: ServedModel,
+        routes: Mapping[str, Route],
+        available: Mapping[int, LoadedRevision],
+    ) -> None:
+        """Keep for a while what aliases have just left and nobody wants any more."""
+        for number in available:
+            self._lingering.pop((served.name, number), None)
+        for alias in routes:
+            for number, _ in served.routes.get(alias, ()):
+                key, revision = (served.name, number), served.revisions.get(number)
+                if revision is None or number in available or key in self._lingering:
+                    continue
+                self._lingering[key] = revision
+                task = asyncio.create_task(self._let_go(key, revision), name=f"let-go-{number}")
+                self._draining.add(task)
+                task.add_done_callback(self._draining.discard)
+
+    async def _let_go(self, key: tuple[str, int], revision: LoadedRevision) -> None:
+        await asyncio.sleep(LINGER_SECONDS)
+        if self._lingering.get(key) is not revision:
+            return  # It has been wanted again meanwhile.
+        del self._lingering[key]
+        served = self._engine.table.models.get(key[0])
+        if served is not None and served.revisions.get(key[1]) is revision:
+            left = {number: kept for number, kept in served.revisions.items() if number != key[1]}
+            self._engine.switch(replace(served, revisions=MappingProxyType(left)))
 
     def _load_task(
         self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
@@ -356,6 +405,7 @@ class InferenceMember:
                         size_bytes=revision.info.size_bytes,
                     )
                     for number, revision in model.revisions.items()
+                    if (name, number) not in self._lingering
                 ],
                 model.routes,
                 model.shadows,
