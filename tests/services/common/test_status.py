@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from collections.abc import AsyncIterator
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from pollard.runtime import errors as runtime_errors
 from pollard.services.common import errors, status
 from pollard.services.common.lifecycle import GrpcServer, Listen
+from pollard.services.common.retries import may_pass
 from pollard.vision.v1 import vision_service_pb2 as vision_pb
 from pollard.vision.v1 import vision_service_pb2_grpc as vision_grpc
 
@@ -44,6 +46,26 @@ def test_a_full_disk_is_resource_exhausted():
     outcome = status.describe(OSError(errno.ENOSPC, "No space left on device"))
     assert outcome.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert outcome.reason == "DISK_FULL"
+
+
+def test_files_that_cannot_be_opened_are_resource_exhausted():
+    outcome = status.describe(OSError(errno.EMFILE, "Too many open files"))
+    assert outcome.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert outcome.reason == "OUT_OF_FILES"
+
+
+def test_threads_that_cannot_be_had_are_resource_exhausted_and_may_be_had_later():
+    before = threading.stack_size(2**46)
+    try:
+        # More than there can be: the system refuses it as it refuses one thread too many.
+        with pytest.raises(RuntimeError) as caught:
+            threading.Thread(target=print).start()
+    finally:
+        threading.stack_size(before)
+    outcome = status.describe(caught.value)
+    assert outcome.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert outcome.reason == "OUT_OF_THREADS"
+    assert may_pass(caught.value)
 
 
 def test_an_unexpected_error_gives_nothing_away():

@@ -109,3 +109,8 @@ class UsageFault(StartupError):
 
     exit_code = 2
     """What a command ends with, as for every other misuse of it."""
+
+
+def out_of_threads(error: BaseException) -> bool:
+    """Tell whether an error says that the system gives this process no more threads."""
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"

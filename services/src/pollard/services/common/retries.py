@@ -6,7 +6,7 @@ import random
 
 from google.rpc import error_details_pb2, status_pb2
 
-from pollard.services.common.errors import DataLoss, ServiceError
+from pollard.services.common.errors import DataLoss, ServiceError, out_of_threads
 
 _FIRST_SECONDS = 2.0
 _LAST_SECONDS = 60.0
@@ -23,7 +23,7 @@ def may_pass(error: BaseException) -> bool:
         return error.reason in _PASSING or (
             isinstance(error, DataLoss) and error.reason == "BUNDLE_CORRUPT"
         )
-    return isinstance(error, OSError)
+    return isinstance(error, OSError) or out_of_threads(error)
 
 
 class Pauses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -141,6 +142,20 @@ def describe(error: BaseException, call: CallRecord | None = None) -> Outcome:
         )
     if isinstance(error, MemoryError):
         return Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", "OUT_OF_MEMORY")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Outcome(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the server has as many files open as it may; try again, or allow it more "
+            "(LimitNOFILE, ulimit -n)",
+            "OUT_OF_FILES",
+        )
+    if errors.out_of_threads(error):
+        return Outcome(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the server can start no more threads; try again, or allow it more (TasksMax, ulimit "
+            "-u, the limit of pids of a container) or more memory",
+            "OUT_OF_THREADS",
+        )
     call = call or current_call()
     request_id = call.request_id if call is not None else request_id_of("")
     _log.error("unexpected error", request_id=request_id, exc_info=error)

@@ -184,7 +184,12 @@ class ModelsService:
             await self.http.stop()
             await self.grpc.stop(0)
             await asyncio.to_thread(self.store.close)
-            if isinstance(error, (OSError, ServiceError)):
+            if isinstance(error, OSError):
+                raise StartupError(
+                    f"the store {self.settings.store} cannot be used: {error}. See that its disk "
+                    "can be written and has room"
+                ) from error
+            if isinstance(error, ServiceError):
                 raise StartupError(
                     f"the store {self.settings.store} cannot be used: {error}"
                 ) from error
