@@ -13,9 +13,16 @@ from torch.nn import functional
 
 from pollard.compress import export
 from pollard.compress.anydata import Batches, ModelRecipe, compress_model
-from pollard.compress.anydata_eight_bits import MetricJudge, Predict, quantize_module, score
+from pollard.compress.anydata_eight_bits import (
+    Evaluate,
+    MetricJudge,
+    Predict,
+    quantize_module,
+    score,
+)
 from pollard.compress.channel_map import load_pruned, save_pruned
 from pollard.compress.errors import (
+    CompressionError,
     DataInvalid,
     ExportFailed,
     GateRefused,
@@ -242,6 +249,43 @@ def test_no_file_with_own_batches_takes_more_than_the_budget(
             trained, batches(1), closeness, recipe, EXAMPLE, tmp_path / "out",
             loss_fn=functional.mse_loss,
         )  # fmt: skip
+
+
+class Twice(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), self.net(x)
+
+
+def not_finite() -> nn.Module:
+    net = build().eval()
+    with torch.no_grad():
+        next(net.parameters())[0] = torch.nan
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "metric", "message"),
+    [
+        (Twice(build()), batches(1), closeness, "gives a tuple; it must give one tensor"),
+        (not_finite(), batches(1), closeness, "values that are not finite; look at its weights"),
+        (build(), [(x.numpy(), y) for x, y in batches(1)], closeness, "inputs as a tensor"),
+        (build(), [x for x, _ in batches(1)], closeness, "must give pairs"),
+        (build(), batches(1), lambda predict: None, "gave None; it must give a finite number"),
+    ],
+)
+def test_what_own_models_data_and_metrics_must_give_is_told(
+    model: nn.Module, data: Batches, metric: Evaluate, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressionError, match=message):
+        compress_model(
+            model.eval(), data, metric, ModelRecipe(max_drop=1.0, epochs=0), EXAMPLE,
+            tmp_path / "out", loss_fn=functional.mse_loss,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:

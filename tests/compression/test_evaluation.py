@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import typer
 from rich.console import Console
@@ -102,6 +103,18 @@ def test_parts_are_those_of_training(digits_parent: Path) -> None:
         assert (found.labels == expected.labels).all()
     everything = answer("small-cnn-28", "digits", weights=str(digits_parent), part="all")
     assert len(everything.labels) == 1797
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_file_for_a_fixed_number_of_images_is_asked_so_many_at_a_time(
+    files: tuple[Path, Path], tmp_path: Path, size: int
+) -> None:
+    model = onnx.load(files[1])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    onnx.save(model, tmp_path / "fixed.onnx")
+    fixed = answer(str(tmp_path / "fixed.onnx"), "digits", spec=SPEC)
+    free = answer(str(files[1]), "digits", spec=SPEC)
+    np.testing.assert_allclose(fixed.scores, free.scores, atol=1e-5)
 
 
 def test_a_file_of_weights_is_no_model(digits_parent: Path) -> None:

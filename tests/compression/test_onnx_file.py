@@ -210,6 +210,22 @@ def test_files_that_are_no_such_network_are_refused(
         read_core(path, SPEC)
 
 
+def test_a_batch_that_is_fixed_within_is_told_with_what_to_do(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "fixed.onnx", net)
+    model = onnx.load(path)
+    shape = numpy_helper.from_array(np.array([1, 4], np.int64), "shape")
+    model.graph.initializer.append(shape)
+    last = next(node for node in model.graph.node if "answer" in node.output)
+    last.output[0] = "before"
+    model.graph.node.append(helper.make_node("Reshape", ["before", "shape"], ["answer"]))
+    onnx.save(model, path)
+    with pytest.raises(ModelUnknown, match=r"export it with a batch that is free") as caught:
+        load_model(resolve(f"onnx:{path}", SPEC))
+    assert str(caught.value).count("onnx:fixed.onnx") == 1
+
+
 def test_what_a_file_cannot_do_is_told(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelUnknown, match="no ONNX file"):
         resolve("absent.onnx", SPEC)

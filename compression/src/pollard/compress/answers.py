@@ -16,7 +16,7 @@ from pollard.client.environment import connection
 from pollard.compress import accelerator
 from pollard.compress.data import PartName, load_part, part_items
 from pollard.compress.errors import DataInvalid, LabelsMismatch, UsageInvalid
-from pollard.compress.evaluate import predict_part, session_predictor, torch_predictor
+from pollard.compress.evaluate import Predict, predict_part, session_predictor, torch_predictor
 from pollard.compress.models import device_for, load_model, resolve
 from pollard.compress.pipeline import require_weights, torch_threads
 from pollard.compress.progress import Reporter
@@ -150,7 +150,9 @@ def _ask_file(
     def predict(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.asarray(session.run({name: prepare(pixels)}, [output])[output], np.float32)
 
-    logits = predict_part(predict, images, batch_size)
+    fixed = session.raw.get_inputs()[0].shape[0]
+    ask = _by_batches_of(fixed, predict) if isinstance(fixed, int) else predict
+    logits = predict_part(ask, images, batch_size)
     if logits.ndim != 2 or logits.shape[1] != len(classes):
         raise LabelsMismatch(
             f"{path} answers {list(logits.shape[1:])} for an image; the data have "
@@ -158,6 +160,20 @@ def _ask_file(
         )
     scores = activate(logits.astype(np.float64), bundle_pb2.ACTIVATION_SOFTMAX)
     return Answers(path.name, scores, images.labels, classes, images.name, damaged)
+
+
+def _by_batches_of(size: int, predict: Predict) -> Predict:
+    """Return what asks for ``size`` images at a time, however many there are."""
+
+    def by_batches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        answers = []
+        for start in range(0, len(pixels), size):
+            piece = pixels[start : start + size]
+            whole = np.resize(piece, (size, *piece.shape[1:]))
+            answers.append(predict(whole)[: len(piece)])
+        return np.concatenate(answers)
+
+    return by_batches
 
 
 def file_input(

@@ -335,7 +335,9 @@ def _first(train_data: Batches, example: Tensor) -> Tensor:
     if example.ndim < 2 or not example.is_floating_point():
         raise UsageInvalid("example_input must be a float tensor [1, …]")
     for batch in train_data:
-        inputs = batch[0]
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if not isinstance(inputs, Tensor):
+            raise DataInvalid("train_data must give pairs (inputs, targets), inputs as a tensor")
         if inputs.shape[1:] != example.shape[1:]:
             raise DataInvalid(
                 f"train_data gives inputs {list(inputs.shape[1:])}, "
@@ -395,9 +397,13 @@ def _recover(
 
 def _file(kind: str, module: nn.Module, example: Tensor, probe: Tensor) -> bytes:
     """Return a module's float file, which computes what the module does."""
-    raw = export.serialize(export.export_core(module, example))
     with torch.no_grad():
-        wanted = module(probe)
+        wanted: object = module(probe)
+    if not isinstance(wanted, Tensor):
+        raise UsageInvalid(f"the {kind} gives a {type(wanted).__name__}; it must give one tensor")
+    if not wanted.isfinite().all():
+        raise ExportFailed(f"the {kind} gives values that are not finite; look at its weights")
+    raw = export.serialize(export.export_core(module, example))
     got = predictor(open_session(raw))(probe)
     worst = float((got - wanted).abs().max()) / (float(wanted.max() - wanted.min()) or 1.0)
     if not worst <= _PARITY:

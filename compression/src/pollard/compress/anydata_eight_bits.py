@@ -49,11 +49,15 @@ def score(eval_fn: Evaluate, predict: Predict) -> float:
     with torch.no_grad():
         if isinstance(predict, nn.Module):
             with placed(predict.eval()) as device:
-                value = float(eval_fn(_answers_beside(predict, device)))
+                given: Any = eval_fn(_answers_beside(predict, device))
         else:
-            value = float(eval_fn(predict))
+            given = eval_fn(predict)
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
     if not math.isfinite(value):
-        raise DataInvalid(f"eval_fn gave {value}; it must give a finite number")
+        raise DataInvalid(f"eval_fn gave {given!r}; it must give a finite number")
     return value
 
 

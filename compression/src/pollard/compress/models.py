@@ -347,8 +347,9 @@ def _listed(keys: list[str]) -> str:
 
 
 def _count_classes(module: nn.Module, source: Source) -> int:
+    task, outputs = task_of(source.task), _run(module, source)
     try:
-        return task_of(source.task).check(_run(module, source), 2)
+        return task.check(outputs, 2)
     except ModelUnknown as error:
         raise ModelUnknown(f"{source.reference} {error}") from None
 
@@ -359,7 +360,14 @@ def _run(module: nn.Module, source: Source) -> object:
         with placed(module.eval()) as device, torch.inference_mode():
             return module(torch.zeros(2, spec.channels, spec.height, spec.width).to(device))
     except Exception as error:
-        raise ModelUnknown(
+        told = (
             f"{source.reference} does not take [batch, {spec.channels}, {spec.height}, "
-            f"{spec.width}]: {error}"
+            f"{spec.width}]: "
+        )
+        if source.file is None:
+            raise ModelUnknown(f"{told}{error}") from error
+        raise ModelUnknown(
+            f"{told}{first_line(error)}. Two images were given: if the file is for one only, "
+            "export it with a batch that is free (dynamic_shapes or dynamic_axes of "
+            "torch.onnx.export)"
         ) from error
