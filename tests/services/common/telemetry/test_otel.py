@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from pollard.services.common.telemetry.otel import OtelTracer
+from pollard.services.common.telemetry.otel import OtelTracer, exporting
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 KEPT, DROPPED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
@@ -186,3 +190,38 @@ def test_the_end_does_not_wait_for_a_collector_that_is_away(make: Any, spans: An
     tracer._provider.add_span_processor(Stuck(spans))
     tracer.shut_down(0.05)
     released.set()
+
+
+def test_a_collector_that_gives_each_connection_up_at_once_takes_no_memory(
+    make: Any, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gRPC's own retries the call would be sent again without a pause, until its deadline."""
+    settings = bytes.fromhex("000000 04 00 00000000")
+    goaway = bytes.fromhex("000008 07 00 00000000 7fffffff 00000000")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")
+    call = make(1.0).call(NAME, "", "")
+    call.end(code=0)
+    opened = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(listener.accept()[0])
+                opened[-1].sendall(settings + goaway)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        processor = exporting(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for span in spans.get_finished_spans():
+            processor.on_end(span)
+        processor.force_flush(10_000)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        processor.shutdown()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        assert opened
+        for connection in opened:
+            connection.close()
+    assert grown < 200_000  # kB

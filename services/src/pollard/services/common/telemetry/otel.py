@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import structlog
 from opentelemetry import trace
@@ -285,8 +287,11 @@ def exporting(endpoint: str) -> SpanProcessor:
     """
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    exporter = OTLPSpanExporter(endpoint=endpoint) if endpoint else OTLPSpanExporter()
-    return BatchSpanProcessor(exporter)
+    given: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    if "channel_options" in inspect.signature(OTLPSpanExporter.__init__).parameters:
+        # The exporter tries again by itself; why gRPC must not, `tls.open_channel` says.
+        given["channel_options"] = (("grpc.enable_retries", 0),)
+    return BatchSpanProcessor(OTLPSpanExporter(**given))
 
 
 def _text(value: str | bytes) -> str:
