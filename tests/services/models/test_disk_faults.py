@@ -175,6 +175,17 @@ def test_a_registry_removed_beneath_a_manager_takes_no_change(
     assert path.exists() == (what == "another")
 
 
+def test_a_second_manager_is_turned_away_though_the_lock_was_deleted(store: Store) -> None:
+    (store.directory / "lock").unlink()
+    for _ in range(2):
+        with pytest.raises(StartupError, match="another manager"):
+            Store(store.directory).open()
+    store.close()
+    again = Store(store.directory)
+    again.open()
+    again.close()
+
+
 def test_too_many_open_files_are_said(store: Store) -> None:
     before = store.read_now(metas)
     store.database.engine.dispose()

@@ -60,7 +60,7 @@ class Store:
         self.database = make_database(database_url, directory, DATABASE)
         self.manager_id = ""
         """Names this store among those of a shared database; known once it is open."""
-        self._lock_file: int | None = None
+        self._locks: list[int] = []
         # One at a time; waiting here is fair and never times out.
         self._writing = threading.Lock()
         self.after_write: list[Callable[[], None]] = []
@@ -81,6 +81,9 @@ class Store:
             self._take_lock()
             self._refuse_lost_registry()
             self.manager_id = self._own_id()
+        except StartupError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise StartupError(
@@ -102,9 +105,8 @@ class Store:
                 threads.shutdown()
         self._writer = self._readers = None
         self.database.close()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _refuse_lost_registry(self) -> None:
         """Refuse to begin with an empty registry in SQLite where there are bundles of another."""
@@ -134,22 +136,22 @@ class Store:
         return made
 
     def _take_lock(self) -> None:
-        path = self.directory / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._locks.append(descriptor)
+        free = _lock(descriptor)
+        with contextlib.suppress(OSError):
+            # Somebody may take the file for one that was left, and delete it. Network disks lock
+            # no directories.
+            self._locks.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
+            free &= _lock(self._locks[-1])
+        if not free:
             holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
             raise StartupError(
                 f"another manager (process {holder or 'unknown'}) is using the store "
                 f"{self.directory}; stop it, or choose another --store"
-            ) from error
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        self._lock_file = descriptor
 
     def read_now(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` on a consistent view of the registry, in this thread.
@@ -272,3 +274,14 @@ class Store:
         if threads is None:
             raise RuntimeError("the store is not open")
         return asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock; tell whether nobody else has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
