@@ -138,3 +138,9 @@ def test_a_server_that_is_not_there_is_named() -> None:
     done = invoke("eval", "digits", "--data", "digits", "--server", "127.0.0.1:1")
     assert done.exit_code == 1
     assert "127.0.0.1:1" in done.output
+
+
+def test_an_address_that_is_none_is_wrong_usage() -> None:
+    done = invoke("eval", "digits", "--data", "digits", "--server", "nonsense")
+    assert done.exit_code == 2
+    assert "must be HOST:PORT" in done.output

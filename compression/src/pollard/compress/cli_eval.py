@@ -11,6 +11,17 @@ import typer
 from pollard.compress.cli_common import MAX_THREADS, Device
 
 
+def _checked_server(value: str) -> str:
+    if value:
+        from pollard.client._channel import checked_address
+
+        try:
+            checked_address(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
+
 class PartChoice(StrEnum):
     """Parts of a data set."""
 
@@ -47,6 +58,7 @@ def evaluate(
             "--server",
             metavar="ADDRESS",
             help="Ask this vision service, such as 127.0.0.1:8011, with the images as they are.",
+            callback=_checked_server,
         ),
     ] = "",
     against: Annotated[
