@@ -160,6 +160,16 @@ def test_wrong_usage_is_said_before_anything_is_sent(
     assert scripted.calls == []
 
 
+@pytest.mark.parametrize(
+    "option", ["--shadow", "--steps", "--hold", "--max-error-rate", "--min-agreement"]
+)
+def test_an_option_that_cannot_be_read_is_named(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main.run(["models", "rollout", "m", "7", option, "few"]) == 2
+    assert f"Invalid value for '{option}': 'few' is no " in capsys.readouterr().err
+
+
 def test_numbers_are_read_as_people_write_them() -> None:
     assert shares("5, 25%,100") == [5, 25, 100]
     assert (rate("0.5%"), rate("0.005")) == (0.005, 0.005)

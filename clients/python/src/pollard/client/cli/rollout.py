@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -68,6 +69,20 @@ def _number(text: str, whole: str) -> float:
         raise typer.BadParameter(f"{whole!r} is no number") from None
 
 
+def _agreement(text: str) -> float | None:
+    return None if text == "auto" else rate(text)
+
+
+def _readable(read: Callable[[str], object]) -> Callable[[str], str]:
+    """Make a reader into a check of the command line's, which names the option."""
+
+    def callback(text: str) -> str:
+        read(text)
+        return text
+
+    return callback
+
+
 def rollout(
     model: ModelArgument,
     revision: Annotated[
@@ -75,19 +90,35 @@ def rollout(
     ] = None,
     alias: AliasOption = None,
     shadow: Annotated[
-        str, typer.Option(metavar="PERCENT", help="Requests also sent as shadows.")
+        str,
+        typer.Option(
+            metavar="PERCENT", help="Requests also sent as shadows.", callback=_readable(percent)
+        ),
     ] = "0%",
     steps: Annotated[
-        str, typer.Option(metavar="PERCENTS", help="Shares of the steps, the last 100.")
+        str,
+        typer.Option(
+            metavar="PERCENTS",
+            help="Shares of the steps, the last 100.",
+            callback=_readable(shares),
+        ),
     ] = "5,25,50,100",
     hold: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long each step lasts at least.")
+        str,
+        typer.Option(
+            metavar="DURATION",
+            help="How long each step lasts at least.",
+            callback=_readable(seconds),
+        ),
     ] = "60s",
     min_requests: Annotated[
         int, typer.Option(min=1, help="Requests to the revision that each step must have seen.")
     ] = 200,
     max_error_rate: Annotated[
-        str, typer.Option(metavar="RATE", help="Largest rate of failed requests.")
+        str,
+        typer.Option(
+            metavar="RATE", help="Largest rate of failed requests.", callback=_readable(rate)
+        ),
     ] = "0.5%",
     max_p99_ratio: Annotated[
         float, typer.Option(min=1.0, help="Largest ratio of the p99 latencies.")
@@ -98,6 +129,7 @@ def rollout(
             metavar="RATE",
             help="Smallest agreement of shadows; 0 judges none, auto takes what the bundle says, "
             "less 2 points.",
+            callback=_readable(_agreement),
         ),
     ] = "auto",
     quorum: QuorumOption = None,
@@ -136,7 +168,7 @@ def rollout(
                 max_error_rate=rate(max_error_rate),
                 max_p99_ratio=max_p99_ratio,
                 shadow_percent=percent(shadow),
-                min_agreement=None if min_agreement == "auto" else rate(min_agreement),
+                min_agreement=_agreement(min_agreement),
                 quorum=quorum,
                 request_id=request_id,
             )
