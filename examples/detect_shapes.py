@@ -37,7 +37,7 @@ def main(directory: str, data: str = "shapes", epochs: str = "12", *flags: str) 
         "compress", "small-fcos", "--weights", weights, "--data", data, "--prune", "0.4",
         "--max-drop", "2", "--out", bundle, *flags,
     )  # fmt: skip
-    pollard("models", "push", bundle, "--model", "shapes")
+    pollard("models", "push", bundle, "--model", "shapes", "--alias", "production")
 
     found = {}
     for name, model, where in (("here", bundle, ()), ("served", "shapes", ("--server", vision))):

@@ -27,7 +27,8 @@ def main(directory: str, epochs: str = "20") -> int:
 
     pollard("train", "small-cnn-28", "--data", "digits", "--epochs", epochs, "--out", weights)
     pollard("bundle", "small-cnn-28", "--data", "digits", "--weights", weights, "--out", bundle)
-    pollard("models", "push", bundle, "--model", "digits")
+    # Only a model's first revision becomes 'production' by itself.
+    pollard("models", "push", bundle, "--model", "digits", "--alias", "production")
 
     figures = {}
     for name, model, where in (

@@ -29,7 +29,7 @@ def main(name: str, weights: str, labels: str, photo: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         pollard("bundle", name, "--weights", weights, "--labels", labels, "--out", bundle)
-        pollard("models", "push", bundle, "--model", name)
+        pollard("models", "push", bundle, "--model", name, "--alias", "production")
     with VisionClient(os.environ.get("POLLARD_VISION_ADDRESS", "127.0.0.1:8011")) as vision:
         prediction = vision.predict(photo, name, top_k=3)
     for label in prediction.labels:

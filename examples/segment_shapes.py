@@ -34,7 +34,7 @@ def main(directory: str, data: str = "shapes", epochs: str = "6") -> int:
 
     pollard("train", "small-unet", "--data", data, "--epochs", epochs, "--out", weights)
     pollard("bundle", "small-unet", "--weights", weights, "--data", data, "--out", bundle)
-    pollard("models", "push", bundle, "--model", "pixels")
+    pollard("models", "push", bundle, "--model", "pixels", "--alias", "production")
 
     found = {}
     for name, model, where in (("here", bundle, ()), ("served", "pixels", ("--server", vision))):

@@ -145,23 +145,26 @@ def test_new_classes_are_learnt_on_an_old_backbone(tmp_path: Path):
 
 
 @pytest.mark.long
-def test_digits_go_from_training_to_traffic(up, tmp_path: Path):
-    out = run(
-        str(EXAMPLES / "digits_to_traffic.py"),
-        str(tmp_path),
-        "2",
-        POLLARD_VISION_ADDRESS=up.address("preprocess"),
-        POLLARD_MODELS_ADDRESS=up.address("models"),
-    )
-    assert "The served model answers as it was measured" in out
-    here, served = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("here", "served")
-    )
-    assert served["model"].startswith("digits revision 1 at ")
-    # Scores travel as float32.
-    for key in ("accuracy", "top5", "classes", "macro", "weighted", "confusion"):
-        assert served[key] == here[key]
-    assert abs(served["log_loss"] - here["log_loss"]) < 1e-5
+def test_digits_go_from_training_to_traffic_again_and_again(up, tmp_path: Path):
+    for revision, epochs in ((1, "2"), (2, "1")):
+        folder = tmp_path / epochs
+        folder.mkdir()
+        out = run(
+            str(EXAMPLES / "digits_to_traffic.py"),
+            str(folder),
+            epochs,
+            POLLARD_VISION_ADDRESS=up.address("preprocess"),
+            POLLARD_MODELS_ADDRESS=up.address("models"),
+        )
+        assert "The served model answers as it was measured" in out
+        here, served = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("here", "served")
+        )
+        assert served["model"].startswith(f"digits revision {revision} at ")
+        # Scores travel as float32.
+        for key in ("accuracy", "top5", "classes", "macro", "weighted", "confusion"):
+            assert served[key] == here[key]
+        assert abs(served["log_loss"] - here["log_loss"]) < 1e-5
 
 
 @pytest.mark.long
