@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -474,3 +475,46 @@ def collector() -> Iterator[Collector]:
     made = Collector()
     yield made
     made.close()
+
+
+class NameServer:
+    """Answers for every name with one address, which may change."""
+
+    def __init__(self) -> None:
+        self.address = "127.0.0.1"
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def target(self, port: int) -> str:
+        """Return how gRPC is told to ask this one for a name."""
+        return f"dns://127.0.0.1:{self._socket.getsockname()[1]}/server.example:{port}"
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ending:
+            ending.sendto(b"", self._socket.getsockname())
+        self._thread.join()
+        self._socket.close()
+
+    def _answer(self) -> None:
+        while True:
+            asked, who = self._socket.recvfrom(512)
+            if not asked:
+                return
+            # RFC 1035: a name ends with an empty label, the type of what is wanted follows.
+            end = asked.index(b"\0", 12) + 5
+            answer = b""
+            if asked[end - 4 : end - 2] == b"\0\1":  # A; there are no others
+                address = socket.inet_aton(self.address)
+                answer = bytes.fromhex("c00c 0001 0001 00000000 0004") + address
+            counts = bytes([0, 1, 0, bool(answer), 0, 0, 0, 0])
+            self._socket.sendto(asked[:2] + b"\x85\x80" + counts + asked[12:end] + answer, who)
+
+
+@pytest.fixture
+def name_server() -> Iterator[NameServer]:
+    """A name server for one test; its `address` is what it answers with."""
+    server = NameServer()
+    yield server
+    server.close()

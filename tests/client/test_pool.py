@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -211,6 +212,24 @@ def test_servers_on_several_hosts_take_turns_and_a_name_stands_for_all_its_addre
                 vision.predict(b"png", "digits")
         with VisionClient(f"dns:///localhost:{one.rpartition(':')[2]}") as vision:
             assert vision.predict(b"png", "digits").revision == 1
+
+
+def test_a_server_that_came_back_under_another_address_is_found_soon(name_server: Any) -> None:
+    with contextlib.ExitStack() as stack:
+        with serving(host="127.0.0.2") as (_, address, _):
+            name_server.address, port = "127.0.0.2", int(address.rpartition(":")[2])
+            client = stack.enter_context(
+                VisionClient(name_server.target(port), retry=RetryPolicy(max_attempts=1))
+            )
+            client.predict(b"picture", "digits", timeout=20)
+        _, _, peers = stack.enter_context(serving(host="127.0.0.3", port=port))
+        name_server.address = "127.0.0.3"
+        # By itself gRPC asks for a name again after half a minute.
+        give_up = time.monotonic() + 15
+        while not peers.seen and time.monotonic() < give_up:
+            with contextlib.suppress(Unavailable):
+                client.predict(b"picture", "digits", timeout=20)
+        assert peers.seen
 
 
 def test_a_name_that_stands_for_nothing_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -12,13 +13,14 @@ import pytest
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN
 
+READY = grpc.ChannelConnectivity.READY
 SETTINGS = bytes.fromhex("000000 04 00 00000000")
 GOAWAY = bytes.fromhex("000008 07 00 00000000 7fffffff 00000000")
 """No further calls: that of a server that stops in good order."""
 
 
 @contextlib.asynccontextmanager
-async def listening(first: bytes) -> AsyncIterator[str]:
+async def listening(first: bytes, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
     """Give the address of somebody who says `first` to whoever connects, and nothing more."""
     opened: list[asyncio.StreamWriter] = []
 
@@ -26,9 +28,9 @@ async def listening(first: bytes) -> AsyncIterator[str]:
         opened.append(writer)
         writer.write(first)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(connected, host, port)
     try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield f"{host}:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for writer in opened:
@@ -57,3 +59,21 @@ async def test_a_proxy_of_the_environment_does_not_come_between_services(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary("/a.service/Method")(b"", timeout=2)
             assert "GOAWAY" in str(caught.value.details())
+
+
+async def test_a_service_that_came_back_under_another_address_is_found_soon(
+    name_server: Any,
+) -> None:
+    async with listening(SETTINGS, "127.0.0.2") as address:
+        name_server.address, port = "127.0.0.2", int(address.rpartition(":")[2])
+        channel = open_channel(name_server.target(port), PLAIN)
+        await asyncio.wait_for(channel.channel_ready(), 20)
+    try:
+        async with listening(SETTINGS, "127.0.0.3", port):
+            name_server.address = "127.0.0.3"
+            while (state := channel.get_state(try_to_connect=True)) is READY:
+                await channel.wait_for_state_change(state)
+            # By itself gRPC asks for a name again after half a minute.
+            await asyncio.wait_for(channel.channel_ready(), 15)
+    finally:
+        await channel.close()

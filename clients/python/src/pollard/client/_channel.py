@@ -137,6 +137,9 @@ def channel_options(
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # A server that came back under another address is looked for as soon: gRPC asks for a name
+        # only twice a minute otherwise.
+        ("grpc.dns_min_time_between_resolutions_ms", 1000),
         # A connection whose other end has gone without a word: what was sent is given up after one
         # timeout, what was being answered after three, for a ping comes after twice the time.
         ("grpc.keepalive_time_ms", 5000),

@@ -21,6 +21,9 @@ _ALWAYS: list[tuple[str, str | int]] = [
     ("grpc.enable_retries", 0),
     # A proxy from the environment must not come between the services.
     ("grpc.enable_http_proxy", 0),
+    # One that came back under another address is found soon: gRPC asks for a name only twice a
+    # minute otherwise.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 ]
 
 
