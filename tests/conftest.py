@@ -242,6 +242,17 @@ def postgres() -> Iterator[Any]:
     server.close()
 
 
+_OTHER_USES = (
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "encipher_only",
+    "decipher_only",
+)
+"""Of a key, beside signing."""
+
+
 class Authority:
     """An authority for certificates, and what it signs."""
 
@@ -254,8 +265,12 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.ca = folder / "ca.pem"
         self._name = self._named(folder.name)
-        whole = x509.BasicConstraints(ca=True, path_length=None)
-        self._write(self.ca, self._sign(self._name, self._key, whole, critical=True))
+        signs = dict.fromkeys(("key_cert_sign", "crl_sign", "digital_signature"), True)
+        extensions = [
+            x509.BasicConstraints(ca=True, path_length=None),
+            x509.KeyUsage(**dict.fromkeys(_OTHER_USES, False), **signs),
+        ]
+        self._write(self.ca, self._sign(self._name, self._key, extensions, critical=True))
 
     def issue(self, name: str, host: str = "127.0.0.1", days: float = 30) -> tuple[Path, Path]:
         """Return the files of a certificate for an address and of its key."""
@@ -269,7 +284,7 @@ class Authority:
             x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
         )
         names = x509.SubjectAlternativeName([address])
-        self._write(certificate, self._sign(self._named(name), key, names, days=days))
+        self._write(certificate, self._sign(self._named(name), key, [names], days=days))
         key_file.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM,
@@ -287,13 +302,19 @@ class Authority:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
     def _sign(
-        self, name: Any, key: Any, extension: Any, *, critical: bool = False, days: float = 30
+        self,
+        name: Any,
+        key: Any,
+        extensions: list[Any],
+        *,
+        critical: bool = False,
+        days: float = 30,
     ) -> Any:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
 
         now = datetime.datetime.now(datetime.UTC)
-        return (
+        made = (
             x509.CertificateBuilder()
             .subject_name(name)
             .issuer_name(self._name)
@@ -301,9 +322,17 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=60))
             .not_valid_after(now + datetime.timedelta(days=days))
-            .add_extension(extension, critical=critical)
-            .sign(self._key, hashes.SHA256())
         )
+        # Python from 3.13 on trusts none without them (RFC 5280).
+        identifiers = [
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+        ]
+        for extension in identifiers:
+            made = made.add_extension(extension, critical=False)
+        for extension in extensions:
+            made = made.add_extension(extension, critical=critical)
+        return made.sign(self._key, hashes.SHA256())
 
     @staticmethod
     def _write(file: Path, certificate: Any) -> None:

@@ -126,8 +126,9 @@ async def test_who_is_not_known_or_may_not_gets_the_status_for_it(guarded) -> No
     _, stub, metadata = guarded
     code, reason, _ = await refused(stub.Predict(request(), timeout=20))
     assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING")
+    # Nothing is sent: grpc.aio forgets the status where a write meets a call that has just ended.
     code, reason, _ = await refused(
-        stub.PredictStream(stream(1), metadata=(("authorization", "Bearer x"),), timeout=20).read()
+        stub.PredictStream(metadata=(("authorization", "Bearer x"),), timeout=20).read()
     )
     assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MALFORMED")
     code, reason, _ = await refused(
@@ -193,7 +194,7 @@ async def test_rate_streams_and_sizes_are_limited(guarded) -> None:
     first = stub.PredictStream(metadata=mine, timeout=20)
     await first.write(pb.PredictStreamRequest(id="1"))
     await first.read()
-    _, reason, _ = await refused(stub.PredictStream(stream(1), metadata=mine, timeout=20).read())
+    _, reason, _ = await refused(stub.PredictStream(metadata=mine, timeout=20).read())
     assert reason == "STREAM_LIMIT"
     first.cancel()
 
