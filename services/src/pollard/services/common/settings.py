@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -23,6 +23,17 @@ from pollard.services.common.errors import StartupError, UsageFault
 from pollard.services.common.http_server import HttpListen
 from pollard.services.common.settings_file import SECTIONS, meant, read_tables
 from pollard.services.common.tls_files import TlsFiles
+
+
+def _checked_managers(text: str) -> str:
+    # Here, for it brings grpc, which must not be there before its experiments are chosen.
+    from pollard.client._channel import checked_address
+
+    return ",".join(checked_address(part) for part in text.split(",") if part.strip())
+
+
+Managers = Annotated[str, AfterValidator(_checked_managers)]
+"""gRPC target of a manager, or of several with commas between; may be empty."""
 
 
 def _role_of(text: str) -> tuple[str, Role]:
@@ -197,6 +208,12 @@ class ServiceSettings(BaseSettings):
         description="Whether spans name models and revisions, and say how large requests are. "
         "What was sent, and who sent it, they never say.",
     )
+
+    @field_validator("host")
+    @classmethod
+    def _bare_host(cls, value: str) -> str:
+        # As it stands in addresses: "[::1]".
+        return value[1:-1] if value.startswith("[") and value.endswith("]") else value
 
     @field_validator("http_port", mode="before")
     @classmethod
