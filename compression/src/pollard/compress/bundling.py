@@ -119,7 +119,7 @@ def check_output(out: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputExists(
-            f"{out} is not empty; choose another directory, or --force to replace it"
+            f"{out} is not empty; choose another directory (--force of a command replaces it)"
         )
     if not (out / MANIFEST).is_file():
         raise OutputExists(f"{out} is not empty and not a bundle; --force replaces bundles only")
