@@ -139,6 +139,8 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
         self.ended: dict[str, grpc.StatusCode] = {}
         """How downloads of a bundle end, by digest."""
         self.downloads: list[tuple[str, tuple[str, ...]]] = []
+        self.access: fleet_pb.AccessList | None = None
+        """Sent to each server as it comes."""
         self.version = 0
         self.models: dict[str, fleet_pb.DesiredModel] = {}
         self.hellos: list[fleet_pb.Hello] = []
@@ -223,6 +225,8 @@ class Manager(fleet_grpc.FleetServiceServicer, models_grpc.ModelServiceServicer)
         stream: asyncio.Queue[fleet_pb.SyncResponse] = asyncio.Queue()
         hello = await anext(aiter(requests))
         self.hellos.append(hello.hello)
+        if self.access is not None:
+            stream.put_nowait(fleet_pb.SyncResponse(access=self.access))
         if self.version:
             stream.put_nowait(self._response())
         self._streams.append(stream)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import structlog
 
 from pollard.runtime.machine import Machine
 from pollard.runtime.sessions import open_session
@@ -30,7 +31,30 @@ def test_a_damaged_file_is_measured_anew(tmp_path, content) -> None:
     key = tunings.key(b"", "d", "latency")
     kept = tunings.keep(key, Tuning(2, 1, 4, 1e-3, points=(Point(2, 1, 1, 1e3),)))
     assert Tunings(MACHINE, path).find(key) == kept
-    assert len(json.loads(path.read_text())) == 1
+    assert json.loads(path.read_text()).keys() == {"sha256", key}
+
+
+def test_a_byte_that_is_another_is_told_or_changes_no_measurement(tmp_path) -> None:
+    path = tmp_path / "tuning.json"
+    tunings = Tunings(MACHINE, path)
+    key = tunings.key(b"", "d", "latency")
+    kept = tunings.keep(key, Tuning(2, 1, 4, 1e-3, points=(Point(2, 1, 1, 1e3),)))
+    whole = path.read_bytes()
+    digits = range(whole.index(b": ") + 3, len(whole))
+    for place in range(len(whole)):
+        for other in {whole[place] ^ 1, whole[place] ^ 2, 0, *b"09 "} - {whole[place]}:
+            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+            with structlog.testing.capture_logs() as lines:
+                found = Tunings(MACHINE, path).find(key)
+            if place in digits:
+                assert found is None
+            assert found in (kept, None)
+            assert [line["path"] for line in lines] == ([] if found else [str(path)])
+    # And once it was measured again, nothing more is said.
+    kept = Tunings(MACHINE, path).keep(key, kept)
+    with structlog.testing.capture_logs() as lines:
+        assert Tunings(MACHINE, path).find(key) == kept
+    assert not lines
 
 
 def test_a_measurement_is_of_one_model_one_aim_and_one_kind_of_machine(tmp_path) -> None:

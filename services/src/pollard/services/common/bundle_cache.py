@@ -4,8 +4,8 @@
 
     <cache>/lock                    held while a server uses the cache
     <cache>/server_id               the name under which the manager knows the server
-    <cache>/state.json              the last desired state that ran, proto3 JSON
-    <cache>/access.bin              the tokens known last, by their hashes: an AccessList
+    <cache>/state.json              the last desired state that ran, proto3 JSON, with its SHA-256
+    <cache>/access.bin              the tokens known last, by their hashes: an AccessList, likewise
     <cache>/bundles/<digest>/       whole bundles
     <cache>/descriptions/<digest>/  manifest and labels only, for servers that run no models
     <cache>/tmp/                    what is being fetched; emptied at the start
@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
 
 import structlog
 from google.protobuf import json_format
@@ -46,8 +44,11 @@ from pollard.runtime.bundle import (
 )
 from pollard.runtime.digests import sha256_bytes
 from pollard.runtime.errors import BundleCorrupt, BundleError
+from pollard.services.common import sealed
 from pollard.services.common.cache_room import CacheRoom
 from pollard.services.common.errors import StartupError
+from pollard.services.common.folder_lock import FolderInUse, FolderLock
+from pollard.services.common.sealed import FileDamaged
 
 _log = structlog.get_logger("pollard.cache")
 
@@ -73,16 +74,14 @@ class BundleCache:
         try:
             for folder in (root / "bundles", root / "descriptions", self._tmp):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[bytes] = (root / "lock").open("wb")
+            self._lock = FolderLock(root)
+        except FolderInUse as error:
+            raise StartupError(
+                f"the cache {root} is in use by another server (process {error.holder}); give this "
+                "one its own --cache-dir"
+            ) from error
         except OSError as error:
             raise StartupError(f"the cache {root} cannot be written: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise StartupError(
-                f"the cache {root} is in use by another server; give this one its own --cache-dir"
-            ) from error
         for leftover in self._tmp.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -174,30 +173,42 @@ class BundleCache:
     def server_id(self, prefix: str) -> str:
         """Return the server's id, made up and kept at the first call."""
         path = self.root / "server_id"
-        try:
+        known = ""
+        # One that is damaged is made anew.
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             known = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            known = ""
-        if not known:
+        if not known.isprintable() or not known:
             known = f"{prefix}-{uuid.uuid4().hex[:12]}"
             write_durably(path, known.encode("utf-8"))
         return known
 
+    @property
+    def state_path(self) -> Path:
+        """Where the state that runs is saved."""
+        return self.root / "state.json"
+
+    @property
+    def access_path(self) -> Path:
+        """Where the tokens that are known are saved."""
+        return self.root / "access.bin"
+
     def load_state(self) -> fleet_pb.DesiredState | None:
-        """Return the last state saved; None if there is none or it cannot be read."""
-        path = self.root / "state.json"
+        """Return the last state saved; None if there is none, or nothing in it.
+
+        Raises:
+            FileDamaged: there is one, and it cannot be read or is not what was saved.
+        """
         try:
-            return json_format.Parse(
-                path.read_text(encoding="utf-8"),
+            state = json_format.ParseDict(
+                sealed.read_json(self.state_path),
                 fleet_pb.DesiredState(),
                 ignore_unknown_fields=True,
             )
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
-            # The manager will send it again; without it the server starts empty.
-            _log.error("the saved state cannot be read", path=str(path), error=str(error))
-            return None
+        except json_format.ParseError as error:
+            raise FileDamaged(str(error)) from error
+        return state if state.ListFields() else None
 
     def save_state(self, state: fleet_pb.DesiredState) -> None:
         """Save the state that runs, so that a restart begins with it.
@@ -206,18 +217,20 @@ class BundleCache:
             OSError: it cannot be written.
         """
         text = json_format.MessageToJson(state, preserving_proto_field_name=True)
-        write_durably(self.root / "state.json", text.encode("utf-8"))
+        sealed.write_json(self.state_path, text)
 
     def load_access(self) -> fleet_pb.AccessList | None:
-        """Return the tokens that were known last; None if there are none, or they are damaged."""
+        """Return the tokens that were known last; None if there are none.
+
+        Raises:
+            FileDamaged: there are some, and they cannot be read or are not what was saved.
+        """
         try:
-            raw = (self.root / "access.bin").read_bytes()
-            return fleet_pb.AccessList.FromString(raw)
+            return fleet_pb.AccessList.FromString(sealed.read_message(self.access_path))
         except FileNotFoundError:
             return None
-        except (OSError, DecodeError) as error:
-            _log.error("the tokens in the cache cannot be read", error=str(error))
-            return None
+        except DecodeError as error:
+            raise FileDamaged(str(error)) from error
 
     def save_access(self, access: fleet_pb.AccessList) -> None:
         """Save the tokens that are known, so that a restart knows them without the manager.
@@ -225,7 +238,7 @@ class BundleCache:
         Raises:
             OSError: they cannot be written.
         """
-        write_durably(self.root / "access.bin", access.SerializeToString())
+        sealed.write_message(self.access_path, access.SerializeToString())
 
 
 class Staging:

@@ -33,6 +33,7 @@ from pollard.services.common.bundle_source import BundleSource
 from pollard.services.common.errors import FailedPrecondition, ServiceError
 from pollard.services.common.lifecycle import cancel, raise_if_cancelled, to_its_end
 from pollard.services.common.retries import Pauses, may_pass, promise, promised
+from pollard.services.common.sealed import FileDamaged
 from pollard.services.common.status import to_proto
 from pollard.services.common.tls import open_channel
 from pollard.services.common.tls_files import PLAIN, TlsFiles
@@ -189,10 +190,18 @@ class FleetAgent:
         """
         for manager in self._managers:
             self._channels[manager] = open_channel(manager, self._tls, _CHANNEL_OPTIONS)
-        known = await asyncio.to_thread(self.cache.load_access)
-        if known is not None and self._options.gate is not None:
-            self._options.gate.know(table_of(known))
-        saved = await asyncio.to_thread(self.cache.load_state)
+        await self._remember_access()
+        damaged = False
+        try:
+            saved = await asyncio.to_thread(self.cache.load_state)
+        except FileDamaged as error:
+            saved, damaged = None, True
+            until = "the manager sends it" if self._managers else "--manager names one to send it"
+            _log.error(
+                f"the saved state cannot be read; nothing is served until {until}",
+                path=str(self.cache.state_path),
+                error=str(error),
+            )
         if saved is not None:
             _log.info("starting from the cache", version=saved.version, models=len(saved.models))
             self._saved.CopyFrom(saved)
@@ -203,7 +212,7 @@ class FleetAgent:
                 self._saved.version = 0
                 _log.warning("the cached state does not run entirely", error=_words(applied))
             self.settled.set()
-        elif self._channel is None:
+        elif self._channel is None and not damaged:
             # Nobody will ever say anything else.
             await self._member.apply(fleet_pb.DesiredState(), self.bundles)
             self.settled.set()
@@ -322,6 +331,20 @@ class FleetAgent:
                 self._report_wanted.set()
             self._order = state
             self._ordered.set()
+
+    async def _remember_access(self) -> None:
+        """Let those in whom the cache knows."""
+        try:
+            known = await asyncio.to_thread(self.cache.load_access)
+            if known is not None and self._options.gate is not None:
+                self._options.gate.know(table_of(known))
+        except (FileDamaged, ValueError) as error:
+            _log.error(
+                "the tokens in the cache cannot be read; where one is asked for, callers are told "
+                "to try again until a manager sends them",
+                path=str(self.cache.access_path),
+                error=str(error),
+            )
 
     async def _take_access(self, access: fleet_pb.AccessList) -> None:
         if self._options.gate is not None:

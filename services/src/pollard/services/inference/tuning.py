@@ -20,10 +20,11 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
-from pollard.runtime.bundle import write_durably
 from pollard.runtime.digests import sha256_bytes, sha256_file
 from pollard.runtime.machine import Machine
 from pollard.runtime.sessions import Array, Session
+from pollard.services.common import sealed
+from pollard.services.common.sealed import FileDamaged
 
 _log = structlog.get_logger("pollard.inference.tuning")
 
@@ -169,7 +170,7 @@ class Tunings:
             return tuning
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(self._path, json.dumps(content, indent=1).encode("utf-8"))
+            sealed.write_json(self._path, json.dumps(content, indent=1))
         except OSError as error:
             # It will be measured again after a restart; that is no reason to refuse a model.
             _log.warning("measurements cannot be kept", path=str(self._path), error=str(error))
@@ -338,12 +339,15 @@ def _rate_of(
 
 def _read(path: Path) -> dict[str, Tuning]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): _parsed(value) for key, value in content.items()}
+        return {key: _parsed(value) for key, value in sealed.read_json(path).items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.warning("measurements cannot be read", path=str(path), error=str(error))
+    except (FileDamaged, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning(
+            "measurements cannot be read; models are measured again",
+            path=str(path),
+            error=str(error),
+        )
         return {}
 
 

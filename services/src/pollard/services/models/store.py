@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import os
 import secrets
 import threading
 import time
@@ -25,6 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from pollard.services.common.errors import StartupError, Unavailable
+from pollard.services.common.folder_lock import FolderInUse, FolderLock
 from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.database import READERS, make_database, outcome_unknown
 
@@ -60,7 +58,7 @@ class Store:
         self.database = make_database(database_url, directory, DATABASE)
         self.manager_id = ""
         """Names this store among those of a shared database; known once it is open."""
-        self._locks: list[int] = []
+        self._lock: FolderLock | None = None
         # One at a time; waiting here is fair and never times out.
         self._writing = threading.Lock()
         self.after_write: list[Callable[[], None]] = []
@@ -78,12 +76,18 @@ class Store:
         try:
             for path in (self.directory, self.blobs, self.uploads):
                 path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = FolderLock(self.directory)
             self._refuse_lost_registry()
             self.manager_id = self._own_id()
         except StartupError:
             self.close()
             raise
+        except FolderInUse as error:
+            self.close()
+            raise StartupError(
+                f"another manager (process {error.holder}) is using the store "
+                f"{self.directory}; stop it, or choose another --store"
+            ) from error
         except OSError as error:
             self.close()
             raise StartupError(
@@ -105,8 +109,9 @@ class Store:
                 threads.shutdown()
         self._writer = self._readers = None
         self.database.close()
-        while self._locks:
-            os.close(self._locks.pop())
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _refuse_lost_registry(self) -> None:
         """Refuse to begin with an empty registry in SQLite where there are bundles of another."""
@@ -134,24 +139,6 @@ class Store:
         temporary.write_text(made + "\n", "ascii")
         temporary.replace(path)
         return made
-
-    def _take_lock(self) -> None:
-        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._locks.append(descriptor)
-        free = _lock(descriptor)
-        with contextlib.suppress(OSError):
-            # Somebody may take the file for one that was left, and delete it. Network disks lock
-            # no directories.
-            self._locks.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
-            free &= _lock(self._locks[-1])
-        if not free:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-            raise StartupError(
-                f"another manager (process {holder or 'unknown'}) is using the store "
-                f"{self.directory}; stop it, or choose another --store"
-            )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def read_now(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` on a consistent view of the registry, in this thread.
@@ -274,14 +261,3 @@ class Store:
         if threads is None:
             raise RuntimeError("the store is not open")
         return asyncio.get_running_loop().run_in_executor(threads, work)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take a lock; tell whether nobody else has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return False
-    return True
