@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from google.rpc import error_details_pb2, status_pb2
 
@@ -43,6 +44,9 @@ class Pauses:
         return pause
 
 
+_PROMISE = re.compile(r"; it is tried again in \d+ s")
+
+
 def promised(message: str, seconds: float) -> str:
     """Return what is said of something that is tried again."""
     return f"{message.rstrip('.')}; it is tried again in {seconds:.0f} s"
@@ -54,3 +58,17 @@ def promise(status: status_pb2.Status, seconds: float) -> None:
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.FromMilliseconds(round(seconds * 1000))
     status.details.add().Pack(retry)
+
+
+def given_up(status: status_pb2.Status) -> status_pb2.Status:
+    """Return a status that does not say that something is tried again, because it no longer is."""
+    kept = status_pb2.Status(code=status.code, message=_PROMISE.sub("", status.message))
+    kept.details.extend(
+        each for each in status.details if not each.Is(error_details_pb2.RetryInfo.DESCRIPTOR)
+    )
+    return kept
+
+
+def is_promised(status: status_pb2.Status) -> bool:
+    """Tell whether a status says that what failed is tried again."""
+    return _PROMISE.search(status.message) is not None

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.retries import given_up
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name
 from pollard.services.models.downloads import Piece
@@ -86,7 +87,7 @@ def alias(row: Alias) -> pb.Alias:
         previous_revision=row.previous_revision,
         state=pb.Alias.State.ValueType(row.state),
         error=status_pb2.Status.FromString(row.error) if row.error else None,
-        failures=_failures(row.failures),
+        failures=_failures(row.failures, ended=row.state == pb.Alias.STATE_FAILED),
         quorum=None if quorum is None else quorum.encode(),
         update_time=timestamp(row.update_time),
         etag=etag(row.etag),
@@ -149,18 +150,21 @@ def rollout(row: Rollout) -> pb.Rollout:
         end_time=None if row.end_time is None else timestamp(row.end_time),
         etag=etag(row.etag),
         quorum=None if quorum is None else quorum.encode(),
-        failures=_failures(row.failures),
+        failures=_failures(row.failures, ended=row.end_time is not None),
     )
 
 
-def _failures(stored: list[dict[str, str]]) -> list[pb.ServerFailure]:
-    return [
+def _failures(stored: list[dict[str, str]], *, ended: bool = False) -> list[pb.ServerFailure]:
+    found = [
         pb.ServerFailure(
             server_id=failure["server_id"],
             status=status_pb2.Status.FromString(bytes.fromhex(failure["status"])),
         )
         for failure in stored
     ]
+    for failure in found if ended else ():
+        failure.status.CopyFrom(given_up(failure.status))
+    return found
 
 
 def event(row: Event) -> pb.Event:

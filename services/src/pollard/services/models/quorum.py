@@ -15,6 +15,7 @@ from google.rpc import code_pb2, status_pb2
 
 from pollard.models.v1 import model_service_pb2 as pb
 from pollard.services.common.errors import DeadlineExceeded, InvalidRequest
+from pollard.services.common.retries import given_up, is_promised
 from pollard.services.common.status import to_proto
 from pollard.services.models.fleet_view import Loading
 
@@ -130,7 +131,8 @@ def refused(
 ) -> status_pb2.Status:
     """Return why a revision gets no requests, naming the servers that refuse it."""
     first = next(iter(refusals))
-    message = f"revision {revision} was refused by {', '.join(refusals)}: {refusals[first].message}"
+    why = given_up(refusals[first]).message
+    message = f"revision {revision} was refused by {', '.join(refusals)}: {why}"
     others = [server_id for server_id in refusals if server_id not in loading.inference]
     if quorum is not None and others:
         message += f"; {', '.join(others)}: no quorum excuses a preprocess server"
@@ -140,6 +142,9 @@ def refused(
             f"; {count - len(refusals)} of {count} inference servers can run it, and the quorum of "
             f"{quorum} asks for {quorum.needed(count)}"
         )
+    if any(is_promised(status) for status in refusals.values()):
+        # The servers would have tried again by themselves, and are no longer asked to.
+        message += "; that may pass: try again"
     return status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message=message)
 
 

@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import model_service_pb2 as pb
+from pollard.services.common.retries import given_up
 from pollard.services.models import registry
 from pollard.services.models.aliases import alias_name, change_route
 from pollard.services.models.events import MANAGER, record
@@ -279,7 +280,9 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
         if server.report_of(key, row.removed_version) is None:
             continue
         ready = report.state == fleet_pb.REVISION_STATE_READY
-        error = b"" if ready or report.error is None else report.error.SerializeToString()
+        # Whether it is tried again, and when, is the server's and changes each time.
+        said_error = None if ready or report.error is None else given_up(report.error)
+        error = b"" if said_error is None else said_error.SerializeToString()
         state = pb.Revision.STATE_READY if ready else pb.Revision.STATE_FAILED
         if (row.state, row.error) == (state, error):
             continue
@@ -289,7 +292,7 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
             f"servers/{server.server_id}",
             "REVISION_READY" if ready else "REVISION_FAILED",
             registry.revision_name(*key),
-            "loaded" if ready or report.error is None else report.error.message,
+            "loaded" if said_error is None else said_error.message,
             model=row.model,
         )
 
