@@ -232,6 +232,40 @@ async def test_a_failed_replacement_keeps_the_revision_that_is_no_longer_listed(
     assert (await stub.ModelInfer(tensor_request(), timeout=10)).model_version == "1"
 
 
+async def test_a_number_that_means_another_bundle_is_told_of_with_that_bundle(
+    manager, server, stub, make_bundle, tensor_request
+) -> None:
+    """A manager that was restored from a backup gives numbers again."""
+    good = manager.bundles[next(iter(manager.bundles))]
+    bad, better = make_bundle(2.0, cpu_features=("no_such_flag",)), make_bundle(3.0)
+
+    def told() -> tuple[int, str]:
+        status = state_of(manager, "adder", 1)
+        return status.state, status.bundle_sha256
+
+    assert told() == (fleet_pb.REVISION_STATE_READY, good.digest)
+    # What does not run here is not said to: another bundle has the number, and is served on.
+    for _ in range(2):
+        manager.want("adder", {1: bad}, {"production": {1: 1}})
+        assert (await manager.apply()).HasField("nack")
+        assert told() == (fleet_pb.REVISION_STATE_FAILED, bad.digest)
+        assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 1.0
+        status = state_of(manager, "adder", 1)
+        assert not status.HasField("counters")
+    manager.want("adder", {1: good}, {"production": {1: 1}})
+    assert (await manager.apply()).HasField("ack")
+    assert told() == (fleet_pb.REVISION_STATE_READY, good.digest)
+    assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 1.0
+    manager.want("adder", {1: better}, {"production": {1: 1}})
+    assert (await manager.apply()).HasField("ack")
+    assert told() == (fleet_pb.REVISION_STATE_READY, better.digest)
+    assert answer_of(await stub.ModelInfer(tensor_request(), timeout=10)) == 3.0
+    # Nothing leads to it, so it is freed; why the other one does not run is told all the same.
+    manager.want("adder", {1: bad}, {})
+    assert (await manager.apply()).HasField("nack")
+    assert told() == (fleet_pb.REVISION_STATE_FAILED, bad.digest)
+
+
 async def test_bytes_damaged_on_the_way_are_refused(manager, server, make_bundle) -> None:
     bundle = make_bundle(2.0)
 

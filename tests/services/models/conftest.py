@@ -7,7 +7,7 @@ import hashlib
 import io
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -271,7 +271,11 @@ class FollowingServer:
     def say(self, **message: Any) -> None:
         self._outbox.put_nowait(fleet_pb.SyncRequest(**message))
 
-    def report(self, *entries: tuple[str, int, Any]) -> None:
+    def report(
+        self, *entries: tuple[str, int, Any], digests: Mapping[tuple[str, int], str] | None = None
+    ) -> None:
+        """Say what runs; of which bundles, only where `digests` tells it."""
+        told = digests or {}
         self.say(
             report=fleet_pb.Report(
                 revisions=[
@@ -282,6 +286,7 @@ class FollowingServer:
                         error=status_pb2.Status(code=9, message=f"{self.server_id} cannot")
                         if state == fleet_pb.REVISION_STATE_FAILED
                         else None,
+                        bundle_sha256=told.get((model, revision), ""),
                     )
                     for model, revision, state in entries
                 ]

@@ -10,6 +10,7 @@ import signal
 import grpc
 import pytest
 
+from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.preprocess.v1 import preprocess_service_pb2 as preprocess_pb
 from pollard.services.common import retries
 from pollard.services.inference import sync
@@ -266,6 +267,26 @@ async def test_a_refused_state_leaves_the_routes_where_they_were(fleet, make_bun
     assert "the steps give tensors of shape [-1, 8, 9, 3]" in nack.status.message
     response = await fleet.replicas[0].vision.Predict(question(make_picture()))
     assert response.revision == 1
+
+
+async def test_what_is_reported_of_a_revision_names_its_bundle(fleet, make_bundle):
+    """A manager that was restored from a backup gives numbers again."""
+
+    def enlarge(manifest) -> None:
+        manifest.preprocess[1].resize.width = 9
+
+    def told() -> list[tuple[int, int, str]]:
+        statuses = fleet.replicas[0].server.member.statuses()
+        return [(status.revision, status.state, status.bundle_sha256) for status in statuses]
+
+    assert told() == [(1, fleet_pb.REVISION_STATE_READY, fleet.bundles[1].digest)]
+    wrong = fleet.bundles[1] = make_bundle(size=8, channels=3, edit=enlarge)
+    version = fleet.announce(1, production=1)
+    await fleet.manager.refused(version, "preprocess-1")
+    assert told() == [(1, fleet_pb.REVISION_STATE_FAILED, wrong.digest)]
+    fleet.bundles[1] = fleet.bundles[2]
+    await fleet.route(1, production=1)
+    assert told() == [(1, fleet_pb.REVISION_STATE_READY, fleet.bundles[2].digest)]
 
 
 async def test_a_manifest_that_could_not_be_had_is_fetched_again_and_what_is_wrong_is_not(

@@ -87,16 +87,18 @@ class InferenceMember:
         for (model, number), status in sorted(self._statuses.items()):
             copy = fleet_pb.RevisionStatus()
             copy.CopyFrom(status)
+            result.append(copy)
+            served = self._engine.table.models.get(model)
+            loaded = served.revisions.get(number) if served is not None else None
+            if loaded is not None and loaded.info.digest != status.bundle_sha256:
+                continue  # Requests are still answered by another bundle that had the number.
             counters = self._engine.counters(model, number)
             if counters is not None:
                 copy.counters.CopyFrom(counters.to_proto())
-            served = self._engine.table.models.get(model)
-            loaded = served.revisions.get(number) if served is not None else None
             if loaded is not None:
                 copy.waiting, copy.in_flight = loaded.waiting, loaded.in_flight
                 if copy.HasField("tuning"):
                     copy.tuning.CopyFrom(_tuning(loaded))
-            result.append(copy)
         return result
 
     def index(self) -> list[IndexEntry]:
@@ -272,7 +274,7 @@ class InferenceMember:
         self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
     ) -> LoadedRevision:
         number, digest = desired.revision, desired.bundle_sha256
-        self._set(model, number, fleet_pb.REVISION_STATE_PENDING)
+        self._set(model, number, digest, fleet_pb.REVISION_STATE_PENDING)
         try:
             try:
                 return await self._fetch_and_load(model, desired, bundles)
@@ -297,7 +299,7 @@ class InferenceMember:
             raise
         except Exception as error:
             _log.warning("refused", model=model, revision=number, error=str(error))
-            status = self._set(model, number, fleet_pb.REVISION_STATE_FAILED)
+            status = self._set(model, number, digest, fleet_pb.REVISION_STATE_FAILED)
             status.error.CopyFrom(to_proto(error))
             raise
 
@@ -305,9 +307,9 @@ class InferenceMember:
         self, model: str, desired: fleet_pb.DesiredRevision, bundles: BundleSource
     ) -> LoadedRevision:
         number, digest = desired.revision, desired.bundle_sha256
-        self._set(model, number, fleet_pb.REVISION_STATE_FETCHING)
+        self._set(model, number, digest, fleet_pb.REVISION_STATE_FETCHING)
         path = await bundles.fetch(digest)
-        self._set(model, number, fleet_pb.REVISION_STATE_LOADING)
+        self._set(model, number, digest, fleet_pb.REVISION_STATE_LOADING)
         try:
             return await self._loader.load(model, number, digest, desired.size_bytes, path)
         except OSError as error:
@@ -324,9 +326,12 @@ class InferenceMember:
 
     def _drain(self, revision: LoadedRevision) -> None:
         """Show a revision as draining until it is freed; the engine frees it."""
-        key = (revision.info.model, revision.info.revision)
-        status = self._set(*key, fleet_pb.REVISION_STATE_DRAINING)
-        status.variant = revision.info.variant
+        info = revision.info
+        key = (info.model, info.revision)
+        if self._has_failed_another(key, info.digest):
+            return
+        status = self._set(*key, info.digest, fleet_pb.REVISION_STATE_DRAINING)
+        status.variant = info.variant
 
         async def forget() -> None:
             await revision.freed.wait()
@@ -350,7 +355,9 @@ class InferenceMember:
         info = revision.info
         current = self._statuses.get((info.model, info.revision))
         if current is None or current.state != fleet_pb.REVISION_STATE_FAILED:
-            status = self._set(info.model, info.revision, fleet_pb.REVISION_STATE_FAILED)
+            status = self._set(
+                info.model, info.revision, info.digest, fleet_pb.REVISION_STATE_FAILED
+            )
             status.variant = info.variant
             lost = DeviceFailed(f"its GPU is lost: {revision.lost}", reason="DEVICE_LOST")
             status.error.CopyFrom(to_proto(lost))
@@ -360,18 +367,37 @@ class InferenceMember:
         if revision.lost:
             self._set_lost(revision)
             return
-        current = self._statuses.get((info.model, info.revision))
-        if current is not None and current.state == fleet_pb.REVISION_STATE_READY:
+        key = (info.model, info.revision)
+        if self._has_failed_another(key, info.digest):
+            # An alias keeps it, and what the manager means by the number does not run here.
             return
-        status = self._set(info.model, info.revision, fleet_pb.REVISION_STATE_READY)
+        current = self._statuses.get(key)
+        if (
+            current is not None
+            and current.state == fleet_pb.REVISION_STATE_READY
+            and current.bundle_sha256 == info.digest
+        ):
+            return
+        status = self._set(*key, info.digest, fleet_pb.REVISION_STATE_READY)
         status.variant = info.variant
         status.load_duration.CopyFrom(_duration(info.load_seconds))
         status.tuning.CopyFrom(_tuning(revision))
 
+    def _has_failed_another(self, key: tuple[str, int], digest: str) -> bool:
+        """Tell whether another bundle is wanted under the number of this one and failed."""
+        status = self._statuses.get(key)
+        return (
+            status is not None
+            and status.state == fleet_pb.REVISION_STATE_FAILED
+            and status.bundle_sha256 != digest
+        )
+
     def _set(
-        self, model: str, number: int, state: fleet_pb.RevisionState.ValueType
+        self, model: str, number: int, digest: str, state: fleet_pb.RevisionState.ValueType
     ) -> fleet_pb.RevisionStatus:
-        status = fleet_pb.RevisionStatus(model=model, revision=number, state=state)
+        status = fleet_pb.RevisionStatus(
+            model=model, revision=number, state=state, bundle_sha256=digest
+        )
         self._statuses[model, number] = status
         self.on_change()
         return status
@@ -387,11 +413,15 @@ class InferenceMember:
             name: frozenset(route.alias for route in model.routes) for name, model in wanted.items()
         }
         self._engine.settled = True
-        for (model, number), status in list(self._statuses.items()):
-            if status.state == fleet_pb.REVISION_STATE_FAILED and number not in known.get(
-                model, ()
-            ):
-                del self._statuses[model, number]
+        keys = {
+            (name, revision.revision, revision.bundle_sha256)
+            for name, model in wanted.items()
+            for revision in model.revisions
+        }
+        for key, status in list(self._statuses.items()):
+            failed = status.state == fleet_pb.REVISION_STATE_FAILED
+            if failed and (*key, status.bundle_sha256) not in keys:
+                del self._statuses[key]
 
     def _running(self) -> list[fleet_pb.DesiredModel]:
         """Return what the engine serves in the form of desired models."""

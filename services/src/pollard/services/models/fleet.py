@@ -212,6 +212,7 @@ class Connection:
                 entry.state,
                 entry.error if entry.HasField("error") else None,
                 entry.counters if entry.HasField("counters") else None,
+                entry.bundle_sha256,
             )
             for entry in report.revisions
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from google.rpc import status_pb2
 
@@ -11,6 +12,18 @@ from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 
 Key = tuple[str, int]
 """Model and revision number."""
+
+
+class Kept(Protocol):
+    """What the registry keeps of a revision, as far as it says whether a report is of it."""
+
+    @property
+    def bundle_sha256(self) -> str:
+        """Its bundle."""
+
+    @property
+    def removed_version(self) -> int:
+        """Of the last desired state that told servers to free it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,15 @@ class RevisionReport:
     error: status_pb2.Status | None = None
     counters: fleet_pb.Counters | None = field(default=None, compare=False)
     """Its requests since the server started; None when it does not count them."""
+    bundle_sha256: str = ""
+    """The bundle that this is said of; empty when the server does not tell."""
+
+    def is_of(self, bundle_sha256: str) -> bool:
+        """Tell whether it is said of a bundle, as far as is known.
+
+        A registry that is restored from a backup gives numbers again that servers know already.
+        """
+        return self.bundle_sha256 in ("", bundle_sha256)
 
 
 @dataclass(frozen=True)
@@ -44,15 +66,20 @@ class ServerView:
     """Highest version it had answered when its last report came."""
     revisions: Mapping[Key, RevisionReport] = field(default_factory=dict)
 
-    def report_of(self, key: Key, removed_version: int) -> RevisionReport | None:
-        """Return what it says of a revision, unless that may be old news.
+    def mentions(self, key: Key, kept: Kept) -> bool:
+        """Tell whether it says anything of a revision, be it old news."""
+        report = self.revisions.get(key)
+        return report is not None and report.is_of(kept.bundle_sha256)
+
+    def report_of(self, key: Key, kept: Kept) -> RevisionReport | None:
+        """Return what it says of a revision, unless that may be old news or is of another bundle.
 
         A report carries no version. One that came before the server answered
         the state that removed the revision may tell of an earlier load.
         """
-        if self.answered_before_report < removed_version:
+        if self.answered_before_report < kept.removed_version or not self.mentions(key, kept):
             return None
-        return self.revisions.get(key)
+        return self.revisions[key]
 
 
 @dataclass(frozen=True)
@@ -64,26 +91,26 @@ class FleetView:
     """Inference servers no longer expected: still better than none at all."""
 
 
-def is_ready(server: ServerView, key: Key, pending_version: int, removed_version: int) -> bool:
+def is_ready(server: ServerView, key: Key, pending_version: int, kept: Kept) -> bool:
     """Tell whether a server has loaded a revision."""
     if not server.connected:
         return False
     if server.acked >= pending_version:
         return True
-    report = server.report_of(key, removed_version)
+    report = server.report_of(key, kept)
     return report is not None and report.state == fleet_pb.REVISION_STATE_READY
 
 
 def refusal_of(
-    server: ServerView, key: Key, pending_version: int, removed_version: int
+    server: ServerView, key: Key, pending_version: int, kept: Kept
 ) -> status_pb2.Status | None:
     """Return why a server refuses a revision; None when it does not."""
-    report = server.report_of(key, removed_version)
+    report = server.report_of(key, kept)
     if report is not None:
         if report.state == fleet_pb.REVISION_STATE_FAILED and server.acked < pending_version:
             return report.error or server.nack or status_pb2.Status(message="no reason given")
         return None  # a refusal of that version is about something else, or not its last word
-    if server.nacked >= pending_version > server.acked and key not in server.revisions:
+    if server.nacked >= pending_version > server.acked and not server.mentions(key, kept):
         return server.nack
     return None
 
@@ -100,22 +127,22 @@ class Loading:
     """The inference servers among all that are expected."""
 
 
-def loading_of(view: FleetView, key: Key, version: int, removed_version: int) -> Loading:
+def loading_of(view: FleetView, key: Key, version: int, kept: Kept) -> Loading:
     """Return how far the servers are with a revision.
 
     Args:
         view: The expected servers.
         key: The revision.
         version: First desired state that holds it.
-        removed_version: Last desired state that told servers to free it.
+        kept: What the registry keeps of it.
     """
     refusals: dict[str, status_pb2.Status] = {}
     waiting: list[str] = []
     for server in view.servers:
-        refusal = refusal_of(server, key, version, removed_version)
+        refusal = refusal_of(server, key, version, kept)
         if refusal is not None:
             refusals[server.server_id] = refusal
-        elif not is_ready(server, key, version, removed_version):
+        elif not is_ready(server, key, version, kept):
             waiting.append(server.server_id)
     inference = frozenset(
         server.server_id for server in view.servers if server.kind == fleet_pb.SERVER_KIND_INFERENCE

@@ -62,10 +62,10 @@ class Refusals:
                 if server_id in servers
             }
             mentioning = [server for server in servers.values() if key in server.revisions]
-            if mentioning:
-                stored = standing.stored.get(key)
+            stored = standing.stored.get(key) if mentioning else None
+            if stored is not None:
                 for server in mentioning:
-                    report = server.report_of(key, stored.removed_version if stored else 0)
+                    report = server.report_of(key, stored)
                     if report is None:
                         continue
                     if report.state == fleet_pb.REVISION_STATE_READY:

@@ -15,6 +15,7 @@ from pollard.services.models.fleet_view import FleetView, ServerView
 from pollard.services.models.rollout_gates import Judge, Limits
 from pollard.services.models.rollout_tallies import Seen
 from pollard.services.models.schema import Rollout, RolloutBaseline, RolloutEvidence
+from pollard.services.models.standing import Standing
 
 Baselines = dict[tuple[str, int], RolloutBaseline]
 """By server and revision."""
@@ -47,7 +48,7 @@ def begin(session: Session, row: Rollout) -> RolloutEvidence:
     return evidence
 
 
-def observe(session: Session, row: Rollout, view: FleetView) -> None:
+def observe(session: Session, row: Rollout, view: FleetView, standing: Standing) -> None:
     """Take in what the servers have counted since the last call, for the step that is judged."""
     baselines: Baselines = {
         (each.server_id, each.revision): each
@@ -61,8 +62,8 @@ def observe(session: Session, row: Rollout, view: FleetView) -> None:
     judged = evidence is not None and evidence.step == row.step
     judge = judge_of(row, evidence) if judged else None
     for server in view.servers:
-        canary = _added(session, row, baselines, server, row.revision)
-        base = _added(session, row, baselines, server, row.base_revision)
+        canary = _added(session, row, baselines, server, row.revision, standing)
+        base = _added(session, row, baselines, server, row.base_revision, standing)
         if judge is None:
             continue
         if server.kind == fleet_pb.SERVER_KIND_INFERENCE:
@@ -76,10 +77,18 @@ def observe(session: Session, row: Rollout, view: FleetView) -> None:
 
 
 def _added(
-    session: Session, row: Rollout, baselines: Baselines, server: ServerView, revision: int
+    session: Session,
+    row: Rollout,
+    baselines: Baselines,
+    server: ServerView,
+    revision: int,
+    standing: Standing,
 ) -> Seen:
     """Return what a server has counted since the last look, and store where it stands now."""
-    report = server.revisions.get((row.model, revision))
+    key = (row.model, revision)
+    report, kept = server.revisions.get(key), standing.stored.get(key)
+    if report is not None and kept is not None and not report.is_of(kept.bundle_sha256):
+        return Seen()  # the requests of another bundle that had the number before
     counters = report.counters if report is not None else None
     if counters is None:
         return Seen()

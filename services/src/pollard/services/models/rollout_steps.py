@@ -89,7 +89,7 @@ class RolloutSteps:
         rows = {(row.model, row.number): row for row in standing.running()}
         self._watches = {key: self._watches.get(key) or _Watch(self._clock()) for key in rows}
         for row in rows.values():
-            rollout_evidence.observe(session, row, view)
+            rollout_evidence.observe(session, row, view, standing)
 
     def advance(self, session: Session, view: FleetView, standing: Standing) -> bool:
         """Take every step that is possible now; tell whether any was."""
@@ -124,9 +124,7 @@ class RolloutSteps:
         watch: _Watch,
     ) -> bool:
         revision = session.get_one(Revision, (row.model, row.revision))
-        loading = loading_of(
-            view, (row.model, row.revision), row.pending_version or 0, revision.removed_version
-        )
+        loading = loading_of(view, (row.model, row.revision), row.pending_version or 0, revision)
         quorum = Quorum.of(row.quorum)
         verdict, refusals = judge(loading, quorum)
         error = None

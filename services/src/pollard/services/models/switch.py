@@ -196,7 +196,7 @@ class Switch:
         number = alias.pending_revision
         key = (alias.model, number)
         revision = session.get_one(Revision, key)
-        loading = loading_of(view, key, alias.pending_version, revision.removed_version)
+        loading = loading_of(view, key, alias.pending_version, revision)
         quorum = Quorum.of(alias.quorum)
         verdict, refusals = judge(loading, quorum)
         error = None
@@ -229,7 +229,7 @@ class Switch:
             for key in routed:
                 if self._refusals.excuses(server.server_id, key):
                     continue
-                report = server.report_of(key, standing.stored[key].removed_version)
+                report = server.report_of(key, standing.stored[key])
                 if report is None or report.state != fleet_pb.REVISION_STATE_READY:
                     return False
         return True
@@ -277,7 +277,7 @@ def _note_revision_states(session: Session, view: FleetView) -> None:
         row = rows.get(key)
         if row is None or row.state == pb.Revision.STATE_READY:
             continue  # one server that could load it is enough
-        if server.report_of(key, row.removed_version) is None:
+        if server.report_of(key, row) is None:
             continue
         ready = report.state == fleet_pb.REVISION_STATE_READY
         # Whether it is tried again, and when, is the server's and changes each time.

@@ -68,9 +68,10 @@ class PreprocessMember:
                 revision=number,
                 state=fleet_pb.REVISION_STATE_READY,
                 counters=self._counts.of(model.name, number).to_proto(),
+                bundle_sha256=revision.digest,
             )
             for model in self._current.snapshot.models.values()
-            for number in model.revisions
+            for number, revision in model.revisions.items()
             if (model.name, number) not in self._failed
         ]
         return [*ready, *self._failed.values()]
@@ -114,12 +115,18 @@ class PreprocessMember:
         )
         self._current.snapshot = snapshot
         self._client.retain(snapshot.endpoints)
+        digests = {
+            (model.model, revision.revision): revision.bundle_sha256
+            for model in state.models
+            for revision in model.revisions
+        }
         self._failed = {
             (failure.model, failure.revision): fleet_pb.RevisionStatus(
                 model=failure.model,
                 revision=failure.revision,
                 state=fleet_pb.REVISION_STATE_FAILED,
                 error=to_proto(failure.error),
+                bundle_sha256=digests[failure.model, failure.revision],
             )
             for failure in failures
         }

@@ -339,6 +339,7 @@ class RevisionStatus(_message.Message):
     TUNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    BUNDLE_SHA256_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name."""
     revision: _builtins.int
@@ -354,6 +355,12 @@ class RevisionStatus(_message.Message):
     in_flight: _builtins.int
     """Requests that are being answered at that moment, those that wait among
     them; 0 from preprocess servers.
+    """
+    bundle_sha256: _builtins.str
+    """SHA-256 of the manifest.json of the bundle that this is said of, as in
+    DesiredRevision: after an older backup of the manager was restored, a
+    number may be given to another bundle than the server has under it. Empty
+    from servers that do not tell.
     """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
@@ -386,10 +393,11 @@ class RevisionStatus(_message.Message):
         tuning: Global___Tuning | None = ...,
         waiting: _builtins.int = ...,
         in_flight: _builtins.int = ...,
+        bundle_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "load_duration", b"load_duration", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "error", b"error", "in_flight", b"in_flight", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "tuning", b"tuning", "variant", b"variant", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_sha256", b"bundle_sha256", "counters", b"counters", "error", b"error", "in_flight", b"in_flight", "load_duration", b"load_duration", "model", b"model", "revision", b"revision", "state", b"state", "tuning", b"tuning", "variant", b"variant", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

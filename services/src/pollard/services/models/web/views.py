@@ -84,13 +84,14 @@ class FleetState:
         """Tell whether a server runs what it should."""
         return not server.HasField("last_nack") and server.acked_version >= self.version
 
-    def serving(self, model: str, number: int) -> list[Served]:
-        """Return what the servers say of a revision."""
+    def serving(self, model: str, number: int, digest: str) -> list[Served]:
+        """Return what the servers say of a revision with that bundle."""
         return [
             Served(server.hello.server_id, server.connected, status)
             for server in self.servers
             for status in server.report.revisions
             if (status.model, status.revision) == (model, number)
+            and status.bundle_sha256 in ("", digest)
         ]
 
 
@@ -182,7 +183,8 @@ class Views:
                 "events": events.events,
                 "fleet": fleet,
                 "serving": {
-                    each.revision: fleet.serving(model, each.revision) for each in listed.revisions
+                    each.revision: fleet.serving(model, each.revision, each.bundle_sha256)
+                    for each in listed.revisions
                 },
             },
             place="models",
@@ -208,7 +210,7 @@ class Views:
                 "model": of_model,
                 "name": model,
                 "summary": summaries.get(found.bundle_sha256),
-                "serving": fleet.serving(model, number),
+                "serving": fleet.serving(model, number, found.bundle_sha256),
                 "running": running,
                 "after": int(last[0].name.rpartition("/")[2]) if last else 0,
                 "form": _DEFAULTS,
@@ -230,8 +232,11 @@ class Views:
     async def rollout(self, manager: Manager, model: str, number: int) -> View:
         """Show one rollout."""
         found = course(await manager.rollout(model, number))
-        fleet, alias = await asyncio.gather(
-            self._fleet_state(manager), self._alias(manager, found.rollout)
+        revision = found.rollout.revision
+        fleet, alias, digests = await asyncio.gather(
+            self._fleet_state(manager),
+            self._alias(manager, found.rollout),
+            self._digests([(model, revision)]),
         )
         return View(
             "rollout.html",
@@ -241,7 +246,7 @@ class Views:
                 "name": model,
                 "alias": alias,
                 "events": await self._history(manager, found),
-                "serving": fleet.serving(model, found.rollout.revision),
+                "serving": fleet.serving(model, revision, digests.get(model, "")),
             },
             place="models",
             path=f"/models/{model}/rollouts/{number}",
@@ -282,11 +287,14 @@ class Views:
         request = pb.ListRevisionsRequest(parent=found.name, page_size=PAGE)
         listed = await manager.ask("ListRevisions", request, pb.ListRevisionsResponse)
         running, fleet = await asyncio.gather(self._running(model), self._fleet_state(manager))
+        digests = {each.revision: each.bundle_sha256 for each in listed.revisions}
         served = {
             status.revision
             for server in fleet.servers
             for status in server.report.revisions
-            if server.connected and (status.model, status.state) == (model, _READY)
+            if server.connected
+            and (status.model, status.state) == (model, _READY)
+            and status.bundle_sha256 in ("", digests.get(status.revision))
         }
         return View(
             "trial.html",

@@ -182,6 +182,13 @@ export interface RevisionStatus {
    * them; 0 from preprocess servers.
    */
   inFlight: number;
+  /**
+   * SHA-256 of the manifest.json of the bundle that this is said of, as in
+   * DesiredRevision: after an older backup of the manager was restored, a
+   * number may be given to another bundle than the server has under it. Empty
+   * from servers that do not tell.
+   */
+  bundleSha256: string;
 }
 
 /**
@@ -1116,6 +1123,7 @@ function createBaseRevisionStatus(): RevisionStatus {
     tuning: undefined,
     waiting: 0,
     inFlight: 0,
+    bundleSha256: "",
   };
 }
 
@@ -1150,6 +1158,9 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
     }
     if (message.inFlight !== 0) {
       writer.uint32(80).uint32(message.inFlight);
+    }
+    if (message.bundleSha256 !== "") {
+      writer.uint32(90).string(message.bundleSha256);
     }
     return writer;
   },
@@ -1247,6 +1258,14 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
             message.inFlight = reader.uint32();
             continue;
           }
+          case 11: {
+            if (tag !== 90) {
+              break;
+            }
+
+            message.bundleSha256 = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1282,6 +1301,7 @@ export const RevisionStatus: MessageFns<RevisionStatus> = {
       : undefined;
     message.waiting = object.waiting ?? 0;
     message.inFlight = object.inFlight ?? 0;
+    message.bundleSha256 = object.bundleSha256 ?? "";
     return message;
   },
 };
