@@ -48,22 +48,6 @@ def test_wrong_flags_are_named(flags, words):
         Settings.load(flags)
 
 
-@pytest.mark.parametrize(
-    "target", ["", "a:1", "a:1,b:2", "10.0.0.1:1,[::1]:2", "dns:///name:1", "unix:/run/models"]
-)
-@pytest.mark.parametrize("service", ["inference", "preprocess"])
-def test_managers_are_named_as_grpc_does(service, target):
-    kind = settings_class(service)
-    assert kind.load({"manager": target.replace(",", " , ")}).manager == target
-
-
-@pytest.mark.parametrize("service", ["inference", "preprocess"])
-@pytest.mark.parametrize("target", ["models", "one:8021,two", "http://one:8021", "one:99999"])
-def test_managers_that_cannot_be_reached_by_their_name_are_refused(service, target):
-    with pytest.raises(StartupError, match=rf"{service}\.manager: .*must be HOST:PORT.*--manager"):
-        settings_class(service).load({"manager": target})
-
-
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
 def test_a_host_may_stand_in_brackets_as_it_does_in_addresses(host):
     assert Settings.load({"host": host}).host == "::1"

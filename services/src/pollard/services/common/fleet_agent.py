@@ -22,6 +22,7 @@ import grpc
 import structlog
 from google.protobuf import timestamp_pb2
 
+from pollard.client._channel import checked_address
 from pollard.models.v1 import fleet_service_pb2 as fleet_pb
 from pollard.models.v1 import fleet_service_pb2_grpc as fleet_grpc
 from pollard.runtime.errors import RuntimeFault
@@ -30,7 +31,7 @@ from pollard.services.common.auth.own import OwnToken
 from pollard.services.common.auth.wire import table_of
 from pollard.services.common.bundle_cache import BundleCache
 from pollard.services.common.bundle_source import BundleSource
-from pollard.services.common.errors import FailedPrecondition, ServiceError
+from pollard.services.common.errors import FailedPrecondition, ServiceError, StartupError
 from pollard.services.common.lifecycle import cancel, raise_if_cancelled, to_its_end
 from pollard.services.common.retries import Pauses, may_pass, promise, promised
 from pollard.services.common.sealed import FileDamaged
@@ -149,8 +150,9 @@ class FleetAgent:
         """Take the cache; `start` does the rest.
 
         Raises:
-            StartupError: the cache is in use or cannot be written.
+            StartupError: a manager is no address, or the cache is in use or cannot be written.
         """
+        self._managers = _checked_managers(options.manager)
         self._member = member
         self._options = options
         self._address = options.address
@@ -159,7 +161,6 @@ class FleetAgent:
         self.server_id = options.server_id or self.cache.server_id(prefix)
         self.settled = asyncio.Event()
         """Set once a state, from the cache or the manager, has been applied as far as it can be."""
-        self._managers = [name.strip() for name in options.manager.split(",") if name.strip()]
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._current = 0
         self.bundles = BundleSource(self.cache, lambda: self._channel, options.token.metadata)
@@ -518,6 +519,13 @@ class FleetAgent:
                 nack=fleet_pb.Nack(version=order.version, nonce=order.nonce, status=to_proto(error))
             )
         self._outbox.put_nowait(answer)
+
+
+def _checked_managers(text: str) -> list[str]:
+    try:
+        return [checked_address(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise StartupError(f"setting manager: {error}; give another --manager") from None
 
 
 async def _say(call: Any, outbox: asyncio.Queue[fleet_pb.SyncRequest]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -23,17 +23,6 @@ from pollard.services.common.errors import StartupError, UsageFault
 from pollard.services.common.http_server import HttpListen
 from pollard.services.common.settings_file import SECTIONS, meant, read_tables
 from pollard.services.common.tls_files import TlsFiles
-
-
-def _checked_managers(text: str) -> str:
-    # Here, for it brings grpc, which must not be there before its experiments are chosen.
-    from pollard.client._channel import checked_address
-
-    return ",".join(checked_address(part) for part in text.split(",") if part.strip())
-
-
-Managers = Annotated[str, AfterValidator(_checked_managers)]
-"""gRPC target of a manager, or of several with commas between; may be empty."""
 
 
 def _role_of(text: str) -> tuple[str, Role]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
 from pollard.runtime.cuda import ConvSearch, CudaOptions
-from pollard.services.common.settings import Managers, ServiceSettings
+from pollard.services.common.settings import ServiceSettings
 from pollard.services.inference.frontends.experiments import choose_threadless
 from pollard.services.inference.options import EngineOptions
 from pollard.services.inference.restrictions import Restriction, parse_restrictions
@@ -28,7 +28,7 @@ class InferenceSettings(ServiceSettings):
 
     port: int = Field(8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     unix_socket: str | None = Field(None, description="Also listen on this Unix socket.")
-    manager: Managers = Field(
+    manager: str = Field(
         "127.0.0.1:8021",
         description="gRPC target of the manager, or of several on one database, with commas "
         "between; empty serves from the cache alone.",

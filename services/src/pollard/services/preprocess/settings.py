@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from pollard.services.common.settings import Managers, ServiceSettings
+from pollard.services.common.settings import ServiceSettings
 from pollard.services.preprocess.fetching import FetchRules
 from pollard.services.preprocess.worker import WorkerLimits
 
@@ -19,7 +19,7 @@ class PreprocessSettings(ServiceSettings):
 
     port: int = Field(8011, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     unix_socket: str | None = Field(None, description="Also listen on this Unix socket.")
-    manager: Managers = Field(
+    manager: str = Field(
         "127.0.0.1:8021",
         description="gRPC target of the manager, or of several on one database, with commas "
         "between; empty serves from the cache alone.",
