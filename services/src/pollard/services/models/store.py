@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from pollard.services.common.errors import StartupError, Unavailable
 from pollard.services.common.folder_lock import FolderInUse, FolderLock
+from pollard.services.common.lifecycle import to_its_end
 from pollard.services.models.blobs_local import LocalBlobs
 from pollard.services.models.database import READERS, make_database, outcome_unknown
 
@@ -247,14 +248,7 @@ class Store:
         """
         # Writers wait in a queue rather than in threads, which readers need.
         threads = self._writer if in_turn else self._readers
-        task = self._run(threads, lambda: self.write_now(work, in_turn=in_turn))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # marks it as seen
-            raise
+        return await to_its_end(self._run(threads, lambda: self.write_now(work, in_turn=in_turn)))
 
     @staticmethod
     def _run(threads: ThreadPoolExecutor | None, work: Callable[[], T]) -> asyncio.Future[T]:
